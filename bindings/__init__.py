@@ -1,0 +1,6 @@
+"""How the algorithm becomes ``torch.ops.glora.*``: importing this registers the ops."""
+
+from . import ops as _ops
+from .cpu import CpuVocabulary
+
+_ops.register(CpuVocabulary(), "CPU")

@@ -1,0 +1,339 @@
+"""Every schema of ``torch.ops.glora``, its fake, and the checks on metadata.
+
+Python owns the schemas; `register` binds a vocabulary to a dispatch key. Values are never looked
+at here (the Python API does that), so no op synchronises for its checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glora_ops.certificates import CLIENT_STATS, STATS
+from glora_ops.errors import GloraError, require
+
+__all__ = ["BASES", "LIBRARY", "NAMES", "PADS", "result_dtype"]
+
+BASES = ("consensus", "projector", "update")
+PADS = ("zero", "trainable")
+
+LIBRARY = torch.library.Library("glora", "DEF")
+
+SCHEMAS = {
+    "canonicalize": "(Tensor b, Tensor a, Tensor offsets, Tensor scaling, float tau_rel=0.1, "
+    "int max_rank=-1) -> (Tensor t_u, Tensor t_v, Tensor sigma, Tensor f)",
+    "projector_matmul": "(Tensor x, Tensor offsets, Tensor t, Tensor row_weights, Tensor omega) "
+    "-> Tensor",
+    "projector_matmul.factors": "(Tensor x, Tensor offsets, Tensor weights, Tensor omega) "
+    "-> Tensor",
+    "projector_svd": "(Tensor x, Tensor offsets, Tensor t, Tensor row_weights, int rank, "
+    "int oversample=16, int power_iters=-1, float tol=1e-3, Tensor? extra=None, "
+    "Tensor? warm=None, int seed=0) -> (Tensor basis, Tensor eigenvalues, Tensor explained)",
+    "projector_svd.factors": "(Tensor x, Tensor offsets, Tensor weights, int rank, "
+    "int oversample=16, int power_iters=-1, float tol=1e-3, Tensor? extra=None, "
+    "Tensor? warm=None, int seed=0) -> (Tensor basis, Tensor eigenvalues, Tensor explained)",
+    "core": "(Tensor u, Tensor v, Tensor b, Tensor a, Tensor offsets, Tensor weights, "
+    "Tensor scaling) -> Tensor",
+    "aggregate": "(Tensor b, Tensor a, Tensor offsets, Tensor weights, Tensor scaling, int rank, "
+    'str basis="consensus", float tau_rel=0.1, float anchor=0.5, int oversample=16, '
+    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
+    "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
+    "Tensor client_stats)",
+    "aggregate.list": "(Tensor[] lora_B, Tensor[] lora_A, Tensor weights, Tensor scaling, "
+    'int rank, str basis="consensus", float tau_rel=0.1, float anchor=0.5, int oversample=16, '
+    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
+    "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
+    "Tensor client_stats)",
+    "readout": '(Tensor u, Tensor s, Tensor v, int rank, float scaling=1.0, str pad="zero", '
+    "int seed=0) -> (Tensor lora_b, Tensor lora_a)",
+}
+NAMES = tuple(SCHEMAS)
+
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 where any factor is fp64, otherwise fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# --- metadata checks -------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def check_stack(name: str, x: Tensor) -> None:
+    require(
+        x.dtype in FLOATS and x.dim() in (2, 3) and all(n > 0 for n in x.shape),
+        name,
+        _shape(x),
+        "a non-empty row stack (N, d) or (L, N, d) in fp32, bf16, fp16 or fp64",
+        "stack lora_A as it is and lora_B transposed (glora_ops.pack does)",
+    )
+
+
+def check_pair(b: Tensor, a: Tensor) -> None:
+    check_stack("b", b)
+    check_stack("a", a)
+    require(
+        b.shape[:-1] == a.shape[:-1],
+        "a",
+        _shape(a),
+        f"the same modules and rows as b, {tuple(b.shape[:-1])}",
+        "row j of a and row j of b are one rank-one pair",
+    )
+
+
+def check_offsets(offsets: Tensor) -> None:
+    require(
+        offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.shape[0] >= 2,
+        "offsets",
+        _shape(offsets),
+        "int64 (K + 1,) with K ≥ 1, on the CPU",
+    )
+
+
+def check_rows(name: str, x: Tensor, stack: Tensor) -> None:
+    require(
+        x.shape == stack.shape[:-1],
+        name,
+        _shape(x),
+        f"one value per row of the stack, {tuple(stack.shape[:-1])}",
+    )
+
+
+def check_clients(name: str, x: Tensor, offsets: Tensor, stack: Tensor) -> None:
+    clients = offsets.shape[0] - 1
+    shapes = [(clients,)] + ([(stack.shape[0], clients)] if stack.dim() == 3 else [])
+    require(
+        tuple(x.shape) in shapes,
+        name,
+        _shape(x),
+        f"one value per client, {' or '.join(map(str, shapes))}",
+    )
+
+
+def check_columns(name: str, x: Tensor, stack: Tensor) -> None:
+    require(
+        x.dim() == stack.dim()
+        and x.shape[-2] == stack.shape[-1]
+        and x.shape[:-2] == stack.shape[:-2],
+        name,
+        _shape(x),
+        f"columns in the stack's space, {(*stack.shape[:-2], stack.shape[-1], 'k')}",
+    )
+
+
+def check_solver(rank: int, oversample: int, power_iters: int, tol: float) -> None:
+    require(rank >= 1, "rank", rank, "an integer ≥ 1")
+    require(oversample >= 1, "oversample", oversample, "an integer ≥ 1", "16 is the default")
+    require(power_iters >= -1, "power_iters", power_iters, "-1 (adaptive) or an integer ≥ 0")
+    require(tol > 0, "tol", tol, "a positive fraction")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
+
+
+def check_coordinates(x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor) -> None:
+    check_stack("x", x)
+    check_offsets(offsets)
+    require(
+        t.dim() == x.dim() and t.shape[:-1] == x.shape[:-1],
+        "t",
+        _shape(t),
+        f"one row per row of the stack, {(*x.shape[:-1], 'max_rank')}",
+        "canonicalize makes it",
+    )
+    check_rows("row_weights", row_weights, x)
+
+
+def check_aggregate(
+    b: Tensor, a: Tensor, offsets: Tensor, weights: Tensor, scaling: Tensor, rank: int,
+    basis: str = "consensus", tau_rel: float = 0.1, anchor: float = 0.5, oversample: int = 16,
+    power_iters: int = -1, tol: float = 1e-3, warm_u: Tensor | None = None,
+    warm_v: Tensor | None = None, seed: int = 0,
+) -> None:  # fmt: skip
+    check_pair(b, a)
+    check_offsets(offsets)
+    check_clients("weights", weights, offsets, b)
+    check_clients("scaling", scaling, offsets, b)
+    check_solver(rank, oversample, power_iters, tol)
+    check_choice("basis", basis, BASES)
+    require(tau_rel >= 0, "tau_rel", tau_rel, "a fraction ≥ 0", "0.1 is the default")
+    require(anchor >= 0, "anchor", anchor, "a weight ≥ 0", "0.5 is the default, 0 switches it off")
+    for name, warm, stack in (("warm_u", warm_u, b), ("warm_v", warm_v, a)):
+        if warm is not None:
+            check_columns(name, warm, stack)
+
+
+def check_lists(lora_b: list[Tensor], lora_a: list[Tensor]) -> None:
+    require(
+        len(lora_b) == len(lora_a) >= 1,
+        "lora_A",
+        f"{len(lora_a)} matrices beside {len(lora_b)} in lora_B",
+        "one lora_A for every lora_B, and at least one client",
+    )
+    d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[-1]
+    for i, (b, a) in enumerate(zip(lora_b, lora_a, strict=True)):
+        require(
+            b.dim() == 2 and a.dim() == 2 and b.shape[1] == a.shape[0],
+            f"client {i}",
+            f"lora_B {_shape(b)} and lora_A {_shape(a)}",
+            "PEFT's layouts (d_out, r) and (r, d_in) with one r",
+        )
+        require(
+            b.shape[0] == d_out and a.shape[1] == d_in,
+            f"client {i}",
+            f"lora_B {_shape(b)} and lora_A {_shape(a)}",
+            f"the module's d_out = {d_out} and d_in = {d_in}",
+        )
+
+
+# --- fakes -----------------------------------------------------------------------------------
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"glora::{name}", lib=LIBRARY)
+
+
+@_fake("canonicalize")
+def _(b, a, offsets, scaling, tau_rel=0.1, max_rank=-1):
+    check_pair(b, a)
+    check_offsets(offsets)
+    check_clients("scaling", scaling, offsets, b)
+    width = torch.library.get_ctx().new_dynamic_size() if max_rank < 0 else max_rank
+    small = {"dtype": torch.float64}
+    t = b.new_empty(*b.shape[:-1], width, **small)
+    row = b.new_empty(b.shape[:-1], **small)
+    return t, torch.empty_like(t), row, torch.empty_like(row)
+
+
+@_fake("projector_matmul")
+def _(x, offsets, t, row_weights, omega):
+    check_coordinates(x, offsets, t, row_weights)
+    check_columns("omega", omega, x)
+    return x.new_empty(omega.shape, dtype=result_dtype(x))
+
+
+@_fake("projector_matmul.factors")
+def _(x, offsets, weights, omega):
+    check_stack("x", x)
+    check_clients("weights", weights, offsets, x)
+    check_columns("omega", omega, x)
+    return x.new_empty(omega.shape, dtype=result_dtype(x))
+
+
+def _fake_svd(x: Tensor, rank: int, oversample: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = x.shape[:-2]
+    return (
+        x.new_empty(*batch, x.shape[-1], rank, dtype=result_dtype(x)),
+        x.new_empty(*batch, rank + oversample, dtype=torch.float64),
+        x.new_empty(batch, dtype=torch.float64),
+    )
+
+
+@_fake("projector_svd")
+def _(x, offsets, t, row_weights, rank, oversample=16, power_iters=-1, tol=1e-3, extra=None,
+      warm=None, seed=0):  # fmt: skip
+    check_coordinates(x, offsets, t, row_weights)
+    check_solver(rank, oversample, power_iters, tol)
+    return _fake_svd(x, rank, oversample)
+
+
+@_fake("projector_svd.factors")
+def _(x, offsets, weights, rank, oversample=16, power_iters=-1, tol=1e-3, extra=None, warm=None,
+      seed=0):  # fmt: skip
+    check_stack("x", x)
+    check_clients("weights", weights, offsets, x)
+    check_solver(rank, oversample, power_iters, tol)
+    return _fake_svd(x, rank, oversample)
+
+
+@_fake("core")
+def _(u, v, b, a, offsets, weights, scaling):
+    check_pair(b, a)
+    check_columns("u", u, b)
+    check_columns("v", v, a)
+    return b.new_empty(*b.shape[:-2], u.shape[-1], v.shape[-1], dtype=torch.float64)
+
+
+@_fake("aggregate")
+def _(b, a, offsets, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,
+      oversample=16, power_iters=-1, tol=1e-3, warm_u=None, warm_v=None, seed=0):  # fmt: skip
+    check_aggregate(b, a, offsets, weights, scaling, rank, basis, tau_rel, anchor, oversample,
+                    power_iters, tol, warm_u, warm_v, seed)  # fmt: skip
+    return _fake_aggregate(
+        b, b.shape[:-2], b.shape[-1], a.shape[-1], offsets.shape[0] - 1, rank, oversample,
+        result_dtype(b, a),
+    )  # fmt: skip
+
+
+@_fake("aggregate.list")
+def _(lora_B, lora_A, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,  # noqa: N803
+      oversample=16, power_iters=-1, tol=1e-3, warm_u=None, warm_v=None, seed=0):  # fmt: skip
+    check_lists(lora_B, lora_A)
+    return _fake_aggregate(
+        lora_B[0], (), lora_B[0].shape[0], lora_A[0].shape[1], len(lora_B), rank, oversample,
+        result_dtype(*lora_B, *lora_A),
+    )  # fmt: skip
+
+
+def _fake_aggregate(
+    like: Tensor, batch: tuple[int, ...], d_out: int, d_in: int, clients: int, rank: int,
+    oversample: int, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return like.new_empty(*batch, *shape, dtype=dtype)
+
+    return (
+        empty(d_out, rank, dtype=dtype),
+        empty(rank),
+        empty(d_in, rank, dtype=dtype),
+        empty(rank + oversample),
+        empty(rank + oversample),
+        empty(len(STATS)),
+        empty(clients, len(CLIENT_STATS)),
+    )
+
+
+@_fake("readout")
+def _(u, s, v, rank, scaling=1.0, pad="zero", seed=0):
+    require(rank >= 1, "rank", rank, "an integer ≥ 1")
+    check_choice("pad", pad, PADS)
+    return u.new_empty(*u.shape[:-1], rank), v.new_empty(*v.shape[:-2], rank, v.shape[-2])
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+def _refuse_gradients(name: str) -> Callable[..., Any]:
+    overload = name.partition(".")[2] or "default"
+    op = getattr(getattr(torch.ops.glora, name.partition(".")[0]), overload)
+
+    def autograd(*args: Any, **kwargs: Any) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in leaves
+        ):
+            raise GloraError(
+                f"torch.ops.glora.{name}: got an input that requires grad, expected none; "
+                "aggregation is not differentiable, so detach the factors first "
+                "(glora_ops.aggregate does)"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    return autograd
+
+
+for _name in NAMES:
+    LIBRARY.impl(_name, _refuse_gradients(_name), "Autograd")

@@ -1,0 +1,327 @@
+"""The server step, written once in the words of `vocabulary`; docs/mathematics.md derives it.
+
+Shapes: b (L, N, d_out) and a (L, N, d_in) are row stacks of L modules, `ragged` says which rows
+are whose, weights and scaling are (L, K) fp64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .canonical import balance, canonical_forms, factor_coordinates, soft_votes
+from .certificates import (
+    FLAG_GAP,
+    FLAG_KAPPA,
+    STATS,
+    U32,
+    ambiguity,
+    cut_gap,
+    information_floor,
+)
+from .gram_route import GramRoute, principal_gram
+from .krylov_route import Iteration, KrylovRoute, principal_krylov
+from .ragged import Ragged
+from .signs import sign_matrix
+from .solver import Coordinates, Principal, Route, Side, fill, gram_route_limit
+from .tall import combine
+from .vocabulary import Vocabulary
+
+__all__ = [
+    "Clients",
+    "aggregate",
+    "canonicalize",
+    "core",
+    "factor_voters",
+    "projector_matmul",
+    "projector_svd",
+    "readout",
+]
+
+ANCHOR_EPSILON = 0.02
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Canonical forms of all clients, ΔW_i = Q_i Σ_i Z_iᵀ, and what was learnt on the way.
+
+    Attributes
+    ----------
+    t_u, t_v : Tensor (L, N, r_max) fp64
+    sigma, f : Tensor (L, N) fp64
+        Singular values (times |s_i|) and soft votes, descending within a client.
+    size : Tensor (L, K)
+        |s_i|‖B_i‖_F‖A_i‖_F after balancing.
+    noise, tau : Tensor (L, K)
+        Information limit ½·u_in·size, and τ_i.
+    """
+
+    t_u: Tensor
+    t_v: Tensor
+    sigma: Tensor
+    f: Tensor
+    size: Tensor
+    noise: Tensor
+    tau: Tensor
+
+
+def canonicalize(
+    v: Vocabulary,
+    gram_b: Tensor,
+    gram_a: Tensor,
+    ragged: Ragged,
+    scaling: Tensor,
+    tau_rel: float,
+    roundoff: float,
+) -> Clients:
+    """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
+    pair = balance(gram_b, gram_a)
+    forms = canonical_forms(pair, v.eigh)
+    sigma = forms.sigma * scaling.abs()[..., None]
+    voting = (sigma > 0)[..., None, :]
+    size = scaling.abs() * pair.size
+    noise = 0.5 * roundoff * size
+    tau = torch.maximum(tau_rel * sigma[..., 0], noise)
+    signed = forms.t_v * torch.where(scaling < 0, -1.0, 1.0)[..., None, None]
+
+    def rows(blocks: Tensor) -> Tensor:
+        return ragged.unpad(blocks[..., None])[..., 0]
+
+    return Clients(
+        ragged.unpad(forms.t_u * voting),
+        ragged.unpad(signed * voting),
+        rows(sigma),
+        rows(soft_votes(sigma, tau)),
+        size,
+        noise,
+        tau,
+    )
+
+
+def factor_voters(v: Vocabulary, side: Side) -> Tensor:
+    """T (L, N, r_max) of raw factor rows: x_iᵀ T_i is an orthonormal basis of their span."""
+    return side.ragged.unpad(factor_coordinates(v.gram(side.rows, side.ragged), v.eigh))
+
+
+def projector_matmul(v: Vocabulary, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
+    """y = Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i Ω, (L, d, k): neither projector nor basis is formed."""
+    ragged = side.ragged
+    folded = ragged.unpad(ragged.pad(voters.t).mT @ ragged.pad(v.times(side.rows, omega)))
+    weighted = ragged.pad(voters.votes[..., None] * folded)
+    return v.lift(side.rows, ragged.unpad(ragged.pad(voters.t) @ weighted))
+
+
+def projector_svd(
+    v: Vocabulary,
+    side: Side,
+    voters: Coordinates,
+    rank: int,
+    how: Iteration,
+    warm: Tensor | None,
+) -> Principal:
+    """Leading eigenpairs of Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i + extra extraᵀ, by either route."""
+    if side.ragged.rows <= gram_route_limit(rank):
+        whole = Ragged.whole(side.ragged.rows, side.rows.device)
+        return principal_gram(v, side, v.gram(side.rows, whole)[:, 0], voters, rank)
+    return principal_krylov(v, side, voters, rank, how, warm)
+
+
+def core(
+    v: Vocabulary, u: Tensor, w: Tensor, b: Tensor, a: Tensor, coef: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """C = Σ_j coef_j (Uᵀb_j)(a_jᵀV) (L, R, R), with the projections Z_U = bU and Z_V = aV."""
+    z_u, z_v = v.times(b, u), v.times(a, w)
+    return z_u.mT @ (coef[..., None] * z_v), z_u, z_v
+
+
+def anchor_columns(
+    route: Route, clients: Clients, ragged: Ragged, votes: Tensor, scaling: Tensor,
+    rank: int, strength: float, roundoff: float, warm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:  # fmt: skip
+    """The anchor: leading triplets of a mean in which every client has an equal voice.
+
+    W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄); it votes with weight η g_k, g_k = σ̃_k²/(σ̃_k² + σ̃_R²).
+
+    Returns
+    -------
+    left, right : Tensor (L, d, R)
+        √(η g_k) x_k and √(η g_k) y_k, further columns of the two stacks.
+    sigma : Tensor (L, R + 1)
+        σ̃, for the certificates.
+    floor : Tensor (L,)
+        Rounding level of σ̃.
+    steps : int
+    """
+    norm = ragged.gather(clients.sigma.square()).sqrt()
+    mean_norm = (votes * norm).sum(-1, keepdim=True)
+    heard = norm > 0
+    voice = torch.where(
+        heard,
+        1 / norm.where(heard, 1.0) + ANCHOR_EPSILON / mean_norm.where(mean_norm > 0, 1.0),
+        0.0,
+    )
+    lead = route.triplets(ragged.spread(votes * scaling * voice), rank, warm)
+    floor = 8 * roundoff * (votes * voice * clients.size).sum(-1)
+    sigma_r = torch.maximum(lead.sigma[..., rank - 1], floor)[..., None]
+    head = lead.sigma[..., :rank]
+    g = head.square() / (head.square() + sigma_r.square()).clamp(min=1e-300)
+    column = (strength * g).sqrt()[..., None, :]
+    left, right = (x * column.to(x.dtype) for x in (lead.x, lead.y))
+    return left, right, lead.sigma, floor, lead.steps
+
+
+def aggregate(
+    v: Vocabulary,
+    b: Tensor,
+    a: Tensor,
+    ragged: Ragged,
+    weights: Tensor,
+    scaling: Tensor,
+    rank: int,
+    basis: str,
+    tau_rel: float,
+    anchor: float,
+    how: Iteration,
+    warm_u: Tensor | None,
+    warm_v: Tensor | None,
+    roundoff: float,
+) -> tuple[Tensor, ...]:
+    """The whole server step for L modules of one shape; see the op of the same name."""
+    b, a, _ = v.pair(b, a)
+    left, right = Side("left", b, ragged), Side("right", a, ragged)
+    exact = ragged.rows <= gram_route_limit(rank)
+    route: Route = GramRoute(v, left, right) if exact else KrylovRoute(v, left, right, how)
+    clients = canonicalize(v, *route.client_grams(), ragged, scaling, tau_rel, roundoff)
+    coef = ragged.spread(weights * scaling)
+    votes = weights / _positive(weights.sum(-1, keepdim=True))
+    scale = (weights.abs() * clients.size).sum(-1)
+    mean = route.triplets(coef, rank, warm_v)  # W̄ itself: its norm, what rank R can hold
+    count = rank + how.oversample
+
+    if basis == "update":
+        u, w = mean.x, mean.y
+        eig_u = eig_v = fill(mean.sigma, count).square() / _positive(mean.norm.square())[..., None]
+        gap_u = gap_v = torch.ones_like(scale)
+        kappa_p = torch.zeros_like(scale)
+        cut, cut_floor, steps = mean.sigma, 8 * roundoff * scale, mean.steps
+    else:
+        soft = basis == "consensus"
+        if soft:
+            f = clients.f
+            extra_u, extra_v, cut, cut_floor, steps = anchor_columns(
+                route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
+            )
+        else:
+            f = (clients.sigma > 8 * ragged.spread(clients.noise)).double()
+            extra_u, extra_v = b.new_zeros(*b.shape[:1], b.shape[-1], 0), a.new_zeros(
+                *a.shape[:1], a.shape[-1], 0
+            )
+            cut, cut_floor, steps = mean.sigma.new_zeros(mean.sigma.shape), scale, 0
+        row_votes = ragged.spread(votes) * f
+        pu = route.principal(
+            left, right, Coordinates(clients.t_u, row_votes, extra_u), rank, coef, warm_u
+        )
+        pv = route.principal(
+            right, left, Coordinates(clients.t_v, row_votes, extra_v), rank, coef, warm_v
+        )
+        u, w = pu.basis, pv.basis
+        eig_u, eig_v = fill(pu.eigenvalues, count), fill(pv.eigenvalues, count)
+        gaps, kappas = [], []
+        for p in (pu, pv):
+            floor = information_floor(p.eigenvalues, votes, clients.noise, clients.tau, soft)
+            gaps.append(cut_gap(p.eigenvalues, rank, floor))
+            kappas.append(ambiguity(p.eigenvalues, p.energies, rank, floor, mean.norm))
+        gap_u, gap_v = gaps
+        kappa_p = torch.maximum(*kappas)
+        steps = max(steps, pu.steps, pv.steps)
+
+    c, z_u, z_v = core(v, u, w, b, a, coef)
+    x, s, y = v.svd(c)
+    s = torch.where(s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True), s, 0.0)
+    u_out, v_out = _signed(combine(u, x), combine(w, y), s)
+
+    gap_w = cut_gap(cut, rank, cut_floor)
+    kappa_w = torch.where(cut[..., rank - 1] > cut_floor, 1 / gap_w, 0.0)
+    unit = torch.finfo(b.dtype).eps / 2
+    worst_gap = torch.minimum(torch.minimum(gap_u, gap_v), gap_w)
+    flagged = (torch.maximum(kappa_p, kappa_w) * unit > FLAG_KAPPA) | (worst_gap < FLAG_GAP)
+
+    # Energies as fractions of ‖W̄‖²; a mean that cancels to rounding has nothing to capture.
+    energy, held = mean.norm.square(), c.square().sum((-2, -1))
+    present = mean.norm > 8 * roundoff * scale
+    captured = torch.where(present, held / _positive(energy), 1.0).clamp(max=1.0)
+    best = mean.sigma[..., :rank].square().sum(-1) / _positive(energy)
+    attainable = torch.maximum(torch.where(present, best, 1.0).clamp(max=1.0), captured)
+    rho = clients.size / _positive(ragged.pad(clients.sigma[..., None])[..., 0, 0])
+    stats = torch.zeros(*c.shape[:-2], len(STATS), dtype=torch.float64, device=c.device)
+    for k, value in enumerate((
+        captured, attainable, mean.norm, (clients.size * weights != 0).sum(-1),
+        gap_u, gap_v, gap_w, kappa_p, kappa_w, flagged.double(),
+        torch.where(clients.size > 0, rho, 0.0).amax(-1),
+        (clients.noise > tau_rel * ragged.pad(clients.sigma[..., None])[..., 0, 0]).sum(-1),
+        (s > 0).sum(-1), scale,
+    )):  # fmt: skip
+        stats[..., k] = value
+    stats[..., STATS.index("power_iters")] = steps
+    stats[..., STATS.index("krylov")] = 0.0 if exact else 1.0
+    client_stats = _client_stats(ragged, clients, c, z_u, z_v, coef)
+    return u_out, s.to(u_out.dtype), v_out, eig_u, eig_v, stats, client_stats
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.where(x > 0, 1.0)
+
+
+def _signed(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero columns where s is zero; otherwise the largest entry of each left vector positive."""
+    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0) * (s > 0)[..., None, :]
+    return u * sign.to(u.dtype), v * sign.to(v.dtype)
+
+
+def _client_stats(
+    ragged: Ragged, clients: Clients, c: Tensor, z_u: Tensor, z_v: Tensor, coef: Tensor
+) -> Tensor:
+    """(L, K, 4): norm, alignment left and right, share of the core's energy."""
+    kept = (clients.sigma > 0).double()
+    held = [
+        ragged.gather(ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1) * kept)
+        for t, z in ((clients.t_u, z_u), (clients.t_v, z_v))
+    ]
+    directions = _positive(ragged.gather(kept))
+    share = ragged.gather(coef * ((z_u @ c) * z_v).sum(-1))
+    share = share / _positive(c.square().sum((-2, -1)))[..., None]
+    norm = ragged.gather(clients.sigma.square()).sqrt()
+    return torch.stack([norm, held[0] / directions, held[1] / directions, share], -1)
+
+
+def readout(
+    u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pad: str, seed: int
+) -> tuple[Tensor, Tensor]:
+    """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in).
+
+    Beyond the effective rank B is zero, and A is zero or, with ``pad="trainable"``, seeded unit
+    rows orthogonal to the others, so that every pair has a gradient.
+    """
+    real = s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
+    b = fill(u * root[..., None, :], rank).contiguous()
+    a = fill(v * root[..., None, :], rank)
+    if pad == "trainable":
+        a = a.clone()
+        orthonormal = fill(v * real[..., None, :].to(v.dtype), rank)
+        empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
+        fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
+        for j in range(rank):  # in order, so that a wider readout extends a narrower one
+            column = fresh[:, j].expand(*v.shape[:-2], -1)[..., None]
+            for _ in range(2):
+                rest = orthonormal @ (orthonormal.mT @ column)
+                column = column - rest
+            column = torch.nn.functional.normalize(column, dim=-2)
+            orthonormal[..., j] = torch.where(
+                empty[..., j, None], column[..., 0], orthonormal[..., j]
+            )
+            a[..., j] = torch.where(empty[..., j, None], column[..., 0], a[..., j])
+    return b, a.mT.contiguous()

@@ -1,0 +1,103 @@
+"""The exact route: all eigenproblems in N-space, fp64, two passes over the factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .canonical import U64, balance, canonical_forms
+from .ragged import Ragged
+from .solver import Coordinates, Principal, Side, Triplets, fill
+from .tall import combine, orthonormalise
+from .vocabulary import Vocabulary
+
+__all__ = ["GramRoute", "principal_gram"]
+
+
+class GramRoute:
+    """Both N × N Gram matrices once; everything else follows from them.
+
+    Cost per module: 2 N² d flops and 8 N d bytes a side, and a few N × N eigenproblems.
+    """
+
+    name = "gram"
+
+    def __init__(self, v: Vocabulary, left: Side, right: Side) -> None:
+        self.v = v
+        self.left, self.right = left, right
+        whole = Ragged.whole(left.ragged.rows, left.rows.device)
+        self.grams = {side.name: v.gram(side.rows, whole)[:, 0] for side in (left, right)}
+
+    def client_grams(self) -> tuple[Tensor, Tensor]:
+        ragged = self.left.ragged
+        return (
+            ragged.diagonal_blocks(self.grams["left"]),
+            ragged.diagonal_blocks(self.grams["right"]),
+        )
+
+    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
+        gram_b = coef[..., :, None] * self.grams["left"] * coef[..., None, :]
+        gram_a = self.grams["right"]
+        forms = canonical_forms(balance(gram_b, gram_a), self.v.eigh)
+        t_u = coef[..., :, None] * forms.t_u[..., :rank]
+        x = orthonormalise(self.v, self.v.lift(self.left.rows, t_u))
+        y = orthonormalise(self.v, self.v.lift(self.right.rows, forms.t_v[..., :rank]))
+        norm2 = (gram_b * gram_a).sum((-2, -1)).clamp(min=0)
+        return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm2.sqrt(), 0)
+
+    def principal(
+        self,
+        side: Side,
+        other: Side,
+        voters: Coordinates,
+        rank: int,
+        coef: Tensor,
+        warm: Tensor | None = None,
+    ) -> Principal:
+        return principal_gram(
+            self.v, side, self.grams[side.name], voters, rank, coef, self.grams[other.name]
+        )
+
+
+def principal_gram(
+    v: Vocabulary,
+    side: Side,
+    gram: Tensor,
+    voters: Coordinates,
+    rank: int,
+    coef: Tensor | None = None,
+    other_gram: Tensor | None = None,
+) -> Principal:
+    """Eigenpairs of M Mᵀ from MᵀM (N + e square), M = [xᵀ T √c, extra].
+
+    Parameters
+    ----------
+    gram : Tensor (L, N, N) fp64
+        x xᵀ of this side.
+    coef, other_gram : Tensor (L, N), (L, N, N) fp64, optional
+        Coefficients of W̄ = Σ coef_j b_j a_jᵀ and the Gram matrix of the other side, for the
+        energies; zero energies without them.
+    """
+    ragged, rows = side.ragged, side.rows
+    folded = voters.fold(ragged, gram)  # √c Tᵀ G
+    cross = v.times(rows, voters.extra)  # x · extra
+    inner = voters.fold(ragged, folded.mT.contiguous())
+    edge = voters.fold(ragged, cross)
+    corner = v.inner(voters.extra, voters.extra)
+    top = torch.cat([(inner + inner.mT) / 2, edge], -1)
+    lam, y = v.eigh(torch.cat([top, torch.cat([edge.mT, corner], -1)], -2))
+    n = lam.shape[-1]
+    lam = torch.where(lam > 16 * n * U64 * lam[..., :1], lam, 0.0)
+    scale = torch.where(lam > 0, lam, 1.0).rsqrt() * (lam > 0)
+    leading = (y * scale[..., None, :])[..., :rank]
+    in_rows, in_extra = leading.split([ragged.rows, n - ragged.rows], -2)
+    basis = v.lift(rows, voters.unfold(ragged, in_rows)) + combine(voters.extra, in_extra)
+    energies = torch.zeros_like(lam)
+    if coef is not None and other_gram is not None:
+        reach = (y * scale[..., None, :]).mT @ torch.cat([folded, cross.mT], -2) * coef[..., None, :]
+        energies = ((reach @ other_gram) * reach).sum(-1)
+    return Principal(
+        fill(orthonormalise(v, basis), rank), lam, energies.clamp(min=0), lam.sum(-1), 0
+    )
+
+

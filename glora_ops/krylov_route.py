@@ -1,0 +1,221 @@
+"""The randomized route: block Krylov iterations on tall blocks; nothing N × N, nothing d × d.
+
+All products start from the same seeded signs in the *long* space, so the iterates depend on the
+mean projector (or update) alone: they are as gauge-invariant as what they approximate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .signs import sign_matrix
+from .solver import Coordinates, Principal, Side, Triplets, fill
+from .tall import combine, orthonormalise, whiten
+from .vocabulary import Vocabulary
+
+__all__ = ["Iteration", "KrylovRoute", "principal_krylov"]
+
+MAX_STEPS = 6
+PROBES = 16
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """How a block Krylov iteration runs.
+
+    Attributes
+    ----------
+    oversample : int
+        Columns carried beyond the rank.
+    power_iters : int
+        Fixed number of steps, or -1: 1 to 6, stopped by `tol`.
+    tol : float
+        Largest gain in captured energy (fraction of the trace) at which to stop.
+    seed : int
+    """
+
+    oversample: int
+    power_iters: int
+    tol: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz approximation of an operator O (d × n): O ≈ basis · imagesᵀ.
+
+    Attributes
+    ----------
+    basis : Tensor (L, d, m)
+        Orthonormal columns, or zero.
+    images : Tensor (L, n, m)
+        Oᵀ basis.
+    theta, vectors : Tensor (L, m), (L, m, m) fp64
+        Eigenpairs of imagesᵀ images: squared singular values of basisᵀO.
+    """
+
+    basis: Tensor
+    images: Tensor
+    theta: Tensor
+    vectors: Tensor
+    steps: int
+
+
+def block_krylov(
+    v: Vocabulary,
+    apply: Callable[[Tensor], Tensor],
+    apply_t: Callable[[Tensor], Tensor],
+    start: Tensor,
+    total: Tensor,
+    rank: int,
+    how: Iteration,
+) -> Ritz:
+    """Block Krylov iteration for the leading left singular space of an operator O.
+
+    Adaptive runs stop at the first step whose gain is below `tol` and below either 1 % of what
+    is still missing or tol²: the first keeps an update error within 1.01 of the exact one, the
+    second within `tol` of it absolutely.
+
+    Parameters
+    ----------
+    apply, apply_t : callable
+        O z and Oᵀ y for blocks of columns.
+    start : Tensor (1, d, k)
+        First block, O times something intrinsic.
+    total : Tensor (1,)
+        Squared Frobenius norm of O, or an estimate.
+    """
+    drop = max((64 * torch.finfo(start.dtype).eps) ** 2, 1e-14)
+    q = whiten(v, whiten(v, start, drop), drop)
+    basis, images = q, apply_t(q)
+    last = images
+    h = v.inner(images, images)
+    captured = previous = 0.0
+    limit = min(basis.shape[-2], images.shape[-2])
+    for step in range(MAX_STEPS + 1):
+        theta, vectors = v.eigh(h)
+        if step == how.power_iters or step == MAX_STEPS or basis.shape[-1] >= limit:
+            break
+        if how.power_iters < 0:
+            found = theta[..., :rank].sum()
+            captured = float(found / torch.maximum(total.sum(), theta.sum()).clamp(min=1e-300))
+            gain, missing = captured - previous, 1 - captured
+            if step > 0 and gain < how.tol and gain < max(0.01 * missing, how.tol**2):
+                break
+            previous = captured
+        w = apply(last)
+        size = v.inner(w, w).diagonal(dim1=-2, dim2=-1).sum(-1)
+        for _ in range(2):
+            w = w - basis @ (basis.mT @ w)
+        q = whiten(v, whiten(v, w, drop, size), drop)
+        last = apply_t(q)
+        side = v.inner(images, last)
+        h = torch.cat(
+            [torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2
+        )
+        basis, images = torch.cat([basis, q], -1), torch.cat([images, last], -1)
+    return Ritz(basis, images, theta, vectors, step)
+
+
+class KrylovRoute:
+    """Randomized solutions for stacks too tall for N × N eigenproblems; one module at a time.
+
+    Cost per module, side and power step: 4 N d k flops with k = R + oversample columns.
+    """
+
+    name = "krylov"
+
+    def __init__(self, v: Vocabulary, left: Side, right: Side, how: Iteration) -> None:
+        self.v = v
+        self.left, self.right = left, right
+        self.how = how
+
+    def client_grams(self) -> tuple[Tensor, Tensor]:
+        ragged = self.left.ragged
+        return self.v.gram(self.left.rows, ragged), self.v.gram(self.right.rows, ragged)
+
+    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
+        v, b, a = self.v, self.left.rows, self.right.rows
+        weight = coef[..., None]
+
+        def apply(z: Tensor) -> Tensor:
+            return v.lift(b, weight * v.times(a, z))
+
+        def apply_t(y: Tensor) -> Tensor:
+            return v.lift(a, weight * v.times(b, y))
+
+        start = apply(start_block(self.right, rank, self.how, warm))
+        columns = min(rank + self.how.oversample, a.shape[-1])
+        total = start[..., :columns].double().square().sum((-2, -1)) / columns
+        ritz = block_krylov(v, apply, apply_t, start, total, rank, self.how)
+        leading = ritz.vectors[..., : rank + 1]
+        x = orthonormalise(v, combine(ritz.basis, leading[..., :rank]))
+        y = combine(ritz.images, leading[..., :rank])
+        y = orthonormalise(v, y)
+        probes = sign_matrix(self.how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
+        seen = apply(probes[None])
+        unseen = seen - ritz.basis @ (ritz.basis.mT @ seen)
+        norm2 = ritz.theta.sum(-1) + unseen.double().square().sum((-2, -1)) / PROBES
+        sigma = fill(ritz.theta, rank + 1).sqrt()
+        return Triplets(fill(x, rank), fill(y, rank), sigma, norm2.sqrt(), ritz.steps)
+
+    def principal(
+        self,
+        side: Side,
+        other: Side,
+        voters: Coordinates,
+        rank: int,
+        coef: Tensor,
+        warm: Tensor | None = None,
+    ) -> Principal:
+        return principal_krylov(self.v, side, voters, rank, self.how, warm, coef, other)
+
+
+def start_block(side: Side, rank: int, how: Iteration, warm: Tensor | None) -> Tensor:
+    """(1, d, k): the seeded signs of this side, a warm basis appended where one is given."""
+    d = side.rows.shape[-1]
+    columns = min(rank + how.oversample, d)
+    signs = sign_matrix(how.seed, side.name, d, columns, side.rows.dtype, side.rows.device)[None]
+    return signs if warm is None else torch.cat([signs, warm.to(signs.dtype)], -1)
+
+
+def principal_krylov(
+    v: Vocabulary,
+    side: Side,
+    voters: Coordinates,
+    rank: int,
+    how: Iteration,
+    warm: Tensor | None = None,
+    coef: Tensor | None = None,
+    other: Side | None = None,
+) -> Principal:
+    """Eigenpairs of M Mᵀ by block Krylov on M = [xᵀ T √c, extra]; arguments as `principal_gram`.
+
+    The first block is M·orth(Mᵀ Ω): the range of M Mᵀ Ω without squaring its small directions
+    into rounding.
+    """
+    rows, ragged, extra = side.rows, side.ragged, voters.extra
+
+    def apply(z: Tensor) -> Tensor:
+        in_rows, in_extra = z.split([ragged.rows, extra.shape[-1]], -2)
+        return v.lift(rows, voters.unfold(ragged, in_rows)) + combine(extra, in_extra)
+
+    def apply_t(y: Tensor) -> Tensor:
+        return torch.cat([voters.fold(ragged, v.times(rows, y)), v.inner(extra, y)], -2)
+
+    trace = voters.trace(ragged)
+    image = apply_t(start_block(side, rank, how, warm))
+    start = apply(whiten(v, whiten(v, image, 1e-14), 1e-14))
+    ritz = block_krylov(v, apply, apply_t, start, trace, rank, how)
+    known = combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
+    lam = ritz.theta[..., : rank + how.oversample]
+    energies = torch.zeros_like(lam)
+    if coef is not None and other is not None:
+        reach = v.lift(other.rows, coef[..., None] * v.times(rows, known))
+        energies = reach.double().square().sum(-2)
+    basis = fill(orthonormalise(v, known[..., :rank]), rank)
+    return Principal(basis, lam, energies, trace, ritz.steps)

@@ -1,0 +1,137 @@
+"""Where each client's rows stand in a row stack, and how to see them as padded blocks.
+
+Index arithmetic only: no numerics, no copies of factors beyond what padding needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import require
+
+__all__ = ["Ragged"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """Row ranges of K clients in a stack of N rows.
+
+    Parameters
+    ----------
+    offsets : Tensor (K + 1,) int64 on the CPU
+        Client i owns rows ``offsets[i]:offsets[i + 1]``.
+    max_rank : int
+        Width of the padded blocks, at least the largest rank.
+    device : torch.device
+        Where the index tensors live.
+    """
+
+    offsets: Tensor
+    max_rank: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, offsets: Tensor, rows: int, device: torch.device, max_rank: int = -1) -> Ragged:
+        """Check `offsets` against a stack of `rows` rows and wrap them."""
+        require(
+            offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.device.type == "cpu",
+            "offsets",
+            f"{offsets.dtype} of shape {tuple(offsets.shape)} on {offsets.device}",
+            "one-dimensional int64 on the CPU",
+        )
+        marks = offsets.tolist()
+        require(
+            len(marks) >= 2
+            and marks[0] == 0
+            and marks[-1] == rows
+            and all(lo <= hi for lo, hi in zip(marks, marks[1:], strict=False)),
+            "offsets",
+            marks if len(marks) <= 8 else f"{marks[:4]} … {marks[-2:]}",
+            f"K + 1 ascending marks from 0 to the stack's {rows} rows",
+        )
+        largest = max(hi - lo for lo, hi in zip(marks, marks[1:], strict=False))
+        require(
+            max_rank < 0 or max_rank >= largest,
+            "max_rank",
+            max_rank,
+            f"-1 or at least the largest rank, {largest}",
+        )
+        return cls(offsets, largest if max_rank < 0 else max_rank, device)
+
+    @classmethod
+    def whole(cls, rows: int, device: torch.device) -> Ragged:
+        """One client that owns the whole stack."""
+        return cls(torch.tensor([0, rows]), rows, device)
+
+    @property
+    def clients(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def rows(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def ranks(self) -> Tensor:
+        """(K,) int64: rows of each client."""
+        return self.offsets.diff().to(self.device)
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether every client fills its padded block, so that padding is a view."""
+        return self.rows == self.clients * self.max_rank
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """(N,) int64: the client of each row."""
+        return torch.repeat_interleave(self.ranks, output_size=self.rows)
+
+    @cached_property
+    def within(self) -> Tensor:
+        """(N,) int64: position of each row among its client's rows."""
+        first = self.offsets[:-1].to(self.device)
+        return torch.arange(self.rows, device=self.device) - first[self.owner]
+
+    @cached_property
+    def exists(self) -> Tensor:
+        """(K, max_rank) bool: which places of the padded blocks hold a row."""
+        return torch.arange(self.max_rank, device=self.device) < self.ranks[:, None]
+
+    @cached_property
+    def index(self) -> Tensor:
+        """(K, max_rank) int64: the row at each place, any valid row where none exists."""
+        first = self.offsets[:-1].to(self.device)[:, None]
+        return (first + torch.arange(self.max_rank, device=self.device)).clamp_(max=self.rows - 1)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(…, N, c) → (…, K, max_rank, c), zero where a client has no row; a view if uniform."""
+        shape = (*x.shape[:-2], self.clients, self.max_rank, x.shape[-1])
+        if self.uniform:
+            return x.reshape(shape)
+        blocks = x.index_select(-2, self.index.flatten()).view(shape)
+        return blocks.masked_fill_(~self.exists[..., None], 0)
+
+    def unpad(self, blocks: Tensor) -> Tensor:
+        """(…, K, max_rank, c) → (…, N, c): the inverse of `pad`."""
+        flat = blocks.flatten(-3, -2)
+        if self.uniform:
+            return flat
+        return flat.index_select(-2, self.owner * self.max_rank + self.within)
+
+    def spread(self, per_client: Tensor) -> Tensor:
+        """(…, K) → (…, N): each client's value at each of its rows."""
+        return per_client.index_select(-1, self.owner)
+
+    def gather(self, per_row: Tensor) -> Tensor:
+        """(…, N) → (…, K): sums of each client's rows, in a fixed order."""
+        return self.pad(per_row[..., None]).sum((-2, -1))
+
+    def diagonal_blocks(self, gram: Tensor) -> Tensor:
+        """(…, N, N) → (…, K, max_rank, max_rank): the clients' own blocks of a Gram matrix."""
+        blocks = gram[..., self.index[:, :, None], self.index[:, None, :]]
+        both = self.exists[:, :, None] & self.exists[:, None, :]
+        return blocks.masked_fill_(~both, 0)

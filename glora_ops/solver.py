@@ -1,0 +1,147 @@
+"""What the algorithm asks of a solver, and the two routes that answer.
+
+`GramRoute` works on N × N Gram matrices in fp64 and is exact; `KrylovRoute` works on tall blocks
+and never forms anything N × N. `choose_route` picks by the number of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .ragged import Ragged
+from .vocabulary import Vocabulary
+
+__all__ = ["Coordinates", "Principal", "Route", "Side", "Triplets", "fill", "gram_route_limit"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the clients' factors: a row stack and where each client's rows are.
+
+    Attributes
+    ----------
+    name : str
+        ``"left"`` for b (columns of the update), ``"right"`` for a.
+    rows : Tensor (L, N, d)
+    """
+
+    name: str
+    rows: Tensor
+    ragged: Ragged
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """The voters: M = [x_iᵀ T_i √c_i, extra], whose M Mᵀ is the mean projector.
+
+    Attributes
+    ----------
+    t : Tensor (L, N, r_max) fp64
+    votes : Tensor (L, N) fp64
+        c_ij = w_i f_ij, at row j of client i.
+    extra : Tensor (L, d, e)
+        Further columns of M (the anchor); e may be 0.
+    """
+
+    t: Tensor
+    votes: Tensor
+    extra: Tensor
+
+    def fold(self, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k) → (L, N, k): √c_i T_iᵀ z_i per client."""
+        folded = ragged.unpad(ragged.pad(self.t).mT @ ragged.pad(z))
+        return self.votes.sqrt()[..., None] * folded
+
+    def unfold(self, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k) → (L, N, k): T_i √c_i z_i per client."""
+        return ragged.unpad(ragged.pad(self.t) @ ragged.pad(self.votes.sqrt()[..., None] * z))
+
+    def trace(self, ragged: Ragged) -> Tensor:
+        """(L,): tr M Mᵀ, dropped directions left out."""
+        alive = ragged.unpad((ragged.pad(self.t) != 0).any(-2)[..., None])[..., 0]
+        return (self.votes * alive).sum(-1) + self.extra.double().square().sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Leading singular triplets of Σ_j coef_j b_j a_jᵀ.
+
+    Attributes
+    ----------
+    x, y : Tensor (L, d_out, R), (L, d_in, R)
+        Orthonormal, or zero where the rank ends.
+    sigma : Tensor (L, ≥ R + 1) fp64
+        Leading singular values, more than R of them where they exist, zero beyond the rank.
+    norm : Tensor (L,) fp64
+        Frobenius norm of the whole matrix.
+    steps : int
+        Power iterations taken.
+    """
+
+    x: Tensor
+    y: Tensor
+    sigma: Tensor
+    norm: Tensor
+    steps: int
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Leading eigenpairs of a mean projector M Mᵀ.
+
+    Attributes
+    ----------
+    basis : Tensor (L, d, R)
+    eigenvalues : Tensor (L, m) fp64
+        Descending, m as many as the route knows.
+    energies : Tensor (L, m) fp64
+        ‖u_kᵀW̄‖² of each eigenvector (‖W̄u_k‖² on the right).
+    trace : Tensor (L,) fp64
+        tr M Mᵀ.
+    steps : int
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    energies: Tensor
+    trace: Tensor
+    steps: int
+
+
+class Route(Protocol):
+    """A way to find consensus bases and leading triplets."""
+
+    def client_grams(self) -> tuple[Tensor, Tensor]:
+        """(L, K, r, r) fp64 each: the clients' own Gram matrices of b and a."""
+        ...
+
+    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None) -> Triplets:
+        """Leading triplets of Σ_j coef_j b_j a_jᵀ; coef (L, N) fp64."""
+        ...
+
+    def principal(
+        self,
+        side: Side,
+        other: Side,
+        voters: Coordinates,
+        rank: int,
+        coef: Tensor,
+        warm: Tensor | None,
+    ) -> Principal:
+        """Leading eigenpairs of the mean projector of one side."""
+        ...
+
+
+def gram_route_limit(rank: int) -> int:
+    """Largest N for which N × N eigenproblems are taken on the CPU."""
+    return max(256, 8 * (rank + 16))
+
+
+def fill(x: Tensor, columns: int) -> Tensor:
+    """The first `columns` columns, zero columns appended where there are fewer."""
+    have = x.shape[-1]
+    return x[..., :columns] if have >= columns else torch.nn.functional.pad(x, (0, columns - have))

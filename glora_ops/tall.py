@@ -1,0 +1,52 @@
+"""Orthonormal bases of tall matrices through small Gram matrices, rank-safe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .vocabulary import Vocabulary
+
+__all__ = ["combine", "orthonormalise", "whiten"]
+
+
+def combine(y: Tensor, c: Tensor) -> Tensor:
+    """(L, d, k) · (L, k, m) in y's precision, for small fp64 c."""
+    return y @ c.to(y.dtype)
+
+
+def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
+    """Gram–Schmidt in column order by two rounds of CholeskyQR with fp64 Gram matrices.
+
+    Leading columns are not touched by later ones; zero columns stay zero. For columns that are
+    already nearly orthonormal; where the Cholesky factorisation fails, `whiten` takes over.
+    """
+    for _ in range(2):
+        gram = v.inner(y, y)
+        norm2 = gram.diagonal(dim1=-2, dim2=-1)
+        alive = norm2 > 0
+        scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
+        unit = scale[..., :, None] * gram * scale[..., None, :]
+        r, info = torch.linalg.cholesky_ex(unit + torch.diag_embed((~alive).double()), upper=True)
+        if bool(info.any()):
+            return whiten(v, whiten(v, y, 1e-12), 1e-12)
+        identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+        inverse = torch.linalg.solve_triangular(r, identity.expand_as(r), upper=True)
+        y = combine(y, scale[..., :, None] * inverse)
+    return y
+
+
+def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
+
+    Parameters
+    ----------
+    y : Tensor (L, d, k)
+    drop : float
+        Relative to the largest eigenvalue of yᵀy, or to `reference` (L,) where that is larger.
+    """
+    lam, vec = v.eigh(v.inner(y, y))
+    top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
+    kept = lam > drop * top
+    scale = torch.where(kept, lam, 1.0).rsqrt() * kept
+    return combine(y, vec * scale[..., None, :])

@@ -1,0 +1,51 @@
+"""The few words the algorithm is written in; a device supplies them, `algorithm` combines them.
+
+Every tensor has a leading module dimension L. `x` is a row stack (L, N, d); "rows" are a stack
+in its working dtype (fp32, or fp64 for fp64 input) and in a range where products are safe.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .ragged import Ragged
+
+__all__ = ["Vocabulary"]
+
+
+class Vocabulary(Protocol):
+    """What a device must be able to do."""
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
+        ...
+
+    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of both factors and the scale: b = scale · rows_b, a = rows_a / scale."""
+        ...
+
+    def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
+        """(L, K, r, r) fp64: x_i x_iᵀ of every client, accumulated in fp64, zero-padded."""
+        ...
+
+    def times(self, rows: Tensor, omega: Tensor) -> Tensor:
+        """(L, N, k) fp64: x Ω in the working precision."""
+        ...
+
+    def lift(self, rows: Tensor, z: Tensor) -> Tensor:
+        """(L, d, k): xᵀ z in the working precision."""
+        ...
+
+    def inner(self, y: Tensor, z: Tensor) -> Tensor:
+        """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""
+        ...
+
+    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices."""
+        ...
+
+    def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """X, S, Y with c = X diag(S) Yᵀ for small matrices."""
+        ...
