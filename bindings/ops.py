@@ -75,9 +75,7 @@ class Ops:
         schemas.check_clients("weights", weights, offsets, x)
         side, _ = self._side(x, offsets)
         votes = side.ragged.spread(_per_client(weights, side.rows.shape[0]))
-        return side, self._coordinates(
-            side, algorithm.factor_voters(self.v, side), votes, extra
-        )
+        return side, self._coordinates(side, algorithm.factor_voters(self.v, side), votes, extra)
 
     def _side(self, x, offsets, max_rank=-1):
         rows, scale = self.v.rows(_modules(x))
@@ -107,16 +105,12 @@ class Ops:
     def projector_svd(self, x, offsets, t, row_weights, rank, oversample=16, power_iters=-1,
                       tol=1e-3, extra=None, warm=None, seed=0):  # fmt: skip
         side, voters = self._voters(x, offsets, t, row_weights, extra)
-        return self._svd(
-            side, voters, rank, oversample, power_iters, tol, warm, seed, x.dim() == 3
-        )
+        return self._svd(side, voters, rank, oversample, power_iters, tol, warm, seed, x.dim() == 3)
 
     def projector_svd_factors(self, x, offsets, weights, rank, oversample=16, power_iters=-1,
                               tol=1e-3, extra=None, warm=None, seed=0):  # fmt: skip
         side, voters = self._factor_voters(x, offsets, weights, extra)
-        return self._svd(
-            side, voters, rank, oversample, power_iters, tol, warm, seed, x.dim() == 3
-        )
+        return self._svd(side, voters, rank, oversample, power_iters, tol, warm, seed, x.dim() == 3)
 
     def _svd(self, side, voters, rank, oversample, power_iters, tol, warm, seed, batched):
         schemas.check_solver(rank, oversample, power_iters, tol)
@@ -219,5 +213,3 @@ def _isolated(body: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(x.contiguous() for x in out)
 
     return run
-
-

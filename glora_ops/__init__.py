@@ -1,1 +1,36 @@
-"""Placeholder while the package is laid out."""
+"""glora: gauge-invariant aggregation of LoRA adapters.
+
+Importing this registers ``torch.ops.glora.*``. The functions and classes here are the public
+Python API; PEFT folders are read and written by `aggregate_adapters` and `State.write_adapter`.
+"""
+
+from .api import aggregate
+from .certificates import CLIENT_STATS, STATS
+from .errors import GloraError, GloraWarning, Refusal, Refused
+from .packing import Packed, pack, pack_modules
+from .state import ModuleState, State
+
+__all__ = [
+    "CLIENT_STATS",
+    "STATS",
+    "GloraError",
+    "GloraWarning",
+    "ModuleState",
+    "Packed",
+    "Refusal",
+    "Refused",
+    "State",
+    "aggregate",
+    "aggregate_adapters",
+    "pack",
+    "pack_modules",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "aggregate_adapters":  # reads folders: loaded when it is wanted
+        from .merge import aggregate_adapters
+
+        return aggregate_adapters
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

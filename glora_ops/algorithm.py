@@ -215,8 +215,9 @@ def aggregate(
             )
         else:
             f = (clients.sigma > 8 * ragged.spread(clients.noise)).double()
-            extra_u, extra_v = b.new_zeros(*b.shape[:1], b.shape[-1], 0), a.new_zeros(
-                *a.shape[:1], a.shape[-1], 0
+            extra_u, extra_v = (
+                b.new_zeros(*b.shape[:1], b.shape[-1], 0),
+                a.new_zeros(*a.shape[:1], a.shape[-1], 0),
             )
             cut, cut_floor, steps = mean.sigma.new_zeros(mean.sigma.shape), scale, 0
         row_votes = ragged.spread(votes) * f

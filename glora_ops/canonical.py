@@ -89,7 +89,9 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """
     empty = torch.diag_embed((~kept).to(t.dtype))
     r, info = torch.linalg.cholesky_ex(t.mT @ gram @ t + empty, upper=True)
-    safe = torch.where((info == 0)[..., None, None], r, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device))
+    safe = torch.where(
+        (info == 0)[..., None, None], r, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    )
     return torch.linalg.solve_triangular(safe, t, upper=True, left=False)
 
 

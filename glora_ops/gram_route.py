@@ -80,7 +80,7 @@ def principal_gram(
     """
     ragged, rows = side.ragged, side.rows
     folded = voters.fold(ragged, gram)  # √c Tᵀ G
-    cross = v.times(rows, voters.extra)  # x · extra
+    cross = v.inner(rows.mT, voters.extra)  # x · extra; fp64, or MᵀM would not be one Gram matrix
     inner = voters.fold(ragged, folded.mT.contiguous())
     edge = voters.fold(ragged, cross)
     corner = v.inner(voters.extra, voters.extra)
@@ -94,10 +94,10 @@ def principal_gram(
     basis = v.lift(rows, voters.unfold(ragged, in_rows)) + combine(voters.extra, in_extra)
     energies = torch.zeros_like(lam)
     if coef is not None and other_gram is not None:
-        reach = (y * scale[..., None, :]).mT @ torch.cat([folded, cross.mT], -2) * coef[..., None, :]
+        reach = (
+            (y * scale[..., None, :]).mT @ torch.cat([folded, cross.mT], -2) * coef[..., None, :]
+        )
         energies = ((reach @ other_gram) * reach).sum(-1)
     return Principal(
         fill(orthonormalise(v, basis), rank), lam, energies.clamp(min=0), lam.sum(-1), 0
     )
-
-

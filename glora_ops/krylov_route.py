@@ -6,6 +6,7 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,9 +77,8 @@ def block_krylov(
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
 
-    Adaptive runs stop at the first step whose gain is below `tol` and below either 1 % of what
-    is still missing or tol²: the first keeps an update error within 1.01 of the exact one, the
-    second within `tol` of it absolutely.
+    Adaptive runs stop at the first step that improved captured energy by less than `tol` and
+    the error √(1 − captured) by less than `tol` or 1 %.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def block_krylov(
         Squared Frobenius norm of O, or an estimate.
     """
     drop = max((64 * torch.finfo(start.dtype).eps) ** 2, 1e-14)
-    q = whiten(v, whiten(v, start, drop), drop)
+    q = whiten(v, start, drop)
     basis, images = q, apply_t(q)
     last = images
     h = v.inner(images, images)
@@ -102,21 +102,25 @@ def block_krylov(
             break
         if how.power_iters < 0:
             found = theta[..., :rank].sum()
-            captured = float(found / torch.maximum(total.sum(), theta.sum()).clamp(min=1e-300))
-            gain, missing = captured - previous, 1 - captured
-            if step > 0 and gain < how.tol and gain < max(0.01 * missing, how.tol**2):
+            captured = min(
+                1.0, float(found / torch.maximum(total.sum(), theta.sum()).clamp(min=1e-300))
+            )
+            before, now = math.sqrt(1 - previous), math.sqrt(1 - captured)
+            if (
+                step > 0
+                and captured - previous < how.tol
+                and (before - now < how.tol or before < 1.01 * now)
+            ):
                 break
             previous = captured
         w = apply(last)
         size = v.inner(w, w).diagonal(dim1=-2, dim2=-1).sum(-1)
         for _ in range(2):
             w = w - basis @ (basis.mT @ w)
-        q = whiten(v, whiten(v, w, drop, size), drop)
+        q = whiten(v, w, drop, size)
         last = apply_t(q)
         side = v.inner(images, last)
-        h = torch.cat(
-            [torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2
-        )
+        h = torch.cat([torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2)
         basis, images = torch.cat([basis, q], -1), torch.cat([images, last], -1)
     return Ritz(basis, images, theta, vectors, step)
 
@@ -209,7 +213,7 @@ def principal_krylov(
 
     trace = voters.trace(ragged)
     image = apply_t(start_block(side, rank, how, warm))
-    start = apply(whiten(v, whiten(v, image, 1e-14), 1e-14))
+    start = apply(whiten(v, image, 1e-14))
     ritz = block_krylov(v, apply, apply_t, start, trace, rank, how)
     known = combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]

@@ -30,4 +30,3 @@ def sign_matrix(
     matrix extends a narrower one. Signs are exact in bf16.
     """
     return _signs(seed, side, dim, count).to(device=device, dtype=dtype)
-

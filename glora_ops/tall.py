@@ -29,7 +29,7 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
         unit = scale[..., :, None] * gram * scale[..., None, :]
         r, info = torch.linalg.cholesky_ex(unit + torch.diag_embed((~alive).double()), upper=True)
         if bool(info.any()):
-            return whiten(v, whiten(v, y, 1e-12), 1e-12)
+            return whiten(v, y, 1e-12)
         identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
         inverse = torch.linalg.solve_triangular(r, identity.expand_as(r), upper=True)
         y = combine(y, scale[..., :, None] * inverse)
@@ -38,6 +38,8 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
 
 def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = None) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
+
+    A second pass repairs what the first loses to an ill-conditioned y.
 
     Parameters
     ----------
@@ -49,4 +51,7 @@ def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = Non
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
     kept = lam > drop * top
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    return combine(y, vec * scale[..., None, :])
+    q = combine(y, vec * scale[..., None, :])
+    smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
+    well_conditioned = bool((smallest >= 1e-4 * lam[..., 0]).all())
+    return q if well_conditioned else whiten(v, q, drop)

@@ -1,0 +1,155 @@
+"""A state's certificates in words: what each number means for the reader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .state import State
+
+__all__ = ["Line", "Note", "describe", "lines", "notes"]
+
+LOW_RATIO = 0.9
+LOUD = 1e3
+
+
+@dataclass(frozen=True)
+class Line:
+    """One certificate: its name, its value as text, and one sentence on what it means."""
+
+    name: str
+    value: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the reader should know; `warning` where the result itself is in question."""
+
+    text: str
+    warning: bool = False
+
+
+def lines(state: State) -> list[Line]:
+    """The certificates of a state, over all its modules."""
+    modules = state.modules.values()
+    effective = [int(m.stat("effective_rank")) for m in modules]
+    gap = min(min(m.stat("gap_u"), m.stat("gap_v"), m.stat("gap_w")) for m in modules)
+    kappa = max(max(m.stat("kappa_p"), m.stat("kappa_w")) for m in modules)
+    limited = max(int(m.stat("info_limited")) for m in modules)
+    return [
+        Line(
+            "captured",
+            f"{state.captured:.4f}",
+            "fraction of the mean update's energy that the state holds; 1 is all of it",
+        ),
+        Line(
+            "attainable",
+            f"{state.attainable:.4f}",
+            f"what the best possible rank-{state.rank} state would hold; a larger rank raises it",
+        ),
+        Line(
+            "effective rank",
+            f"{min(effective)}…{max(effective)}" if len(effective) > 1 else str(effective[0]),
+            "directions above rounding; an adapter of that rank loses nothing of the state",
+        ),
+        Line(
+            "gap at the cut",
+            f"{gap:.2e}",
+            "smallest relative distance between the last direction kept and the first one dropped; "
+            "near 0 the choice between them is a coin toss, 1 means nothing was dropped",
+        ),
+        Line(
+            "sensitivity",
+            f"{kappa:.1e}",
+            "by how much rounding errors are magnified at the cut; times 6e-8 it is the part of "
+            "the update that rounding could move",
+        ),
+        Line(
+            "storage limit",
+            f"{limited} client{'' if limited == 1 else 's'}",
+            "clients whose weak directions are below the precision they were stored in, so that "
+            "their vote is softened further",
+        ),
+    ]
+
+
+def notes(state: State) -> list[Note]:
+    """What deserves a second look; empty when nothing does."""
+    out = []
+    tied = state.ambiguous
+    if tied:
+        out.append(
+            Note(
+                f"the cut at rank {state.rank} falls into a tie in {len(tied)} of "
+                f"{len(state.modules)} modules{_some(tied)}: rounding decides which of several "
+                "equally good directions are kept; another rank, or basis='update', avoids it",
+                warning=True,
+            )
+        )
+    if state.attainable > 0 and state.captured < LOW_RATIO * state.attainable:
+        out.append(
+            Note(
+                f"the state holds {state.captured:.3f} of the mean update's energy where rank "
+                f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
+                "basis serves directions that cancel or carry little; a larger rank or "
+                "basis='update' holds more",
+                warning=True,
+            )
+        )
+    heaviest = max(range(len(state.clients)), key=lambda i: abs(state.weights[i]))
+    total = sum(abs(w) for w in state.weights)
+    if len(state.clients) > 1 and abs(state.weights[heaviest]) > total / 2:
+        out.append(
+            Note(
+                f"{state.clients[heaviest]} has {state.weights[heaviest] / total:.0%} of the weight"
+            )
+        )
+    for name, ratio in _loud_clients(state):
+        out.append(
+            Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
+        )
+    partial = [name for name, m in state.modules.items() if not bool(m.present.all())]
+    if partial:
+        how = "counts as zero there" if state.settings["missing"] == "zero" else "is left out there"
+        out.append(
+            Note(
+                f"{len(partial)} of {len(state.modules)} modules are not in every client"
+                f"{_some(partial)}; a client without one {how}"
+            )
+        )
+    return out
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    shown = [n for n in names[:3] if n]
+    return f" ({', '.join(shown)}{', …' if len(names) > 3 else ''})" if shown else ""
+
+
+def _loud_clients(state: State) -> list[tuple[str, float]]:
+    norms = torch.stack([m.client_stat("norm") for m in state.modules.values()])
+    overall = norms.square().sum(0).sqrt()
+    heard = overall[overall > 0]
+    if heard.numel() < 3:
+        return []
+    median = float(heard.median())
+    return [
+        (name, float(n) / median)
+        for name, n in zip(state.clients, overall, strict=True)
+        if n > LOUD * median
+    ]
+
+
+def describe(state: State) -> str:
+    """All lines and notes as text."""
+    header = (
+        f"{len(state.clients)} clients → rank {state.rank}, basis {state.settings['basis']}, "
+        f"{len(state.modules)} module{'' if len(state.modules) == 1 else 's'}"
+    )
+    table = lines(state)
+    width = max(len(l.name) for l in table)
+    body = [f"  {l.name:<{width}}  {l.value:>10}  {l.meaning}" for l in table]
+    return "\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))])

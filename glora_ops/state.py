@@ -1,0 +1,301 @@
+"""The server state: what an aggregation leaves behind, and what adapters are read out of."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .certificates import CLIENT_STATS, STATS
+from .errors import GloraError, require
+
+__all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
+
+FORMAT_VERSION = 1
+Factors = tuple[Tensor, Tensor]
+
+#: Name of the module of a state that was made from bare factor pairs.
+UNNAMED = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleState:
+    """One module's update Ŵ = u · diag(s) · vᵀ with its certificates.
+
+    Attributes
+    ----------
+    u : Tensor (d_out, R)
+    s : Tensor (R,) fp64
+        Descending; zero, with zero columns, beyond the effective rank.
+    v : Tensor (d_in, R)
+    eig_u, eig_v : Tensor (R + oversample,) fp64
+        Consensus eigenvalues on both sides (for ``basis="update"`` the leading energies of W̄ as
+        fractions of ‖W̄‖²).
+    stats : Tensor (16,) fp64
+        `glora_ops.certificates.STATS`.
+    client_stats : Tensor (K, 4) fp64
+        `glora_ops.certificates.CLIENT_STATS`.
+    present : Tensor (K,) bool
+        Which clients had the module.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    eig_u: Tensor
+    eig_v: Tensor
+    stats: Tensor
+    client_stats: Tensor
+    present: Tensor
+
+    def stat(self, name: str) -> float:
+        """One certificate by its name in `STATS`."""
+        return float(self.stats[STATS.index(name)])
+
+    def client_stat(self, name: str) -> Tensor:
+        """(K,): one column of `client_stats` by its name in `CLIENT_STATS`."""
+        return self.client_stats[:, CLIENT_STATS.index(name)]
+
+    @property
+    def update(self) -> Factors:
+        """Ŵ as factors (u·diag(s) (d_out, R), vᵀ (R, d_in)); never a dense matrix."""
+        return self.u * self.s.to(self.u.dtype), self.v.mT
+
+
+_TENSORS = tuple(ModuleState.__dataclass_fields__)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The server's model of all clients: an update per module, of rank R, with certificates.
+
+    Attributes
+    ----------
+    modules : dict of str to ModuleState
+        A state made from bare pairs has one module named ``""``.
+    clients : tuple of str
+    weights : tuple of float
+        As used: normalised to sum 1 unless ``normalise=False``.
+    settings : dict
+        How it was made: rank, basis, seed, …; JSON-able.
+    dense : dict of str to Tensor
+        Weighted means of full tensors (classifier heads, modules_to_save).
+    layout : dict or None
+        What is needed to write PEFT folders; JSON-able.
+    """
+
+    modules: dict[str, ModuleState]
+    clients: tuple[str, ...]
+    weights: tuple[float, ...]
+    settings: dict[str, Any]
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    layout: dict[str, Any] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Server rank R."""
+        return next(iter(self.modules.values())).s.numel()
+
+    @property
+    def captured(self) -> float:
+        """Energy of the mean update that the state holds, ‖Ŵ‖²/‖W̄‖² over all modules, ≤ 1."""
+        return self._energy("captured")
+
+    @property
+    def attainable(self) -> float:
+        """The same fraction for the best possible state of this rank."""
+        return self._energy("attainable")
+
+    @property
+    def ambiguous(self) -> tuple[str, ...]:
+        """Names of modules whose cut falls into a tie: the state is one of several equals."""
+        return tuple(name for name, m in self.modules.items() if m.stat("ambiguous"))
+
+    def _energy(self, name: str) -> float:
+        total = sum(m.stat("norm") ** 2 for m in self.modules.values())
+        if total == 0:
+            return 1.0
+        return sum(m.stat(name) * m.stat("norm") ** 2 for m in self.modules.values()) / total
+
+    def readout(
+        self, rank: int, scaling: float = 1.0, pad: str = "zero", seed: int = 0
+    ) -> Factors | dict[str, Factors]:
+        """An adapter of any rank: slices of the stored singular value decomposition.
+
+        Parameters
+        ----------
+        rank : int
+            Rank of the adapter, ≥ 1; above R it is padded.
+        scaling : float
+            alpha/r of the receiving adapter, > 0: s·B·A is the update.
+        pad : {"zero", "trainable"}
+            Pairs beyond the effective rank: zeros, which stay zero for ever in training, or
+            B = 0 beside seeded unit rows of A, which do not.
+        seed : int
+            Of the trainable rows.
+
+        Returns
+        -------
+        (lora_B (d_out, rank), lora_A (rank, d_in)), or a dict of them by module. Readouts of
+        different ranks and equal scaling are nested, bit for bit.
+        """
+        out = {
+            name: tuple(torch.ops.glora.readout(m.u, m.s, m.v, rank, scaling, pad, seed))
+            for name, m in self.modules.items()
+        }
+        return out[UNNAMED] if tuple(out) == (UNNAMED,) else out
+
+    def report(self) -> str:
+        """The certificates in words, and whatever deserves a second look."""
+        from .report import describe
+
+        return describe(self)
+
+    def truncated(self, rank: int) -> State:
+        """The same state with the leading `rank` directions of every module only."""
+        require(1 <= rank <= self.rank, "rank", rank, f"1 … {self.rank}")
+        modules = {
+            name: replace(m, u=m.u[:, :rank], s=m.s[:rank], v=m.v[:, :rank])
+            for name, m in self.modules.items()
+        }
+        return replace(self, modules=modules)
+
+    # --- files -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, JSON in its metadata, atomically: the old file or the new."""
+        path = Path(path)
+        tensors = {
+            f"modules/{name}/{part}": getattr(m, part).contiguous()
+            for name, m in self.modules.items()
+            for part in _TENSORS
+        } | {f"dense/{name}": x.contiguous() for name, x in self.dense.items()}
+        described = {
+            "format_version": FORMAT_VERSION,
+            "modules": list(self.modules),
+            "clients": self.clients,
+            "weights": self.weights,
+            "settings": self.settings,
+            "layout": self.layout,
+        }
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            save_file(tensors, partial, metadata={"glora": json.dumps(described)})
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o644)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> State:
+        """Read a file written by `save`.
+
+        Raises
+        ------
+        GloraError
+            Not a safetensors file, not a glora state, or of a format this version cannot read.
+        """
+        path = Path(path)
+        require(path.is_file(), "state", path, "an existing file", "glora aggregate writes one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls._read(path, file, (file.metadata() or {}).get("glora"))
+        except SafetensorError as error:
+            raise GloraError(
+                f"state: {path} is not a readable safetensors file ({error}); expected a "
+                "server.safetensors as `glora aggregate` writes it"
+            ) from error
+
+    @classmethod
+    def _read(cls, path: Path, file: Any, described: str | None) -> State:
+        remedy = "expected a server.safetensors as `glora aggregate` writes it"
+        try:
+            about: Mapping[str, Any] = json.loads(described or "")
+            version = about["format_version"]
+        except (ValueError, TypeError, KeyError):
+            raise GloraError(f"state: {path} carries no glora metadata; {remedy}") from None
+        require(
+            version == FORMAT_VERSION,
+            "format_version",
+            f"{version} in {path}",
+            f"{FORMAT_VERSION}",
+            "read it with the glora that wrote it",
+        )
+        keys = set(file.keys())
+        wanted = {f"modules/{name}/{part}" for name in about["modules"] for part in _TENSORS}
+        require(
+            wanted <= keys and bool(wanted),
+            "tensors",
+            f"{path} without {', '.join(sorted(wanted - keys)[:3]) or 'any module'}",
+            "all tensors of every module it lists",
+            "the file is incomplete: write it again",
+        )
+        modules = {
+            name: ModuleState(*(file.get_tensor(f"modules/{name}/{part}") for part in _TENSORS))
+            for name in about["modules"]
+        }
+        for name, m in modules.items():
+            rank, clients = m.s.numel(), len(about["clients"])
+            fits = (
+                m.u.dim() == m.v.dim() == 2
+                and m.u.shape[1] == m.v.shape[1] == rank >= 1
+                and m.stats.shape == (len(STATS),)
+                and m.client_stats.shape == (clients, len(CLIENT_STATS))
+                and all(bool(x.isfinite().all()) for x in (m.u, m.s, m.v))
+            )
+            require(
+                fits,
+                f"module {name!r}",
+                f"u {tuple(m.u.shape)}, s {tuple(m.s.shape)}, v {tuple(m.v.shape)} in {path}",
+                "finite u (d_out, R), s (R,), v (d_in, R) and one row of statistics per client",
+                "the file is damaged: write it again",
+            )
+        return cls(
+            modules,
+            tuple(about["clients"]),
+            tuple(about["weights"]),
+            dict(about["settings"]),
+            {k.removeprefix("dense/"): file.get_tensor(k) for k in sorted(keys - wanted)},
+            about["layout"],
+        )
+
+    def write_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        rank: int,
+        *,
+        pad: str = "zero",
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, fp32, in one step.
+
+        Raises
+        ------
+        GloraError
+            The state was not made from PEFT folders, or `folder` exists and not `overwrite`.
+        """
+        from .adapters import write_adapter
+
+        require(
+            self.layout is not None,
+            "layout",
+            None,
+            "a state made from PEFT folders",
+            "use readout() and save the factors as your framework stores them",
+        )
+        factors = self.readout(rank, 1.0, pad, seed)
+        write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
