@@ -172,7 +172,7 @@ class Ops:
             out = _by_module(lambda l: run(slice(l, l + 1)), modules)
         return _like(b.dim() == 3, *out)
 
-    def aggregate_list(self, lora_B, lora_A, weights, scaling, rank, *settings):  # noqa: N803
+    def aggregate_list(self, lora_B, lora_A, weights, scaling, rank, *settings):
         schemas.check_lists(lora_B, lora_A)
         packed = pack(list(zip(lora_B, lora_A, strict=True)))
         return self.aggregate(packed.b, packed.a, packed.offsets, weights, scaling, rank, *settings)

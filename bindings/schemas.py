@@ -278,7 +278,7 @@ def _(b, a, offsets, weights, scaling, rank, basis="consensus", tau_rel=0.1, anc
 
 
 @_fake("aggregate.list")
-def _(lora_B, lora_A, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,  # noqa: N803
+def _(lora_B, lora_A, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,
       oversample=16, power_iters=-1, tol=1e-3, warm_u=None, warm_v=None, seed=0):  # fmt: skip
     check_lists(lora_B, lora_A)
     return _fake_aggregate(

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import bindings as _bindings  # registers torch.ops.glora
+from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .errors import GloraError, GloraWarning, Refusal, Refused, require
 from .packing import pack_modules
 from .report import notes
 from .state import UNNAMED, Factors, ModuleState, State
 
 __all__ = ["aggregate"]
-
-_ = _bindings
 
 Client = Factors | Mapping[str, Factors]
 Progress = Callable[[int, int], None]
@@ -110,18 +108,18 @@ def aggregate(
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
     """
-    clients = [c if isinstance(c, Mapping) else {UNNAMED: tuple(c)} for c in clients]
-    count = len(clients)
+    named = [c if isinstance(c, Mapping) else {UNNAMED: c} for c in clients]
+    count = len(named)
     require(count >= 1, "clients", 0, "at least one client", "pass a list of (B, A) pairs")
     names = _names(names, count)
     require(missing in MISSING, "missing", repr(missing), f"one of {MISSING}")
     factor_weights = _weights(weights, names, normalise, basis)
-    modules = list(dict.fromkeys(name for client in clients for name in client))
+    modules = list(dict.fromkeys(name for client in named for name in client))
     require(bool(modules), "clients", "clients without modules", "at least one module")
-    scale = _scalings(scalings, clients, names)
-    _check_values(clients, names)
+    scale = _scalings(scalings, named, names)
+    _check_values(named, names)
 
-    largest = max(a.shape[0] for client in clients for _, a in client.values())
+    largest = max(a.shape[0] for client in named for _, a in client.values())
     settings: dict[str, Any] = {
         "basis": basis, "missing": missing, "normalise": normalise, "tau_rel": tau_rel,
         "anchor": anchor, "oversample": oversample, "power_iters": power_iters, "tol": tol,
@@ -130,7 +128,7 @@ def aggregate(
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = _run(
-            clients, modules, factor_weights, scale, missing, max_bytes, report, warm,
+            named, modules, factor_weights, scale, missing, max_bytes, report, warm,
             rank=server_rank, basis=basis, tau_rel=tau_rel, anchor=anchor, oversample=oversample,
             power_iters=power_iters, tol=tol, seed=seed,
         )  # fmt: skip
@@ -141,7 +139,7 @@ def aggregate(
         )  # fmt: skip
 
     if rank == "auto":
-        state = _smallest_rank(run, captured, clients, progress)
+        state = _smallest_rank(run, captured, named, progress)
     else:
         require(
             rank is None or (isinstance(rank, int) and rank >= 1),
@@ -238,7 +236,7 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
                         tensor=module or None,
                         found=found,
                         expected="B (d_out, r) and A (r, d_in) with one r ≥ 1",
-                    )  # fmt: skip
+                    )
                 )
                 continue
             first, d_out, d_in = shapes.setdefault(module, (name, b.shape[0], a.shape[1]))
@@ -251,7 +249,7 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
                         found=found,
                         expected=f"d_out {d_out} and d_in {d_in} as {first}'s",
                         remedy="aggregate adapters of one base model",
-                    )  # fmt: skip
+                    )
                 )
             for side, x in (("B", b), ("A", a)):
                 if not bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
@@ -297,7 +295,7 @@ def _run(
             packed.b, packed.a, packed.offsets, w, s, **settings, **start
         )
         for l, m in enumerate(batch):
-            done[m] = ModuleState(*(x[l] for x in out), present[l])
+            done[m] = ModuleState(*(x[l] for x in (*out, present)))
         if progress is not None:
             progress(len(done), len(modules))
     return done

@@ -5,6 +5,7 @@ Everything here is r × r (or N × N) and fp64; the long dimension never appears
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 __all__ = ["Balanced", "Forms", "balance", "canonical_forms", "factor_coordinates", "soft_votes"]
 
 U64 = 2.0**-53
+Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(safe, t, upper=True, left=False)
 
 
-def canonical_forms(pair: Balanced, eigh, root: tuple[Tensor, Tensor] | None = None) -> Forms:
+def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
     """Canonical coordinates of B·A, for the *unbalanced* factors, from their Gram matrices.
 
     eigh(G_A) = V Λ Vᵀ, F = √Λ Vᵀ; eigh(F G_B Fᵀ) = Y σ² Yᵀ; T_U = Fᵀ Y/σ, T_V = G_B T_U/σ.
@@ -105,15 +107,13 @@ def canonical_forms(pair: Balanced, eigh, root: tuple[Tensor, Tensor] | None = N
     pair : Balanced
     eigh : callable
         The device's eigensolver.
-    root : (Λ, V), optional
-        ``eigh(pair.gram_a)`` where the caller has it already.
 
     Notes
     -----
     σ² carries a backward error of order 2⁻⁵³‖G_A‖‖G_B‖; directions within 16·r of that are
     dropped. They are below 1e-7·‖B‖‖A‖, the last digits of fp32 factors.
     """
-    lam, vec = eigh(pair.gram_a) if root is None else root
+    lam, vec = eigh(pair.gram_a)
     f = lam.sqrt()[..., :, None] * vec.mT
     sigma2, y = eigh(f @ pair.gram_b @ f.mT)
     rank = pair.d.shape[-1]
@@ -128,7 +128,7 @@ def canonical_forms(pair: Balanced, eigh, root: tuple[Tensor, Tensor] | None = N
     return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
 
 
-def factor_coordinates(gram: Tensor, eigh) -> Tensor:
+def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:
     """T (..., r, r) with x_iᵀ T_i an orthonormal basis of client i's row space.
 
     The plain form, from one factor alone: rows balanced to unit size by powers of two, rank cut

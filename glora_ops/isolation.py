@@ -23,7 +23,7 @@ def exact_products() -> Iterator[None]:
     restores it, so that overlapping callers cannot leave it changed.
     """
     global _inside, _saved
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
     with _lock:
         if _inside == 0:
             _saved = matmul.fp32_precision

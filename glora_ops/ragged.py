@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,12 +49,12 @@ class Ragged:
             len(marks) >= 2
             and marks[0] == 0
             and marks[-1] == rows
-            and all(lo <= hi for lo, hi in zip(marks, marks[1:], strict=False)),
+            and all(lo <= hi for lo, hi in pairwise(marks)),
             "offsets",
             marks if len(marks) <= 8 else f"{marks[:4]} … {marks[-2:]}",
             f"K + 1 ascending marks from 0 to the stack's {rows} rows",
         )
-        largest = max(hi - lo for lo, hi in zip(marks, marks[1:], strict=False))
+        largest = max(hi - lo for lo, hi in pairwise(marks))
         require(
             max_rank < 0 or max_rank >= largest,
             "max_rank",

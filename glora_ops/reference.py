@@ -362,8 +362,9 @@ def anchor_triplets(
     x, sigma, yt = linalg.svd(mean_update(clients, coefficient, scaling), full_matrices=False)
     size = storage_scale(clients, coefficient, scaling)
     at_cut = sigma[rank - 1] if rank <= len(sigma) else 0.0
+    floor = _rounding(unit_roundoff, size)  # the stored numbers say nothing about less
     t = min(rank, len(sigma))
-    g = _soft(sigma[:t], max(at_cut, _rounding(unit_roundoff, size)))
+    g = _soft(sigma[:t], max(at_cut, floor))
     g[sigma[:t] <= _rounding(min(unit_roundoff, U32), size)] = 0.0
     return x[:, :t], sigma[:t], yt[:t].T, g
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .ragged import Ragged
-from .vocabulary import Vocabulary
 
 __all__ = ["Coordinates", "Principal", "Route", "Side", "Triplets", "fill", "gram_route_limit"]
 

@@ -148,11 +148,14 @@ class State:
         (lora_B (d_out, rank), lora_A (rank, d_in)), or a dict of them by module. Readouts of
         different ranks and equal scaling are nested, bit for bit.
         """
-        out = {
-            name: tuple(torch.ops.glora.readout(m.u, m.s, m.v, rank, scaling, pad, seed))
+        out = self._readouts(rank, scaling, pad, seed)
+        return out[UNNAMED] if tuple(out) == (UNNAMED,) else out
+
+    def _readouts(self, rank: int, scaling: float, pad: str, seed: int) -> dict[str, Factors]:
+        return {
+            name: torch.ops.glora.readout(m.u, m.s, m.v, rank, scaling, pad, seed)
             for name, m in self.modules.items()
         }
-        return out[UNNAMED] if tuple(out) == (UNNAMED,) else out
 
     def report(self) -> str:
         """The certificates in words, and whatever deserves a second look."""
@@ -290,12 +293,10 @@ class State:
         """
         from .adapters import write_adapter
 
-        require(
-            self.layout is not None,
-            "layout",
-            None,
-            "a state made from PEFT folders",
-            "use readout() and save the factors as your framework stores them",
-        )
-        factors = self.readout(rank, 1.0, pad, seed)
+        if self.layout is None:
+            raise GloraError(
+                "layout: got None, expected a state made from PEFT folders; use readout() and "
+                "save the factors as your framework stores them"
+            )
+        factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
