@@ -142,7 +142,8 @@ def anchor_columns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:  # fmt: skip
     """The anchor: leading triplets of a mean in which every client has an equal voice.
 
-    W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄); it votes with weight η g_k, g_k = σ̃_k²/(σ̃_k² + σ̃_R²).
+    W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄); it votes with weight η g_k, g_k = σ̃_k²/(σ̃_k² + c²),
+    c the largest of σ̃_R, 0.01 σ̃_1 and the storage noise of W̃; none at all for rounding.
 
     Returns
     -------
@@ -163,10 +164,12 @@ def anchor_columns(
         0.0,
     )
     lead = route.triplets(ragged.spread(votes * scaling * voice), rank, warm)
-    floor = 8 * roundoff * (votes * voice * clients.size).sum(-1)
-    sigma_r = torch.maximum(lead.sigma[..., rank - 1], floor)[..., None]
+    size = votes * voice * clients.size
+    floor = 8 * min(roundoff, U32) * size.sum(-1)
     head = lead.sigma[..., :rank]
-    g = head.square() / (head.square() + sigma_r.square()).clamp(min=1e-300)
+    noise = 0.5 * roundoff * torch.linalg.vector_norm(size, dim=-1)
+    c = torch.maximum(torch.maximum(head[..., -1], 0.01 * head[..., 0]), noise)[..., None]
+    g = torch.where(head > floor[..., None], head.square() / (head.square() + c.square()), 0.0)
     column = (strength * g).sqrt()[..., None, :]
     left, right = (x * column.to(x.dtype) for x in (lead.x, lead.y))
     return left, right, lead.sigma, floor, lead.steps
@@ -202,25 +205,21 @@ def aggregate(
 
     if basis == "update":
         u, w = mean.x, mean.y
-        eig_u = eig_v = fill(mean.sigma, count).square() / _positive(mean.norm.square())[..., None]
+        eig_u, eig_v = fill(mean.sigma, count), fill(mean.sigma, count)
         gap_u = gap_v = torch.ones_like(scale)
         kappa_p = torch.zeros_like(scale)
-        cut, cut_floor, steps = mean.sigma, 8 * roundoff * scale, mean.steps
+        cut, cut_floor, steps = mean.sigma, 8 * min(roundoff, U32) * scale, mean.steps
     else:
         soft = basis == "consensus"
-        if soft:
-            f = clients.f
+        hard = clients.sigma > 8 * ragged.spread(clients.noise)
+        row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
+        if soft and anchor > 0:
             extra_u, extra_v, cut, cut_floor, steps = anchor_columns(
                 route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
             )
         else:
-            f = (clients.sigma > 8 * ragged.spread(clients.noise)).double()
-            extra_u, extra_v = (
-                b.new_zeros(*b.shape[:1], b.shape[-1], 0),
-                a.new_zeros(*a.shape[:1], a.shape[-1], 0),
-            )
-            cut, cut_floor, steps = mean.sigma.new_zeros(mean.sigma.shape), scale, 0
-        row_votes = ragged.spread(votes) * f
+            extra_u, extra_v = b[:, :0].mT, a[:, :0].mT
+            cut, cut_floor, steps = torch.zeros_like(mean.sigma), scale, 0
         pu = route.principal(
             left, right, Coordinates(clients.t_u, row_votes, extra_u), rank, coef, warm_u
         )
@@ -251,7 +250,7 @@ def aggregate(
 
     # Energies as fractions of ‖W̄‖²; a mean that cancels to rounding has nothing to capture.
     energy, held = mean.norm.square(), c.square().sum((-2, -1))
-    present = mean.norm > 8 * roundoff * scale
+    present = mean.norm > 8 * min(roundoff, U32) * scale
     captured = torch.where(present, held / _positive(energy), 1.0).clamp(max=1.0)
     best = mean.sigma[..., :rank].square().sum(-1) / _positive(energy)
     attainable = torch.maximum(torch.where(present, best, 1.0).clamp(max=1.0), captured)
@@ -286,7 +285,7 @@ def _client_stats(
     ragged: Ragged, clients: Clients, c: Tensor, z_u: Tensor, z_v: Tensor, coef: Tensor
 ) -> Tensor:
     """(L, K, 4): norm, alignment left and right, share of the core's energy."""
-    kept = (clients.sigma > 0).double()
+    kept = (clients.sigma > 8 * ragged.spread(clients.noise)).double()
     held = [
         ragged.gather(ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1) * kept)
         for t, z in ((clients.t_u, z_u), (clients.t_v, z_v))

@@ -74,7 +74,7 @@ def balance(gram_b: Tensor, gram_a: Tensor) -> Balanced:
     norm_a = gram_a.diagonal(dim1=-2, dim2=-1)
     alive = (norm_b > 0) & (norm_a > 0)
     ratio = torch.where(alive, norm_a, 1.0) / torch.where(alive, norm_b, 1.0)
-    exponent = torch.frexp(ratio).exponent.div(4, rounding_mode="floor")
+    exponent = (torch.frexp(ratio).exponent + 1).div(4, rounding_mode="floor")
     d = torch.where(alive, torch.exp2(exponent.double()), 0.0)
     d_inverse = torch.where(alive, torch.exp2(-exponent.double()), 0.0)
     return Balanced(

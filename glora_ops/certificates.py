@@ -32,7 +32,7 @@ STATS = (
 #: Columns of `aggregate`'s `client_stats`, in order.
 CLIENT_STATS = (
     "norm",  # ‖ΔW_i‖_F
-    "align_u",  # ‖Uᵀ Q_i‖²_F/k_i: how much of the client's column space the state can hold
+    "align_u",  # ‖Uᵀ Q_i‖²_F/k_i, over the k_i directions of the client above storage noise
     "align_v",  # the same for its row space
     "share",  # w_i⟨Uᵀ ΔW_i V, C⟩/‖C‖²: the client's share of the state's energy; sums to 1
 )

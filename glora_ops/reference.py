@@ -348,10 +348,13 @@ def anchor_triplets(
 ) -> tuple[Array, Array, Array, Array]:
     """The leading R singular triplets (x_k, σ̃_k, y_k) of W̃ and their weights g_k.
 
-        g_k = σ̃_k²/(σ̃_k² + max(σ̃_R, 8·u_in·S̃)²),   S̃ = Σ p_i (1/‖ΔW_i‖ + ε/ρ̄)|s_i|‖B_i‖_F‖A_i‖_F
+        g_k = σ̃_k²/(σ̃_k² + c²),   c = max(σ̃_R, 0.01·σ̃_1, ½·u_in·√Σ S̃_i²)
+        S̃_i = p_i (1/‖ΔW_i‖ + ε/ρ̄)|s_i|‖B_i‖_F‖A_i‖_F
 
-    g_k = 0 where σ̃_k ≤ 8·min(u_in, u32)·S̃: those are zero but for the rounding of the arithmetic,
-    and where eigenvalues of P̄ tie, even a vote of 1e-3 for a random direction would decide.
+    Without the lower limits on c a σ̃_R at the noise of the stored numbers would turn that noise
+    into half a vote. g_k = 0 where σ̃_k ≤ 8·min(u_in, u32)·ΣS̃_i: those are zero but for the rounding
+    of the arithmetic, and where eigenvalues of P̄ tie, even a vote of 1e-3 for a random direction
+    would decide.
 
     Returns
     -------
@@ -362,9 +365,13 @@ def anchor_triplets(
     x, sigma, yt = linalg.svd(mean_update(clients, coefficient, scaling), full_matrices=False)
     size = storage_scale(clients, coefficient, scaling)
     at_cut = sigma[rank - 1] if rank <= len(sigma) else 0.0
-    floor = _rounding(unit_roundoff, size)  # the stored numbers say nothing about less
+    sizes = [
+        c * storage_norm(b, a, s)
+        for (b, a), c, s in zip(clients, coefficient, scaling, strict=True)
+    ]
+    noise = 0.5 * unit_roundoff * np.linalg.norm(sizes)
     t = min(rank, len(sigma))
-    g = _soft(sigma[:t], max(at_cut, floor))
+    g = _soft(sigma[:t], max(at_cut, 0.01 * sigma[0], noise))
     g[sigma[:t] <= _rounding(min(unit_roundoff, U32), size)] = 0.0
     return x[:, :t], sigma[:t], yt[:t].T, g
 
@@ -501,12 +508,13 @@ def aggregate(
 
     Notes
     -----
-    Certificates. Eigenvalues at or below λ_floor = max(1e-13·λ₁, 4·max_i f_i(½·u_in·|s_i|‖B_i‖_F
-    ‖A_i‖_F)), the weight that pure storage noise could earn, count as zero; where λ_R or λ_{R+1}
-    does, nothing is cut. Over the eigenpairs that exist
+    Certificates. Eigenvalues at or below λ_floor = max(1e-12·λ₁, 4·max_i p_i f_i(½·u_in·|s_i|
+    ‖B_i‖_F‖A_i‖_F)), the weight that pure storage noise could earn, count as zero; where λ_R or
+    λ_{R+1} does, nothing is cut. Over the eigenpairs that exist
 
         κ_P² = Σ_{j≤R<k} (‖u_jᵀW̄‖² + ‖u_kᵀW̄‖²)/((λ_j − λ_k)²‖W̄‖²)   (and right; the larger)
-        κ_W  = σ_R/(σ_R − σ_{R+1})   of W̃ (consensus) or W̄ (update); 0 where σ_R ≤ 8·u_in·S.
+        κ_W  = σ_R/(σ_R − σ_{R+1})   of W̃ (consensus) or W̄ (update); 0 where σ_R is rounding,
+               at most 8·min(u_in, u32)·S
 
     ``flagged``: max(κ_P, κ_W)·u32 > 1e-2, or a relative gap below 1e-3, of λ on either side or of
     the σ that is cut.
@@ -540,14 +548,16 @@ def aggregate(
         kappa_p = 0.0 if nothing else max(kappa_u, kappa_v)
     gap_w, kappa_w = 1.0, 0.0
     if basis == "update":
-        gap_w, kappa_w = _cut_of_singular_values(spectrum, rank, _rounding(unit_roundoff, size))
+        gap_w, kappa_w = _cut_of_singular_values(
+            spectrum, rank, _rounding(min(unit_roundoff, U32), size)
+        )
         gap_u = gap_v = gap_w
     elif basis == "consensus" and anchor > 0:
         coefficient = anchor_weights(clients, w, s)
         gap_w, kappa_w = _cut_of_singular_values(
             linalg.svdvals(mean_update(clients, coefficient, s)),
             rank,
-            _rounding(unit_roundoff, storage_scale(clients, coefficient, s)),
+            _rounding(min(unit_roundoff, U32), storage_scale(clients, coefficient, s)),
         )
     flagged = max(kappa_p, kappa_w) * U32 > 1e-2 or min(gap_u, gap_v, gap_w) < 1e-3
 
@@ -606,21 +616,21 @@ def _information_floor(
     tau_rel: float,
     unit_roundoff: float,
 ) -> float:
-    """4·max_i f_i(½·u_in·|s_i|‖B_i‖_F‖A_i‖_F); zero for f = 1 above numerical rank."""
+    """4·max_i p_i f_i(½·u_in·|s_i|‖B_i‖_F‖A_i‖_F); zero for f = 1 above numerical rank."""
     if basis == "projector":
         return 0.0
     floor = 0.0
-    for (b, a), w_i, s_i in zip(clients, weights, scaling, strict=True):
+    for (b, a), p_i, s_i in zip(clients, votes(weights), scaling, strict=True):
         form = canonical(b, a, s_i, tau_rel, unit_roundoff)
-        if w_i != 0 and len(form.sigma):
+        if p_i != 0 and len(form.sigma):
             noise = np.array([0.5 * unit_roundoff * storage_norm(b, a, s_i)])
-            floor = max(floor, 4 * float(_soft(noise, form.tau)[0]))
+            floor = max(floor, 4 * p_i * float(_soft(noise, form.tau)[0]))
     return floor
 
 
 def _cut(side: _Side, w: Array, rank: int, floor: float) -> tuple[float, float]:
     """(relative gap, κ_P) of one side at the cut."""
-    exists = int((side.values > max(side.noise, floor)).sum())
+    exists = int((side.values > max(1e-12 * side.values[0], floor)).sum())
     if rank >= exists:
         return 1.0, 0.0
     lam = side.values[:exists]

@@ -38,8 +38,7 @@ class ModuleState:
         Descending; zero, with zero columns, beyond the effective rank.
     v : Tensor (d_in, R)
     eig_u, eig_v : Tensor (R + oversample,) fp64
-        Consensus eigenvalues on both sides (for ``basis="update"`` the leading energies of W̄ as
-        fractions of ‖W̄‖²).
+        Consensus eigenvalues on both sides; for ``basis="update"`` singular values of W̄.
     stats : Tensor (16,) fp64
         `glora_ops.certificates.STATS`.
     client_stats : Tensor (K, 4) fp64
