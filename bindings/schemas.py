@@ -156,23 +156,37 @@ def check_coordinates(x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor
     check_rows("row_weights", row_weights, x)
 
 
-def check_aggregate(
-    b: Tensor, a: Tensor, offsets: Tensor, weights: Tensor, scaling: Tensor, rank: int,
-    basis: str = "consensus", tau_rel: float = 0.1, anchor: float = 0.5, oversample: int = 16,
-    power_iters: int = -1, tol: float = 1e-3, warm_u: Tensor | None = None,
-    warm_v: Tensor | None = None, seed: int = 0,
-) -> None:  # fmt: skip
-    check_pair(b, a)
-    check_offsets(offsets)
-    check_clients("weights", weights, offsets, b)
-    check_clients("scaling", scaling, offsets, b)
+def check_settings(
+    rank: int,
+    basis: str,
+    tau_rel: float,
+    anchor: float,
+    oversample: int,
+    power_iters: int,
+    tol: float,
+) -> None:
     check_solver(rank, oversample, power_iters, tol)
     check_choice("basis", basis, BASES)
     require(tau_rel >= 0, "tau_rel", tau_rel, "a fraction ≥ 0", "0.1 is the default")
     require(anchor >= 0, "anchor", anchor, "a weight ≥ 0", "0.5 is the default, 0 switches it off")
+
+
+def check_warm(warm_u: Tensor | None, warm_v: Tensor | None, b: Tensor, a: Tensor) -> None:
     for name, warm, stack in (("warm_u", warm_u, b), ("warm_v", warm_v, a)):
         if warm is not None:
             check_columns(name, warm, stack)
+
+
+def check_readout(u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pad: str) -> None:
+    require(rank >= 1, "rank", rank, "an integer ≥ 1")
+    require(scaling > 0, "scaling", scaling, "the receiving adapter's alpha/r, above zero")
+    check_choice("pad", pad, PADS)
+    require(
+        u.shape[-1] == s.shape[-1] == v.shape[-1] and u.shape[:-2] == s.shape[:-1] == v.shape[:-2],
+        "s",
+        _shape(s),
+        f"one value per column of u {tuple(u.shape)} and v {tuple(v.shape)}",
+    )
 
 
 def check_lists(lora_b: list[Tensor], lora_a: list[Tensor]) -> None:
@@ -206,33 +220,79 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @_fake("canonicalize")
-def _(b, a, offsets, scaling, tau_rel=0.1, max_rank=-1):
+def _canonicalize(
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    scaling: Tensor,
+    tau_rel: float = 0.1,
+    max_rank: int = -1,
+) -> tuple[Tensor, ...]:
     check_pair(b, a)
     check_offsets(offsets)
     check_clients("scaling", scaling, offsets, b)
     width = torch.library.get_ctx().new_dynamic_size() if max_rank < 0 else max_rank
-    small = {"dtype": torch.float64}
-    t = b.new_empty(*b.shape[:-1], width, **small)
-    row = b.new_empty(b.shape[:-1], **small)
+    t = b.new_empty(*b.shape[:-1], width, dtype=torch.float64)
+    row = b.new_empty(b.shape[:-1], dtype=torch.float64)
     return t, torch.empty_like(t), row, torch.empty_like(row)
 
 
 @_fake("projector_matmul")
-def _(x, offsets, t, row_weights, omega):
+def _projector_matmul(
+    x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor, omega: Tensor
+) -> Tensor:
     check_coordinates(x, offsets, t, row_weights)
     check_columns("omega", omega, x)
     return x.new_empty(omega.shape, dtype=result_dtype(x))
 
 
 @_fake("projector_matmul.factors")
-def _(x, offsets, weights, omega):
+def _projector_matmul_factors(x: Tensor, offsets: Tensor, weights: Tensor, omega: Tensor) -> Tensor:
     check_stack("x", x)
     check_clients("weights", weights, offsets, x)
     check_columns("omega", omega, x)
     return x.new_empty(omega.shape, dtype=result_dtype(x))
 
 
-def _fake_svd(x: Tensor, rank: int, oversample: int) -> tuple[Tensor, Tensor, Tensor]:
+@_fake("projector_svd")
+def _projector_svd(
+    x: Tensor,
+    offsets: Tensor,
+    t: Tensor,
+    row_weights: Tensor,
+    rank: int,
+    oversample: int = 16,
+    power_iters: int = -1,
+    tol: float = 1e-3,
+    extra: Tensor | None = None,
+    warm: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    check_coordinates(x, offsets, t, row_weights)
+    check_solver(rank, oversample, power_iters, tol)
+    return _eigenpairs(x, rank, oversample)
+
+
+@_fake("projector_svd.factors")
+def _projector_svd_factors(
+    x: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    rank: int,
+    oversample: int = 16,
+    power_iters: int = -1,
+    tol: float = 1e-3,
+    extra: Tensor | None = None,
+    warm: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    check_stack("x", x)
+    check_clients("weights", weights, offsets, x)
+    check_solver(rank, oversample, power_iters, tol)
+    return _eigenpairs(x, rank, oversample)
+
+
+def _eigenpairs(x: Tensor, rank: int, oversample: int) -> tuple[Tensor, ...]:
     batch = x.shape[:-2]
     return (
         x.new_empty(*batch, x.shape[-1], rank, dtype=result_dtype(x)),
@@ -241,25 +301,16 @@ def _fake_svd(x: Tensor, rank: int, oversample: int) -> tuple[Tensor, Tensor, Te
     )
 
 
-@_fake("projector_svd")
-def _(x, offsets, t, row_weights, rank, oversample=16, power_iters=-1, tol=1e-3, extra=None,
-      warm=None, seed=0):  # fmt: skip
-    check_coordinates(x, offsets, t, row_weights)
-    check_solver(rank, oversample, power_iters, tol)
-    return _fake_svd(x, rank, oversample)
-
-
-@_fake("projector_svd.factors")
-def _(x, offsets, weights, rank, oversample=16, power_iters=-1, tol=1e-3, extra=None, warm=None,
-      seed=0):  # fmt: skip
-    check_stack("x", x)
-    check_clients("weights", weights, offsets, x)
-    check_solver(rank, oversample, power_iters, tol)
-    return _fake_svd(x, rank, oversample)
-
-
 @_fake("core")
-def _(u, v, b, a, offsets, weights, scaling):
+def _core(
+    u: Tensor,
+    v: Tensor,
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+) -> Tensor:
     check_pair(b, a)
     check_columns("u", u, b)
     check_columns("v", v, a)
@@ -267,30 +318,68 @@ def _(u, v, b, a, offsets, weights, scaling):
 
 
 @_fake("aggregate")
-def _(b, a, offsets, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,
-      oversample=16, power_iters=-1, tol=1e-3, warm_u=None, warm_v=None, seed=0):  # fmt: skip
-    check_aggregate(b, a, offsets, weights, scaling, rank, basis, tau_rel, anchor, oversample,
-                    power_iters, tol, warm_u, warm_v, seed)  # fmt: skip
-    return _fake_aggregate(
-        b, b.shape[:-2], b.shape[-1], a.shape[-1], offsets.shape[0] - 1, rank, oversample,
-        result_dtype(b, a),
-    )  # fmt: skip
+def _aggregate(
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+    rank: int,
+    basis: str = "consensus",
+    tau_rel: float = 0.1,
+    anchor: float = 0.5,
+    oversample: int = 16,
+    power_iters: int = -1,
+    tol: float = 1e-3,
+    warm_u: Tensor | None = None,
+    warm_v: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    check_pair(b, a)
+    check_offsets(offsets)
+    check_clients("weights", weights, offsets, b)
+    check_clients("scaling", scaling, offsets, b)
+    check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
+    check_warm(warm_u, warm_v, b, a)
+    clients = offsets.shape[0] - 1
+    dtype = result_dtype(b, a)
+    return _results(b, b.shape[:-2], b.shape[-1], a.shape[-1], clients, rank, oversample, dtype)
 
 
 @_fake("aggregate.list")
-def _(lora_B, lora_A, weights, scaling, rank, basis="consensus", tau_rel=0.1, anchor=0.5,
-      oversample=16, power_iters=-1, tol=1e-3, warm_u=None, warm_v=None, seed=0):  # fmt: skip
-    check_lists(lora_B, lora_A)
-    return _fake_aggregate(
-        lora_B[0], (), lora_B[0].shape[0], lora_A[0].shape[1], len(lora_B), rank, oversample,
-        result_dtype(*lora_B, *lora_A),
-    )  # fmt: skip
+def _aggregate_list(
+    lora_b: list[Tensor],
+    lora_a: list[Tensor],
+    weights: Tensor,
+    scaling: Tensor,
+    rank: int,
+    basis: str = "consensus",
+    tau_rel: float = 0.1,
+    anchor: float = 0.5,
+    oversample: int = 16,
+    power_iters: int = -1,
+    tol: float = 1e-3,
+    warm_u: Tensor | None = None,
+    warm_v: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    check_lists(lora_b, lora_a)
+    check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
+    d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[1]
+    dtype = result_dtype(*lora_b, *lora_a)
+    return _results(lora_b[0], (), d_out, d_in, len(lora_b), rank, oversample, dtype)
 
 
-def _fake_aggregate(
-    like: Tensor, batch: tuple[int, ...], d_out: int, d_in: int, clients: int, rank: int,
-    oversample: int, dtype: torch.dtype,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _results(
+    like: Tensor,
+    batch: tuple[int, ...],
+    d_out: int,
+    d_in: int,
+    clients: int,
+    rank: int,
+    oversample: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return like.new_empty(*batch, *shape, dtype=dtype)
 
@@ -306,9 +395,16 @@ def _fake_aggregate(
 
 
 @_fake("readout")
-def _(u, s, v, rank, scaling=1.0, pad="zero", seed=0):
-    require(rank >= 1, "rank", rank, "an integer ≥ 1")
-    check_choice("pad", pad, PADS)
+def _readout(
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    rank: int,
+    scaling: float = 1.0,
+    pad: str = "zero",
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    check_readout(u, s, v, rank, scaling, pad)
     return u.new_empty(*u.shape[:-1], rank), v.new_empty(*v.shape[:-2], rank, v.shape[-2])
 
 

@@ -267,7 +267,7 @@ def aggregate(
     stats[..., STATS.index("power_iters")] = steps
     stats[..., STATS.index("krylov")] = 0.0 if exact else 1.0
     client_stats = _client_stats(ragged, clients, c, z_u, z_v, coef)
-    return u_out, s.to(u_out.dtype), v_out, eig_u, eig_v, stats, client_stats
+    return u_out, s, v_out, eig_u, eig_v, stats, client_stats
 
 
 def _positive(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -36,7 +36,7 @@ def aggregate_adapters(
     on_bad_client: str = "refuse",
     base: str | None = None,
     captured: float = 0.9,
-    max_bytes: int = MAX_BYTES,
+    max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
     **settings: Any,
 ) -> State:
@@ -62,16 +62,19 @@ def aggregate_adapters(
         ``settings["skipped"]``; the weights of the others stand.
     base : str, optional
         Vouches that all clients adapt the same base although its names differ, and names it.
-    max_bytes : int
+    max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
-        Called as ``progress(step, done, total)``, step being "headers", "values" or "dense".
+        Called as ``progress(step, done, total)``, step being "headers", "values", "dense" or
+        "modules".
     **settings
-        Passed on to `aggregate`.
+        Passed on to `aggregate`: normalise, tau_rel, anchor, seed, ….
 
     Returns
     -------
     State
+        Whose settings also hold ``weights_from``, ``skipped`` (the reasons) and ``dense_from``
+        (the clients that had a dense tensor, where some had not).
 
     Raises
     ------
@@ -100,17 +103,17 @@ def aggregate_adapters(
         f"{0 if weights is None else len(weights)} of them",
         f"one for each of the {len(folders)} folders",
     )
-    progress = progress or (lambda step, done, total: None)
+    tell: Progress = progress or (lambda step, done, total: None)
 
     refused: dict[int, list[Refusal]] = defaultdict(list)
     clients: dict[int, Adapter] = {}
     for i, folder in enumerate(folders):
-        adapter, refusals = inspect_adapter(folder, max_bytes=max_bytes)
+        adapter, refusals = inspect_adapter(folder, max_bytes=max_file_bytes)
         if adapter is None:
             refused[i] += refusals
         else:
             clients[i] = adapter
-        progress("headers", i + 1, len(folders))
+        tell("headers", i + 1, len(folders))
     if clients:
         _note(refused, clients, incompatible(list(clients.values()), base))
     if dense == "refuse":
@@ -119,7 +122,7 @@ def aggregate_adapters(
 
     for done, (i, adapter) in enumerate(clients.items(), start=1):
         refused[i] += check_values(adapter)
-        progress("values", done, len(clients))
+        tell("values", done, len(clients))
     _note(refused, clients, check_base_copies(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client)
     skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
@@ -135,19 +138,29 @@ def aggregate_adapters(
         voices, weights_from = [float(n) for n in counts if n is not None], "num_examples"
     else:
         weights_from = "equal"
+    names = [adapter.name for adapter in adapters]
+    holders = _dense_holders(adapters)
     return aggregate(
         [{name: adapter.factors(name) for name in adapter.modules} for adapter in adapters],
-        weights=voices,
-        scalings=[{n: m.scaling for n, m in adapter.modules.items()} for adapter in adapters],
-        rank=rank,
+        voices,
+        [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
+        rank,
         basis=basis,
         missing=missing,
         captured=captured,
-        names=[adapter.name for adapter in adapters],
+        names=names,
         layout=adapter_layout(adapters, base),
-        dense=_dense_means(adapters, voices or [1.0] * len(adapters), progress),
-        weights_from=weights_from,
-        skipped=skipped,
+        dense=_dense_means(adapters, holders, voices or [1.0] * len(adapters), tell),
+        recorded={
+            "weights_from": weights_from,
+            "skipped": skipped,
+            "dense_from": {
+                name: [names[i] for i in having]
+                for name, having in holders.items()
+                if len(having) < len(adapters)
+            },
+        },
+        progress=lambda done, total: tell("modules", done, total),
         **settings,
     )
 
@@ -195,28 +208,36 @@ def _with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
     ]
 
 
-def _dense_means(
-    adapters: Sequence[Adapter], weights: Sequence[float], progress: Progress
-) -> dict[str, Tensor]:
-    """Weighted means in float64, over the clients that have the tensor, in its stored dtype."""
+def _dense_holders(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
     holders: dict[str, list[int]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
         for name in adapter.dense:
             holders[name].append(i)
+    return dict(sorted(holders.items()))
+
+
+def _dense_means(
+    adapters: Sequence[Adapter],
+    holders: Mapping[str, Sequence[int]],
+    weights: Sequence[float],
+    tell: Progress,
+) -> dict[str, Tensor]:
+    """Weighted means in float64, over the clients that have the tensor, in its stored dtype."""
     means = {}
-    for done, (name, indices) in enumerate(sorted(holders.items()), start=1):
-        total = math.fsum(weights[i] for i in indices)
+    for done, (name, having) in enumerate(holders.items(), start=1):
+        voices = [weights[i] for i in having]
+        total = math.fsum(voices)
         require(
-            total > 0 and all(weights[i] >= 0 for i in indices),
+            total > 0 and min(voices) >= 0,
             f"weights of the clients with {name}",
-            f"{[weights[i] for i in indices]}",
+            str(voices),
             "none negative, not all zero",
             "weights saved in full can only be averaged",
         )
-        infos = [adapters[i].dense[name] for i in indices]
+        infos = [adapters[i].dense[name] for i in having]
         mean = torch.zeros(infos[0].shape, dtype=torch.float64)
-        for i in indices:
-            mean += adapters[i].dense_tensor(name).double() * (weights[i] / total)
+        for i, voice in zip(having, voices, strict=True):
+            mean += adapters[i].dense_tensor(name).double() * (voice / total)
         means[name] = mean.to(reduce(torch.promote_types, (info.dtype for info in infos)))
-        progress("dense", done, len(holders))
+        tell("dense", done, len(holders))
     return means

@@ -366,8 +366,8 @@ def anchor_triplets(
     size = storage_scale(clients, coefficient, scaling)
     at_cut = sigma[rank - 1] if rank <= len(sigma) else 0.0
     sizes = [
-        c * storage_norm(b, a, s)
-        for (b, a), c, s in zip(clients, coefficient, scaling, strict=True)
+        c * storage_norm(b, a, float(s))
+        for (b, a), c, s in zip(clients, coefficient, np.asarray(scaling), strict=True)
     ]
     noise = 0.5 * unit_roundoff * np.linalg.norm(sizes)
     t = min(rank, len(sigma))

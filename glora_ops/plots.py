@@ -1,0 +1,219 @@
+"""Pictures of adapters, states and comparisons. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import GloraError, require
+from .state import State
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_adapter", "plot_alignment", "plot_state", "require_matplotlib"]
+
+INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
+COLOURS = "viridis"
+HEAT = "Blues"
+SUFFIXES = (".png", ".pdf", ".svg")
+
+#: Above this many modules lines are told apart by a colour bar instead of a legend.
+NAMED_LINES = 8
+#: Above this many clients a heat map's cells carry no numbers.
+NUMBERED_CELLS = 16
+FLOOR = 1e-7  # relative; below it spectra are rounding
+
+
+def require_matplotlib() -> None:
+    """Raise `GloraError` with the remedy where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise GloraError(
+            f"a picture needs matplotlib, which cannot be imported ({error}): "
+            "pip install 'glora[plot]'"
+        ) from error
+
+
+def plot_adapter(name: str, spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Draw the singular values of each module's update s·B·A.
+
+    Parameters
+    ----------
+    name : str
+        Of the adapter, for the title.
+    spectra : mapping of str to Tensor (r,)
+    path : path
+        .png, .pdf or .svg.
+    """
+    figure = _figure(7.5, 4.8)
+    axes = figure.subplots()
+    _lines(axes, spectra)
+    _label(axes, "singular value j", "σⱼ of s·B·A", f"{name}: spectra of {len(spectra)} modules")
+    _key(figure, axes, list(spectra))
+    _save(figure, path)
+
+
+def plot_state(state: State, path: str | os.PathLike[str]) -> None:
+    """Draw a state: singular values per module, and consensus eigenvalues with the cut marked.
+
+    Parameters
+    ----------
+    state : State
+    path : path
+        .png, .pdf or .svg.
+    """
+    names = [name or "update" for name in state.modules]
+    modules = list(state.modules.values())
+    figure = _figure(12.5, 4.8)
+    update, left, right = figure.subplots(1, 3)
+    _lines(update, dict(zip(names, (m.s for m in modules), strict=True)))
+    _label(update, "singular value j", "σⱼ of the update", f"update, rank {state.rank}")
+    energies = state.settings["basis"] == "update"
+    what = "fraction of ‖W̄‖²" if energies else "eigenvalue of the mean projector"
+    for axes, side, values in (
+        (left, "left (column spaces)", [m.eig_u for m in modules]),
+        (right, "right (row spaces)", [m.eig_v for m in modules]),
+    ):
+        _lines(axes, dict(zip(names, values, strict=True)))
+        axes.axvline(state.rank + 0.5, color=CUT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"cut at {state.rank} ",
+            (state.rank + 0.5, 0.02),
+            xycoords=("data", "axes fraction"),
+            ha="right",
+            va="bottom",
+            color=CUT,
+            size=9,
+        )
+        _label(axes, "direction j", what, f"consensus, {side}")
+    figure.suptitle(
+        f"{len(state.clients)} clients, basis {state.settings['basis']}: "
+        f"captured {state.captured:.4f} of attainable {state.attainable:.4f}",
+        size=12,
+        color=INK,
+    )
+    _key(figure, update, names)
+    _save(figure, path)
+
+
+def plot_alignment(
+    names: Sequence[str], columns: Tensor, rows: Tensor, path: str | os.PathLike[str]
+) -> None:
+    """Draw two client-by-client heat maps, of column and of row spaces.
+
+    Parameters
+    ----------
+    names : sequence of str
+    columns, rows : Tensor (K, K)
+        Alignments from 0 to 1; NaN cells are left grey.
+    path : path
+        .png, .pdf or .svg.
+    """
+    count = len(names)
+    size = min(max(3.2, 0.55 * count), 10.0)
+    figure = _figure(2 * size + 2.5, size + 1.2)
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, values, title in zip(
+        both,
+        (columns, rows),
+        ("column spaces: what the updates write", "row spaces: what they read"),
+        strict=True,
+    ):
+        image = axes.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=1)
+        axes.set_facecolor(FAINT)
+        axes.set_title(title, size=11, color=INK)
+        short = [n if len(n) <= 20 else f"{n[:19]}…" for n in names]
+        font = max(4.0, min(9.0, 300 / count))
+        axes.set_xticks(range(count), short, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(count), short)
+        axes.tick_params(length=0, labelsize=font, colors=INK)
+        axes.spines[:].set_visible(False)
+        if count <= NUMBERED_CELLS:
+            for (i, j), value in _cells(values):
+                ink = "white" if value > 0.6 else INK
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=8, color=ink)
+    bar = figure.colorbar(image, ax=both, shrink=0.85, pad=0.02)
+    bar.set_label("alignment (mean squared cosine)", color=INK, size=9)
+    bar.ax.tick_params(length=0, labelsize=8, colors=INK)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    _save(figure, path)
+
+
+def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:
+    known = (~values.isnan()).nonzero().tolist()
+    return [((i, j), float(values[i, j])) for i, j in known]
+
+
+def _figure(width: float, height: float) -> Figure:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
+
+
+def _lines(axes: Axes, spectra: Mapping[str, Tensor]) -> None:
+    """One logarithmic line per module; what is below rounding is not drawn."""
+    top = max(float(values.max()) for values in spectra.values())
+    for values, colour in zip(spectra.values(), _colours(len(spectra)), strict=True):
+        shown = values[values > FLOOR * top]
+        axes.plot(
+            range(1, len(shown) + 1), shown.numpy(), "o-", color=colour, linewidth=1.3,
+            markersize=3.5 if len(spectra) <= NAMED_LINES else 2, alpha=0.9,
+        )  # fmt: skip
+    if top > 0:
+        axes.set_yscale("log")
+    axes.set_xlim(0.5, max(len(values) for values in spectra.values()) + 0.9)
+
+
+def _label(axes: Axes, x: str, y: str, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, size=11, color=INK)
+    axes.set_xlabel(x, size=10, color=INK)
+    axes.set_ylabel(y, size=10, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b5b5b5")
+    axes.tick_params(length=0, which="both", labelsize=9, colors=INK)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
+    """Which line is which module: a legend below, or a colour bar from the first to the last."""
+    if len(names) <= NAMED_LINES:
+        columns = max(1, min(4, int(figure.get_figwidth() * 11 / max(map(len, names)))))
+        figure.legend(
+            axes.lines[: len(names)], names, loc="outside lower center", ncols=columns,
+            frameon=False, fontsize=8.5, labelcolor=INK,
+        )  # fmt: skip
+        return
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap
+
+    colours = ScalarMappable(cmap=ListedColormap(_colours(256)))
+    bar = figure.colorbar(colours, ax=figure.axes, shrink=0.85, pad=0.02)
+    bar.set_ticks([0, 1], labels=["first", "last"])
+    bar.set_label(f"{len(names)} modules in the model's order", color=INK, size=9)
+    bar.ax.tick_params(length=0, labelsize=8, colors=INK)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = Path(path)
+    require(path.suffix in SUFFIXES, "plot", repr(str(path)), f"a file ending in {SUFFIXES}")
+    figure.savefig(path, dpi=160)

@@ -1,0 +1,211 @@
+"""The house: what is installed, what imports what, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Imports point down this list, never up; modules on one line do not know each other.
+LAYERS = [
+    {"errors"},
+    {"certificates", "isolation", "ragged", "signs", "packing"},
+    {"vocabulary"},
+    {"canonical", "tall", "solver"},
+    {"gram_route", "krylov_route"},
+    {"algorithm"},
+    {"bindings"},
+    {"adapters", "report"},
+    {"state"},
+    {"api"},
+    {"merge"},
+    {"plots"},
+    {"cli"},
+]
+
+
+def run(code: str, cwd: Path = ROOT, **env: str) -> str:
+    """Standard output of a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(out), str(source)], check=True)
+    (built,) = out.glob("glora-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {n for n in archive.namelist() if ".dist-info/" not in n}
+    sources = {
+        f"glora_ops/{p.relative_to(ROOT / folder).as_posix()}"
+        if folder == "glora_ops"
+        else f"glora_ops/{folder}/{p.relative_to(ROOT / folder).as_posix()}"
+        for folder in ("glora_ops", "bindings")
+        for p in (ROOT / folder).rglob("*.py")
+    }
+    assert files == sources | {"glora_ops/py.typed"}
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_wheel_works_from_elsewhere_and_brings_no_foreign_name(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    assert {p.name for p in unpacked.iterdir() if "dist-info" not in p.name} == {"glora_ops"}
+    code = (
+        "import glora_ops, torch; b = torch.eye(4, 2);"
+        "print(glora_ops.__file__, glora_ops.aggregate([(b, b.T)], rank=2).captured)"
+    )
+    where, captured = run(code, tmp_path, PYTHONPATH=str(unpacked)).split()
+    assert where.startswith(str(unpacked))
+    assert float(captured) > 0.999
+
+
+def test_types_of_the_wheel_from_outside_the_tree(unpacked: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"),
+         "--cache-dir", str(tmp_path / "cache"), "-p", "glora_ops"],
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_import_needs_only_torch_and_safetensors() -> None:
+    """No Triton, SciPy, PEFT, transformers or matplotlib: blocked, and aggregation still runs."""
+    code = """
+import sys
+
+class Block:
+    names = {"triton", "scipy", "peft", "transformers", "matplotlib", "typer", "rich"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+import torch
+import glora_ops
+
+pairs = [(torch.randn(6, r), torch.randn(r, 5)) for r in (1, 2)]
+state = glora_ops.aggregate(pairs, rank=3)
+print(state.captured > 0.999, "glora_ops.reference" in sys.modules)
+"""
+    assert run(code).split() == ["True", "False"]
+
+
+def test_works_beside_the_other_project_called_kernels(tmp_path: Path) -> None:
+    """Hugging Face's `kernels` owns that import name; from the repository root both work."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'someone else'\n")
+    code = (
+        "import sys; sys.path.remove(''); import kernels, glora_ops, torch;"
+        "print(kernels.owner, '|', torch.ops.glora.aggregate)"
+    )
+    assert run(code, PYTHONPATH=str(tmp_path)).startswith("someone else | glora.aggregate")
+
+
+# --- arrows ----------------------------------------------------------------------------------
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """(top-level name inside the package, file) of every module."""
+    for path in sorted((ROOT / "glora_ops").rglob("*.py")):
+        yield path.relative_to(ROOT / "glora_ops").parts[0].removesuffix(".py"), path
+    for path in sorted((ROOT / "bindings").rglob("*.py")):
+        yield "bindings", path
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Dotted names imported anywhere in a file, those for type checkers left out."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    inside = path.relative_to(ROOT).parts[:-1]
+    package = inside if inside[0] == "glora_ops" else ("glora_ops", *inside)
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            yield from ((*module, alias.name) for alias in node.names)
+
+
+def test_imports_point_one_way() -> None:
+    height = {name: level for level, names in enumerate(LAYERS) for name in names}
+    wrong = []
+    for name, path in modules():
+        if name in ("__init__", "reference"):
+            continue
+        for target in imports(path):
+            if target[0] != "glora_ops" or len(target) == 1 or target[1] not in height:
+                continue
+            if target[1] != name and height[target[1]] >= height[name]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(target)}")
+    assert not wrong
+
+
+def test_every_module_has_its_place() -> None:
+    known = set().union(*LAYERS) | {"__init__", "reference"}
+    assert {name for name, _ in modules()} == known
+
+
+def test_reference_stands_alone() -> None:
+    for name, path in modules():
+        for target in imports(path):
+            if name == "reference":
+                assert target[0] in {"numpy", "scipy", "__future__", "collections", "dataclasses",
+                                     "typing"}, target  # fmt: skip
+            else:
+                assert "reference" not in target, f"{path} reaches the reference"
