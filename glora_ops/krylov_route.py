@@ -125,8 +125,13 @@ def block_krylov(
         last = apply_t(q)
         side = v.inner(images, last)
         h = torch.cat([torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2)
-        basis, images = torch.cat([basis, q], -1), torch.cat([images, last], -1)
+        basis, images = _append(basis, q), _append(images, last)
     return Ritz(basis, images, theta, vectors, total, step)
+
+
+def _append(block: Tensor, more: Tensor) -> Tensor:
+    """Columns side by side, in (L, k, d) memory."""
+    return torch.cat([block.mT, more.mT], -2).mT
 
 
 class KrylovRoute:

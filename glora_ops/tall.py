@@ -11,8 +11,11 @@ __all__ = ["combine", "orthonormalise", "whiten"]
 
 
 def combine(y: Tensor, c: Tensor) -> Tensor:
-    """(L, d, k) · (L, k, m) in y's precision, for small fp64 c."""
-    return y @ c.to(y.dtype)
+    """(L, d, k) · (L, k, m) in y's precision, for small fp64 c.
+
+    Tall blocks are views of (L, k, d) memory: products with the factors read them without a copy.
+    """
+    return (c.mT.to(y.dtype) @ y.mT).mT
 
 
 def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
