@@ -1,0 +1,19 @@
+"""PEFT LoRA folders in and out; PEFT itself is not needed."""
+
+from .compatible import adapter_layout, check_base_copies, check_compatible
+from .modules import DenseTensor, Module
+from .read import Adapter, check_values, inspect_adapter, read_adapter
+from .write import write_adapter
+
+__all__ = [
+    "Adapter",
+    "DenseTensor",
+    "Module",
+    "adapter_layout",
+    "check_base_copies",
+    "check_compatible",
+    "check_values",
+    "inspect_adapter",
+    "read_adapter",
+    "write_adapter",
+]

@@ -1,0 +1,269 @@
+"""Whether a set of adapters can be averaged, and the layout they then share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import Refusal
+from .config import CONFIG_NAME
+from .modules import PREFIX
+from .read import TENSORS_NAME, Adapter
+
+__all__ = ["adapter_layout", "check_base_copies", "check_compatible", "incompatible"]
+
+
+def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> list[Refusal]:
+    """Find what keeps `adapters` from being averaged; nothing but headers and duplicates is read.
+
+    Where clients disagree, the value that most of them have is taken for right (the first, if no
+    value has more).
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+    base : str, optional
+        Vouches that the base models are the same although their names or revisions differ.
+
+    Returns
+    -------
+    list of Refusal
+        Differing bases, task types, module kinds or shapes, dense shapes; clients that occur
+        twice; no clients at all. `fan_in_fan_out` is not compared: PEFT itself sets it by the type
+        of the layer it adapted last, and B A is (d_out, d_in) either way.
+    """
+    if not adapters:
+        return [
+            Refusal(
+                "there is nothing to aggregate",
+                found="no usable client",
+                expected="at least one adapter folder",
+                remedy="name the clients' folders",
+            )
+        ]
+    return [refusal for _, refusal in incompatible(adapters, base)]
+
+
+def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[int, Refusal]]:
+    """`check_compatible` of at least one adapter, each refusal with the index it speaks of."""
+    problems = [
+        *([] if base is not None else _other_bases(adapters)),
+        *_other_tasks(adapters),
+        *_other_modules(adapters),
+        *_other_dense(adapters),
+    ]
+    # A client that is refused anyway must not make a sound one its duplicate.
+    odd = {i for i, _ in problems}
+    return problems + list(_duplicates(adapters, [i for i in range(len(adapters)) if i not in odd]))
+
+
+def check_base_copies(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
+    """Compare the base weights that PEFT saved beside adapted embeddings, value by value.
+
+    A client whose copy differs trained on another base, or changed it; its update does not apply.
+    """
+    problems = []
+    holders = defaultdict(list)
+    for i, adapter in enumerate(adapters):
+        for name in adapter.base_copies:
+            holders[name].append(i)
+    for name, indices in holders.items():
+        expected = adapters[indices[0]].dense_tensor(name)
+        for i in indices[1:]:
+            if not torch.equal(adapters[i].dense_tensor(name), expected):
+                problems.append(
+                    (
+                        i,
+                        Refusal(
+                            "the copy of the base weight differs between clients",
+                            adapters[i].name,
+                            TENSORS_NAME,
+                            PREFIX + name,
+                            "other values",
+                            f"the values of client {adapters[indices[0]].name!r}",
+                            "all clients must start from the same base",
+                        ),
+                    )
+                )
+    return problems
+
+
+def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict[str, Any]:
+    """What a PEFT folder of the aggregate needs beside its numbers, as a JSON-able dict.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        At least one, compatible (`check_compatible`).
+    base : str, optional
+        Name of the base model to be written instead of the clients'.
+
+    Returns
+    -------
+    dict
+        ``base_model``, ``revision``, ``task_type``, ``lora_dropout`` (the clients' if they agree,
+        otherwise 0), ``modules_to_save`` and ``modules``: for each module its ``kind``,
+        ``kernel`` ([kh, kw] or []) and ``fan_in_fan_out``.
+    """
+    first = adapters[0]
+    modules: dict[str, dict[str, Any]] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            entry = modules.setdefault(
+                name,
+                {"kind": module.kind, "kernel": list(module.kernel), "fan_in_fan_out": False},
+            )
+            entry["fan_in_fan_out"] |= module.fan_in_fan_out
+    dropouts = {adapter.lora_dropout for adapter in adapters}
+    return {
+        "base_model": first.base_model if base is None else base,
+        "revision": first.revision if base in (None, first.base_model) else None,
+        "task_type": next((a.task_type for a in adapters if a.task_type is not None), None),
+        "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "modules_to_save": sorted({name for a in adapters for name in a.modules_to_save}),
+        "modules": dict(sorted(modules.items())),
+    }
+
+
+def _usual(values: Sequence[Hashable]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _other_bases(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    bases = [(a.base_model, a.revision or "main") for a in adapters]
+    usual = _usual(bases)
+    for i, found in enumerate(bases):
+        if found != usual:
+            yield (
+                i,
+                Refusal(
+                    "the adapter belongs to another base model",
+                    adapters[i].name,
+                    CONFIG_NAME,
+                    found=f"base_model_name_or_path, revision = {found}",
+                    expected=f"{usual} like the other clients",
+                    remedy="if these are names of one model, vouch for it with base=NAME",
+                ),
+            )
+
+
+def _other_tasks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    tasks = [a.task_type for a in adapters]
+    usual = _usual([task for task in tasks if task is not None] or [None])
+    for i, found in enumerate(tasks):
+        if found not in (None, usual):
+            yield (
+                i,
+                Refusal(
+                    "the adapter was trained for another task type",
+                    adapters[i].name,
+                    CONFIG_NAME,
+                    found=f"task_type = {found!r}",
+                    expected=f"{usual!r} like the other clients",
+                    remedy="aggregate the task types separately",
+                ),
+            )
+
+
+def _other_modules(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    for i, adapter in enumerate(adapters):
+        for name, m in adapter.modules.items():
+            shapes[name].append((i, (m.kind, m.d_out, m.d_in, *m.kernel)))
+    return _unequal(
+        adapters, shapes, "the module has another kind or shape", "kind, d_out, d_in (kernel) ="
+    )
+
+
+def _other_dense(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    for i, adapter in enumerate(adapters):
+        for name, tensor in adapter.dense.items():
+            shapes[name].append((i, tensor.shape))
+    return _unequal(adapters, shapes, "the saved weight has another shape", "shape")
+
+
+def _unequal(
+    adapters: Sequence[Adapter],
+    shapes: dict[str, list[tuple[int, Hashable]]],
+    problem: str,
+    what: str,
+) -> Iterator[tuple[int, Refusal]]:
+    for name, owners in shapes.items():
+        usual = _usual([shape for _, shape in owners])
+        for i, found in owners:
+            if found != usual:
+                yield (
+                    i,
+                    Refusal(
+                        problem,
+                        adapters[i].name,
+                        TENSORS_NAME,
+                        PREFIX + name,
+                        f"{what} {found}",
+                        f"{usual} like the other clients",
+                        "all clients must adapt the same base model",
+                    ),
+                )
+
+
+def _duplicates(
+    adapters: Sequence[Adapter], everyone: Sequence[int]
+) -> Iterator[tuple[int, Refusal]]:
+    """Later adapters that are an earlier one again: by folder, by name, by bytes."""
+    reported: set[int] = set()
+
+    def again(
+        key: Callable[[Adapter], Hashable], among: Sequence[int], problem: str, remedy: str
+    ) -> Iterator[tuple[int, Refusal]]:
+        first: dict[Hashable, int] = {}
+        for i in among:
+            earlier = first.setdefault(key(adapters[i]), i)
+            if earlier != i and i not in reported:
+                reported.add(i)
+                yield (
+                    i,
+                    Refusal(
+                        problem,
+                        adapters[i].name,
+                        found=f"{str(adapters[i].path)!r} after {str(adapters[earlier].path)!r}",
+                        expected="each client once",
+                        remedy=remedy,
+                    ),
+                )
+
+    weigh = "name it once and give it a larger weight"
+    yield from again(lambda a: a.path.resolve(), everyone, "the folder is given twice", weigh)
+    yield from again(
+        lambda a: a.name,
+        everyone,
+        "two clients have the same name",
+        "rename the folders: results and messages call clients by them",
+    )
+    # Whole files are read only where size and both ends of the file agree already.
+    alike = defaultdict(list)
+    for i in everyone:
+        alike[_ends(adapters[i])].append(i)
+    for among in alike.values():
+        if len(among) > 1:
+            yield from again(_digest, among, "two clients sent the same bytes", weigh)
+
+
+def _ends(adapter: Adapter) -> Hashable:
+    size = adapter.file.stat().st_size
+    with adapter.file.open("rb") as file:
+        head = file.read(2**16)
+        file.seek(max(0, size - 2**16))
+        return size, head, file.read()
+
+
+def _digest(adapter: Adapter) -> bytes:
+    digest = hashlib.sha256()
+    with adapter.file.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.digest()

@@ -1,0 +1,229 @@
+"""What `adapter_config.json` says, and which of it glora can aggregate truthfully.
+
+Judged against PEFT 0.21's `LoraConfig`. A key unknown to this table is harmless while it is null,
+false or empty; set, it may change what B and A mean, and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Refusal
+from .files import read_json_object
+
+__all__ = ["CONFIG_NAME", "LoraSettings", "PatternTable", "read_settings"]
+
+CONFIG_NAME = "adapter_config.json"
+
+# Read below, or without influence on the update that B and A stand for.
+_KNOWN = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern",
+    "alpha_pattern", "fan_in_fan_out", "modules_to_save", "bias", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
+
+_REFUSED = {
+    "use_dora": "DoRA's update is not linear in B·A",
+    "lora_bias": "a bias is trained beside B and A",
+    "target_parameters": "target_parameters stack the experts' factors along the rank axis",
+    "trainable_token_indices": "trained token rows are no factor pair",
+    "layer_replication": "the adapted model has other layers than the base",
+    "alora_invocation_tokens": "aLoRA applies its update to some tokens only",
+    "arrow_config": "Arrow routes between adapters at run time",
+    "use_bdlora": "BD-LoRA stores block-diagonal factors",
+    "use_qalora": "QA-LoRA pools the inputs of A",
+    "kasa_config": "KaSA changes the base and puts a diagonal between B and A",
+    "velora_config": "VeLoRA adapters have not been verified",
+    "monteclora_config": "MonteCLoRA perturbs its factors at random",
+    "megatron_config": "Megatron adapters are stored in shards",
+    "ensure_weight_tying": "tied adapters would be averaged as if they were independent",
+}
+
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_CONVERT = (
+    "a client with PiSSA, OLoRA, CorDA or LoRA-GA can turn its adapter into plain LoRA by "
+    "save_pretrained(path_initial_model_for_weight_conversion=…); leave others out"
+)
+
+
+class PatternTable:
+    """Values that differ from a default for some modules, found as PEFT's `get_pattern_key` does.
+
+    The first pattern that matches the module's name, or its end after a dot, decides.
+    """
+
+    def __init__(self, patterns: Mapping[str, float], default: float) -> None:
+        self._exact = patterns
+        self._compiled = [
+            (re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()
+        ]
+        self._default = default
+
+    def __getitem__(self, module: str) -> float:
+        for pattern, value in self._compiled:
+            if pattern.match(module):
+                return value
+        return self._exact.get(module, self._default)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The part of a LoRA configuration that decides what its tensors mean."""
+
+    ranks: PatternTable
+    alphas: PatternTable
+    use_rslora: bool
+    fan_in_fan_out: bool
+    lora_dropout: float
+    modules_to_save: tuple[str, ...]
+    base_model: str | None
+    revision: str | None
+    task_type: str | None
+    raw: dict[str, Any]
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha/r, or alpha/√r for rsLoRA, with the alpha that holds for `module`."""
+        return self.alphas[module] / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[Refusal]]:
+    """Read `adapter_config.json` in `folder`.
+
+    Returns
+    -------
+    settings : LoraSettings, or None where a value that is needed is malformed
+    refusals : list of Refusal
+        Everything in the configuration that glora refuses; may be non-empty beside settings.
+    """
+    raw, problems = read_json_object(folder, CONFIG_NAME, client)
+    if raw is None:
+        return None, problems
+
+    def refuse(key: str, why: str, expected: str, remedy: str) -> None:
+        found = f"{key if key.isprintable() else repr(key):.80} = {raw.get(key)!r:.80}"
+        problems.append(Refusal(why, client, CONFIG_NAME, None, found, expected, remedy))
+
+    peft_type = raw.get("peft_type")
+    if peft_type != "LORA":
+        refuse("peft_type", "not a LoRA adapter", "'LORA'", "leave this client out")
+        return None, problems
+    for key, why in _REFUSED.items():
+        if raw.get(key) not in (None, False, []):  # PEFT takes {} for a variant's defaults
+            refuse(key, why, "not set", "train plain LoRA or leave this client out")
+    if raw.get("bias", "none") != "none":
+        refuse(
+            "bias",
+            "biases of the base were trained",
+            "'none'",
+            "train with bias='none' or leave this client out",
+        )
+    init = raw.get("init_lora_weights", True)
+    if not any(
+        init is plain or init == plain for plain in _PLAIN_INITS if type(init) is type(plain)
+    ):
+        refuse(
+            "init_lora_weights",
+            "the initialisation changes the base or is unknown, so B·A is no update of that base",
+            ", ".join(repr(plain) for plain in _PLAIN_INITS),
+            _CONVERT,
+        )
+    for key in raw.keys() - _KNOWN - _REFUSED.keys():
+        if raw[key]:
+            refuse(
+                key,
+                "the key is unknown to glora and may change what the factors mean",
+                "null, false or empty",
+                "remove the key if it does not matter, or leave this client out",
+            )
+
+    faults = len(problems)
+    for key, expected, holds in _VALUES:
+        if not holds(raw.get(key)):
+            refuse(key, "the value is malformed", expected, "save the adapter again with PEFT")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern_fault = _pattern_fault(raw.get(key))
+        if pattern_fault:
+            refuse(key, *pattern_fault)
+    if len(problems) > faults:
+        return None, problems
+    return (
+        LoraSettings(
+            ranks=PatternTable(raw.get("rank_pattern") or {}, raw["r"]),
+            alphas=PatternTable(raw.get("alpha_pattern") or {}, raw["lora_alpha"]),
+            use_rslora=bool(raw.get("use_rslora")),
+            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+            lora_dropout=float(raw.get("lora_dropout") or 0.0),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+            base_model=raw.get("base_model_name_or_path"),
+            revision=raw.get("revision"),
+            task_type=raw.get("task_type"),
+            raw=raw,
+        ),
+        problems,
+    )
+
+
+def _finite(value: Any) -> bool:
+    # An integer beyond the largest float is as unusable as an infinity.
+    return type(value) in (int, float) and abs(value) <= 1.7e308
+
+
+def _text(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value.isprintable())
+
+
+def _flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+_VALUES = (
+    ("r", "an integer ≥ 1", lambda v: type(v) is int and v >= 1),
+    ("lora_alpha", "a finite number", _finite),
+    ("use_rslora", "true or false", _flag),
+    ("fan_in_fan_out", "true or false", _flag),
+    ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
+    (
+        "modules_to_save",
+        "null or a list of names",
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(n, str) and n for n in v)),
+    ),
+    ("base_model_name_or_path", "null or a name", _text),
+    ("revision", "null or a name", _text),
+    ("task_type", "null or a name", _text),
+)
+
+
+def _pattern_fault(patterns: Any) -> tuple[str, str, str] | None:
+    """(problem, expected, remedy) of a rank_pattern or alpha_pattern, None where it is sound."""
+    remedy = "name the modules in full instead of by a pattern"
+    if patterns is None:
+        return None
+    if not isinstance(patterns, dict) or not all(_finite(value) for value in patterns.values()):
+        return "the value is malformed", "patterns mapped to finite numbers", remedy
+    for pattern in patterns:
+        if not _tame(pattern):
+            return f"the pattern {pattern[:80]!r} could run for ever", "a simple pattern", remedy
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            return f"the pattern {pattern[:80]!r} is not valid", f"no {error}", remedy
+    return None
+
+
+def _tame(pattern: str) -> bool:
+    """Whether matching is cheap: a client's pattern could backtrack exponentially."""
+    return (
+        len(pattern) <= 1000
+        and not re.search(r"\)[*+{]", pattern)
+        and len(re.findall(r"[*+{]", pattern)) <= 3
+        and pattern.count("(") <= 4
+        and pattern.count("?") <= 4
+    )

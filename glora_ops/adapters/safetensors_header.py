@@ -1,0 +1,187 @@
+"""The header of a safetensors file, checked before any tensor is read.
+
+Layout of the file: 8 bytes, the length n of the header, little-endian; n bytes of JSON mapping each
+tensor's name to its dtype, shape and the half-open range of its bytes; the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import Refusal
+from .files import parse_json_object
+
+__all__ = ["DTYPES", "TensorInfo", "read_header"]
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_NAME = 512
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says about one tensor; `begin` and `end` count from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(
+    path: Path, client: str, *, max_bytes: int
+) -> tuple[dict[str, TensorInfo] | None, list[Refusal]]:
+    """Read and check the header of the safetensors file at `path`; no tensor is read.
+
+    Parameters
+    ----------
+    path : Path
+    client : str
+        Named in the refusals.
+    max_bytes : int
+        Largest file that is accepted.
+
+    Returns
+    -------
+    tensors : dict of str to TensorInfo, or None if anything was refused
+    refusals : list of Refusal
+        Every untruth found, not only the first.
+    """
+
+    def refusal(
+        problem: str, found: str, expected: str, remedy: str, tensor: str | None = None
+    ) -> Refusal:
+        return Refusal(problem, client, path.name, tensor, found, expected, remedy)
+
+    again = "the file is damaged or forged: have the client save and send it again"
+    size = path.stat().st_size
+    if size > max_bytes:
+        return None, [
+            refusal(
+                "the file is too large",
+                f"{size} bytes",
+                f"at most {max_bytes} bytes",
+                "raise max_bytes if this client is trusted",
+            )
+        ]
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            return None, [
+                refusal(
+                    "the header does not fit",
+                    f"a header of {length} bytes in a file of {size}",
+                    f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
+                    again,
+                )
+            ]
+        text = file.read(length)
+    try:
+        header = parse_json_object(text)
+    except ValueError as error:
+        return None, [
+            refusal(
+                "the header is not valid JSON",
+                str(error),
+                "one JSON object with distinct keys",
+                again,
+            )
+        ]
+
+    metadata = header.pop("__metadata__", {})
+    problems = []
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        problems.append(
+            refusal("the metadata are malformed", repr(metadata)[:80], "strings only", again)
+        )
+    tensors = {}
+    for name, entry in header.items():
+        if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+            problems.append(
+                refusal(
+                    "a tensor's name is not a name",
+                    repr(name[:80]),
+                    f"1 to {MAX_NAME} printable characters",
+                    again,
+                )
+            )
+            continue
+        info = _tensor_info(entry)
+        if isinstance(info, TensorInfo):
+            tensors[name] = info
+        else:
+            problems.append(refusal(*info, again, tensor=name))
+    if problems:
+        return None, problems
+
+    # Exactly one byte range after the other: an overlap lets two names share bytes, a hole hides
+    # bytes nobody has looked at.
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != end:
+            fault = "overlaps the one before" if info.begin < end else "leaves a hole before it"
+            problems.append(
+                refusal(
+                    f"the tensor's byte range {fault}",
+                    f"a start at {info.begin}",
+                    f"a start at {end}",
+                    again,
+                    tensor=name,
+                )
+            )
+        end = info.end
+    if not problems and size != 8 + length + end:
+        problems.append(
+            refusal(
+                "the file's length is not what its header says",
+                f"{size} bytes",
+                f"{8 + length + end} bytes",
+                again,
+            )
+        )
+    return (None, problems) if problems else (tensors, [])
+
+
+def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:
+    """One entry of the header, or (problem, found, expected)."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return (
+            "the tensor's entry is malformed",
+            repr(entry)[:80],
+            "dtype, shape and data_offsets",
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return "the dtype is not supported", repr(dtype)[:80], ", ".join(DTYPES)
+    if not _sizes(shape):
+        return "the shape is malformed", repr(shape)[:80], "a list of integers ≥ 0"
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return "the byte range is malformed", repr(offsets)[:80], "[begin, end], begin ≤ end"
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != needed:
+        return (
+            "the byte range does not hold the shape",
+            f"{offsets[1] - offsets[0]} bytes",
+            f"{needed} bytes for {dtype} {shape}",
+        )
+    return TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+
+
+def _sizes(value: Any) -> bool:
+    """Whether `value` is a list of sizes; bounded, so that products stay small numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    )

@@ -1,0 +1,143 @@
+"""An adapter folder that PEFT loads and hot-swaps correctly."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import require
+from .config import CONFIG_NAME
+from .folders import new_folder
+from .modules import PREFIX, factor_keys, saved_by
+from .read import TENSORS_NAME
+
+__all__ = ["write_adapter"]
+
+
+def write_adapter(
+    folder: str | os.PathLike[str],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    layout: Mapping[str, Any],
+    dense: Mapping[str, Tensor] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a PEFT LoRA folder: tensors, configuration and a model card.
+
+    One rank for all modules, lora_alpha = rank (so the scaling is 1), no patterns, full module
+    paths: the form that PEFT's `hotswap_adapter` treats correctly as well.
+
+    Parameters
+    ----------
+    folder : path
+        Appears in one step, complete; must not exist unless `overwrite`.
+    factors : mapping of str to (B, A)
+        B (d_out, r) and A (r, d_in) of each module, of one r throughout; ΔW = B A.
+    layout : mapping
+        Of `adapter_layout`; must describe every module in `factors`.
+    dense : mapping of str to Tensor
+        Weights saved in full; each must lie in one of the layout's ``modules_to_save``. Their
+        dtypes are kept, the factors are written in float32.
+    overwrite : bool
+        Replace an adapter folder that exists.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    GloraError
+        If shapes, names or values do not fit, or `folder` exists; nothing is written then.
+    """
+    ranks = {size for b, a in factors.values() for size in (b.shape[-1], a.shape[0])}
+    require(
+        len(ranks) == 1 and 0 not in ranks,
+        "factors",
+        f"ranks {sorted(ranks)}",
+        "one rank ≥ 1 for all modules",
+        "pad the smaller ones with zeros",
+    )
+    (rank,) = ranks
+    tensors = {}
+    for name, (b, a) in factors.items():
+        entry = layout["modules"].get(name)
+        require(entry is not None, f"factors[{name!r}]", "no entry in the layout", "one")
+        a_key, b_key = factor_keys(name, entry["kind"])
+        kh, kw = entry["kernel"] or (1, 1)
+        require(
+            b.ndim == a.ndim == 2 and a.shape[1] % (kh * kw) == 0,
+            f"factors[{name!r}]",
+            f"B {tuple(b.shape)}, A {tuple(a.shape)}",
+            f"matrices, A with a multiple of {kh * kw} columns",
+        )
+        conv = entry["kind"] == "conv2d"
+        tensors[a_key] = a.reshape(rank, -1, kh, kw) if conv else a
+        tensors[b_key] = b.reshape(-1, rank, 1, 1) if conv else b
+    # Copies: safetensors takes neither views nor tensors that share memory.
+    tensors = {
+        key: t.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for key, t in tensors.items()
+    }
+    modules_to_save: set[str] = set()
+    for name, tensor in (dense or {}).items():
+        owners = saved_by(name, layout["modules_to_save"])
+        require(bool(owners), f"dense[{name!r}]", "no owner", "one of modules_to_save")
+        modules_to_save.update(owners)
+        tensors[PREFIX + name] = tensor.detach().to("cpu", copy=True).contiguous()
+    for key, tensor in tensors.items():
+        require(bool(torch.isfinite(tensor).all()), key, "values not finite in its dtype", "finite")
+
+    config = {
+        "peft_type": "LORA",
+        "task_type": layout["task_type"],
+        "base_model_name_or_path": layout["base_model"],
+        "revision": layout["revision"],
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": layout["lora_dropout"],
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "init_lora_weights": True,
+        "fan_in_fan_out": any(layout["modules"][name]["fan_in_fan_out"] for name in factors),
+        "target_modules": sorted(factors),
+        "modules_to_save": sorted(modules_to_save) or None,
+    }
+    with new_folder(folder, overwrite=overwrite, marker=CONFIG_NAME) as path:
+        save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (path / CONFIG_NAME).write_text(text, encoding="utf-8")
+        card = _model_card(config, len(factors), sorted(dense or {}))
+        (path / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+def _model_card(config: Mapping[str, Any], modules: int, dense: list[str]) -> str:
+    base = config["base_model_name_or_path"]
+    front = ["library_name: peft", "tags: [lora, glora]"]
+    if base:
+        front.append(f"base_model: {json.dumps(base)}")  # JSON strings are YAML strings
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        "# Aggregated LoRA adapter",
+        "",
+        f"Written by glora. {modules} adapted modules, rank {config['r']}, "
+        f"lora_alpha {config['r']} (scaling 1), factors in float32.",
+    ]
+    if dense:
+        lines += ["", "Saved in full: " + ", ".join(f"`{name}`" for name in dense) + "."]
+    return "\n".join(lines) + "\n"
