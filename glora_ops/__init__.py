@@ -4,11 +4,16 @@ Importing this registers ``torch.ops.glora.*``. The functions and classes here a
 Python API; PEFT folders are read and written by `aggregate_adapters` and `State.write_adapter`.
 """
 
+from typing import TYPE_CHECKING
+
 from .api import aggregate
 from .certificates import CLIENT_STATS, STATS
 from .errors import GloraError, GloraWarning, Refusal, Refused
 from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
+
+if TYPE_CHECKING:
+    from .merge import aggregate_adapters
 
 __all__ = [
     "CLIENT_STATS",

@@ -72,17 +72,20 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
     """
     names = [name or "update" for name in state.modules]
     modules = list(state.modules.values())
-    figure = _figure(12.5, 4.8)
-    update, left, right = figure.subplots(1, 3)
+    if state.settings["basis"] == "update":  # both sides are cut at the same singular values
+        panels = [("mean update", "σⱼ of W̄", [m.eig_u for m in modules])]
+    else:
+        panels = [
+            ("consensus of the column spaces", "eigenvalue", [m.eig_u for m in modules]),
+            ("consensus of the row spaces", "eigenvalue", [m.eig_v for m in modules]),
+        ]
+    figure = _figure(4.2 * (1 + len(panels)), 4.8)
+    update, *sides = figure.subplots(1, 1 + len(panels))
     _lines(update, dict(zip(names, (m.s for m in modules), strict=True)))
-    _label(update, "singular value j", "σⱼ of the update", f"update, rank {state.rank}")
-    energies = state.settings["basis"] == "update"
-    what = "fraction of ‖W̄‖²" if energies else "eigenvalue of the mean projector"
-    for axes, side, values in (
-        (left, "left (column spaces)", [m.eig_u for m in modules]),
-        (right, "right (row spaces)", [m.eig_v for m in modules]),
-    ):
-        _lines(axes, dict(zip(names, values, strict=True)))
+    _label(update, "singular value j", "σⱼ of the update", f"server update, rank {state.rank}")
+    for axes, (title, what, values) in zip(sides, panels, strict=True):
+        _lines(axes, dict(zip(names, values, strict=True)), logarithmic=len(panels) == 1)
+        axes.set_xlim(right=max(axes.get_xlim()[1], state.rank + 0.9))
         axes.axvline(state.rank + 0.5, color=CUT, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
             f"cut at {state.rank} ",
@@ -93,10 +96,11 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
             color=CUT,
             size=9,
         )
-        _label(axes, "direction j", what, f"consensus, {side}")
+        _label(axes, "direction j", what, title)
+    clients = "1 client" if len(state.clients) == 1 else f"{len(state.clients)} clients"
     figure.suptitle(
-        f"{len(state.clients)} clients, basis {state.settings['basis']}: "
-        f"captured {state.captured:.4f} of attainable {state.attainable:.4f}",
+        f"{clients}, basis {state.settings['basis']}: captured {state.captured:.4f}, "
+        f"attainable {state.attainable:.4f}",
         size=12,
         color=INK,
     )
@@ -136,6 +140,10 @@ def plot_alignment(
         axes.set_yticks(range(count), short)
         axes.tick_params(length=0, labelsize=font, colors=INK)
         axes.spines[:].set_visible(False)
+        axes.set_xticks([i + 0.5 for i in range(count - 1)], minor=True)
+        axes.set_yticks([i + 0.5 for i in range(count - 1)], minor=True)
+        axes.grid(which="minor", color="white", linewidth=min(2.0, 30 / count))
+        axes.tick_params(which="minor", length=0)
         if count <= NUMBERED_CELLS:
             for (i, j), value in _cells(values):
                 ink = "white" if value > 0.6 else INK
@@ -143,7 +151,7 @@ def plot_alignment(
     bar = figure.colorbar(image, ax=both, shrink=0.85, pad=0.02)
     bar.set_label("alignment (mean squared cosine)", color=INK, size=9)
     bar.ax.tick_params(length=0, labelsize=8, colors=INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     _save(figure, path)
 
 
@@ -165,18 +173,33 @@ def _colours(count: int) -> list[Any]:
     return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
 
 
-def _lines(axes: Axes, spectra: Mapping[str, Tensor]) -> None:
-    """One logarithmic line per module; what is below rounding is not drawn."""
+def _lines(axes: Axes, spectra: Mapping[str, Tensor], *, logarithmic: bool = True) -> None:
+    """One line per module; what is below rounding is not drawn."""
     top = max(float(values.max()) for values in spectra.values())
-    for values, colour in zip(spectra.values(), _colours(len(spectra)), strict=True):
-        shown = values[values > FLOOR * top]
+    drawn = [values[values > FLOOR * top] for values in spectra.values()]
+    for shown, colour in zip(drawn, _colours(len(spectra)), strict=True):
         axes.plot(
             range(1, len(shown) + 1), shown.numpy(), "o-", color=colour, linewidth=1.3,
             markersize=3.5 if len(spectra) <= NAMED_LINES else 2, alpha=0.9,
         )  # fmt: skip
-    if top > 0:
+    if logarithmic and top > 0:
         axes.set_yscale("log")
-    axes.set_xlim(0.5, max(len(values) for values in spectra.values()) + 0.9)
+        _plain_numbers(axes)
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(0.5, max(map(len, drawn)) + 0.9)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """0.5 instead of 5 × 10⁻¹, and minor ticks named where there are few decades."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+            return f"{x:g}"
+
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
 
 
 def _label(axes: Axes, x: str, y: str, title: str) -> None:
@@ -210,10 +233,15 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar.set_ticks([0, 1], labels=["first", "last"])
     bar.set_label(f"{len(names)} modules in the model's order", color=INK, size=9)
     bar.ax.tick_params(length=0, labelsize=8, colors=INK)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
-    require(path.suffix in SUFFIXES, "plot", repr(str(path)), f"a file ending in {SUFFIXES}")
+    require(
+        path.suffix in SUFFIXES,
+        "plot",
+        repr(str(path)),
+        f"a file ending in {' or '.join(SUFFIXES)}",
+    )
     figure.savefig(path, dpi=160)

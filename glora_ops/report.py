@@ -53,7 +53,7 @@ def lines(state: State) -> list[Line]:
         ),
         Line(
             "effective rank",
-            f"{min(effective)}…{max(effective)}" if len(effective) > 1 else str(effective[0]),
+            str(min(effective)) + (f"…{max(effective)}" if max(effective) > min(effective) else ""),
             "directions above rounding; an adapter of that rank loses nothing of the state",
         ),
         Line(

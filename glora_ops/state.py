@@ -227,6 +227,9 @@ class State:
         try:
             about: Mapping[str, Any] = json.loads(described or "")
             version = about["format_version"]
+            complete = {"basis", "missing", "rank"} <= set(about["settings"]) and len(
+                about["clients"]
+            ) == len(about["weights"])
         except (ValueError, TypeError, KeyError):
             raise GloraError(f"state: {path} carries no glora metadata; {remedy}") from None
         require(
@@ -235,6 +238,13 @@ class State:
             f"{version} in {path}",
             f"{FORMAT_VERSION}",
             "read it with the glora that wrote it",
+        )
+        require(
+            complete and "layout" in about,
+            "metadata",
+            f"{path} with settings {sorted(about['settings'])} and {len(about['clients'])} clients",
+            "settings with basis, missing and rank, one weight per client, and the layout",
+            "the file is damaged: write it again",
         )
         keys = set(file.keys())
         wanted = {f"modules/{name}/{part}" for name in about["modules"] for part in _TENSORS}

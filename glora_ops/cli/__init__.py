@@ -1,1 +1,66 @@
-"""Placeholder while the package is laid out."""
+"""`glora` on the command line: look at clients, aggregate them, read adapters out.
+
+One file per command. What a command finds out is one plain dictionary (`facts`, `measure`), which
+`show` prints for people and ``--json`` prints for machines. torch and the rest of glora are
+imported by the commands when they run, so that usage and help answer at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import aggregate, compare, inspect, readout
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="glora",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"glora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Example: **glora aggregate clients/ann clients/bob -o out --rank 32 --readout 8**"
+)
+def glora(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Merge the LoRA adapters of many clients into one server state, whatever their ranks.
+
+    1. **Look.** A client is a folder as PeftModel.save_pretrained writes it, with a glora.json
+    {"num_examples": n} in it if it is to count by its data. **glora inspect** shows what one
+    holds, **glora compare** which of several agree.
+
+    2. **Aggregate.** **glora aggregate** writes server.safetensors, the state: the weighted mean
+    of all updates at a rank of your choice, and certificates of how much of it that rank holds.
+
+    3. **Read out.** **glora readout** slices an adapter of any rank out of the state;
+    PeftModel.from_pretrained loads it.
+
+    Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted.
+    """
+
+
+for module in (inspect, compare, aggregate, readout):
+    app.command(epilog=module.EXAMPLE)(getattr(module, module.__name__.rpartition(".")[2]))
+
+
+def main() -> None:
+    """Run `glora` with the arguments of the process."""
+    app(prog_name="glora")

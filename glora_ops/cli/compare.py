@@ -1,0 +1,176 @@
+"""`glora compare`: which clients agree, which are loud, which are odd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import typer
+from rich.text import Text
+
+from ..errors import Refused
+from .options import Base, Clients, Json, Plot
+from .show import (
+    answering,
+    clean,
+    console,
+    labelled,
+    number,
+    print_json,
+    print_notes,
+    progress,
+    span,
+    table,
+)
+
+__all__ = ["EXAMPLE", "compare"]
+
+EXAMPLE = "Example: **glora compare clients/ann clients/bob clients/cyd --plot alignment.png**"
+
+#: A client is odd whose mean alignment is below this part of the median client's …
+ODD = 0.5
+#: … provided that the median client agrees with the others at least this much.
+AGREED = 0.1
+#: More clients than this do not fit a terminal as a matrix.
+MATRIX_CLIENTS = 12
+
+
+def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Json = False) -> None:
+    """Show which clients learnt alike: principal angles between their updates, loud and odd ones.
+
+    Alignment 1 means the same directions (or one client's within the other's), 0 means orthogonal
+    ones: left of the column spaces (what the update writes), right of the row spaces (what it
+    reads). It depends on the updates only, not on how they are factored, scaled or how loud they
+    are.
+    """
+    if len(clients) < 2:
+        raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
+    with answering(as_json):
+        from ..adapters import Adapter, check_compatible, check_values, inspect_adapter
+        from .measure import compare_clients
+
+        inspected = [inspect_adapter(folder) for folder in clients]
+        adapters = [adapter for adapter, _ in inspected if adapter is not None]
+        problems = [problem for _, found in inspected for problem in found]
+        problems += check_compatible(adapters, base) if adapters else []
+        if not problems:
+            with progress() as report:
+                for done, adapter in enumerate(adapters, start=1):
+                    problems += check_values(adapter)
+                    report("values", done, len(adapters))
+        if problems:
+            raise Refused(problems)
+
+        found = compare_clients(adapters)
+        names = [adapter.name for adapter in adapters]
+
+        def about(i: int, adapter: Adapter) -> dict[str, Any]:
+            return {
+                "name": adapter.name,
+                "ranks": sorted({m.rank for m in adapter.modules.values()}),
+                "scalings": sorted({m.scaling for m in adapter.modules.values()}),
+                "norm": float(found.norms[i]),
+                "alignment": float(found.with_others[i]),
+            }
+
+        described = [about(i, adapter) for i, adapter in enumerate(adapters)]
+        facts = {
+            "clients": described,
+            "columns": found.columns.tolist(),
+            "rows": found.rows.tolist(),
+            "notes": [*_loud(described), *_odd(described)],
+            "plot": None if plot is None else str(plot),
+        }
+        if plot is not None:
+            from ..plots import plot_alignment
+
+            plot_alignment(names, found.columns, found.rows, plot)
+        if as_json:
+            print_json(facts)
+        else:
+            _print(facts)
+
+
+def _loud(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from ..report import LOUD
+
+    usual = median(client["norm"] for client in clients)
+    return [
+        {
+            "text": f"{client['name']} is loud: its update is {client['norm'] / usual:.0e} times "
+            "the median client's; look at its scaling",
+            "warning": True,
+        }
+        for client in clients
+        if len(clients) >= 3 and usual > 0 and client["norm"] > LOUD * usual
+    ]
+
+
+def _odd(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    known = [c for c in clients if not math.isnan(c["alignment"])]
+    if len(known) < 3:
+        return []
+    usual = median(client["alignment"] for client in known)
+    return [
+        {
+            "text": f"{client['name']} is odd: its mean alignment with the others is "
+            f"{client['alignment']:.2f} where the median client's is {usual:.2f}; it may have "
+            "learnt another task, from another base, or noise",
+            "warning": True,
+        }
+        for client in known
+        if usual >= AGREED and client["alignment"] < ODD * usual
+    ]
+
+
+def _print(facts: Mapping[str, Any]) -> None:
+    to = console()
+    clients = facts["clients"]
+    rows = table("", "client", "rank", "scaling", "‖ΔW‖", "alignment with the others", left=2)
+    for i, client in enumerate(clients, start=1):
+        rows.add_row(
+            str(i),
+            clean(client["name"]),
+            span(client["ranks"]),
+            span(client["scalings"]),
+            number(client["norm"]),
+            _share(client["alignment"]),
+        )
+    to.print(rows)
+    if len(clients) <= MATRIX_CLIENTS:
+        _print_matrix("left: column spaces", facts["columns"])
+        _print_matrix("right: row spaces", facts["rows"])
+    elif facts["plot"] is None:
+        to.print(f"\n{len(clients)} × {len(clients)} alignments: --plot FILE.png draws them")
+    if facts["notes"]:
+        to.print()
+    print_notes(facts["notes"])
+    if facts["plot"] is not None:
+        to.print(labelled("\nwritten: ", "bold green", clean(facts["plot"])), soft_wrap=True)
+
+
+def _print_matrix(title: str, matrix: Sequence[Sequence[float]]) -> None:
+    rows = table("", *(str(i + 1) for i in range(len(matrix))))
+    rows.title, rows.title_justify, rows.title_style = title, "left", "bold"
+    rows.padding = 0
+    to = console()
+    shaded = to.color_system in ("256", "truecolor")  # sixteen colours have no shades
+    for i, line in enumerate(matrix, start=1):
+        rows.add_row(f"{i} ", *(_cell(alignment, shaded) for alignment in line))
+    to.print()
+    to.print(rows)
+
+
+def _cell(alignment: float, shaded: bool) -> Text:
+    if math.isnan(alignment):
+        return Text("   –  ", "dim")
+    shade = round(255 - 190 * alignment)
+    ink = "white" if alignment > 0.5 else "black"
+    style = f"{ink} on rgb({shade},{min(255, shade + 40)},255)" if shaded else ""
+    return Text(f" {alignment:.2f} ", style)
+
+
+def _share(alignment: float) -> str:
+    return "–" if math.isnan(alignment) else f"{alignment:.2f}"

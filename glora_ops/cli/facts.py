@@ -1,0 +1,192 @@
+"""What a state says about itself, as one JSON-able dictionary; and the same in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..certificates import CLIENT_STATS, STATS
+from ..errors import require
+from ..report import lines, notes
+from ..state import State
+from .show import clean, console, labelled, number, print_notes, span, table
+
+__all__ = [
+    "STATE_NAME",
+    "find_state",
+    "load_state",
+    "padding_note",
+    "print_clients",
+    "print_state",
+    "state_facts",
+]
+
+STATE_NAME = "server.safetensors"
+
+
+def find_state(path: Path) -> Path | None:
+    """The state file that `path` is or holds; None where it can only be an adapter folder."""
+    if path.is_file():
+        return path
+    return path / STATE_NAME if (path / STATE_NAME).is_file() else None
+
+
+def state_facts(state: State) -> dict[str, Any]:
+    """Certificates of the state, of its modules and of its clients."""
+    settings = state.settings
+    return {
+        "rank": state.rank,
+        "basis": settings["basis"],
+        "missing": settings["missing"],
+        "captured": state.captured,
+        "attainable": state.attainable,
+        "weights": dict(zip(state.clients, state.weights, strict=True)),
+        "weights_from": settings.get("weights_from"),
+        "base_model": (state.layout or {}).get("base_model"),
+        "clients": _clients(state),
+        "skipped": settings.get("skipped", []),
+        "summary": [asdict(line) for line in lines(state)],
+        "certificates": {
+            name: {
+                "d_out": m.u.shape[0],
+                "d_in": m.v.shape[0],
+                **dict(zip(STATS, m.stats.tolist(), strict=True)),
+                "singular_values": m.s.tolist(),
+                "clients": [c for c, there in zip(state.clients, m.present, strict=True) if there],
+            }
+            for name, m in state.modules.items()
+        },
+        "dense": sorted(state.dense),
+        "rank_to_captured": settings.get("rank_to_captured"),
+        "notes": [*(asdict(note) for note in notes(state)), *_partial_means(state)],
+    }
+
+
+def _clients(state: State) -> list[dict[str, Any]]:
+    """Per client over all modules: energies add up, alignments are weighted by them."""
+    modules = state.modules.values()
+    stats = torch.stack([m.client_stats for m in modules], -1)  # [K, 4, L]
+    norm, align_u, align_v, share = stats.unbind(1)
+    energy = norm.square()
+    total = energy.sum(-1).clamp(min=torch.finfo(energy.dtype).tiny)
+    held = torch.tensor([m.stat("captured") * m.stat("norm") ** 2 for m in modules])
+    held = held.to(energy.dtype) / max(float(held.sum()), torch.finfo(energy.dtype).tiny)
+    columns = (
+        energy.sum(-1).sqrt(),
+        (energy * align_u).sum(-1) / total,
+        (energy * align_v).sum(-1) / total,
+        share @ held,
+    )
+    return [
+        {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(float, row), strict=True))}
+        for name, weight, row in zip(
+            state.clients, state.weights, zip(*columns, strict=True), strict=True
+        )
+    ]
+
+
+def _partial_means(state: State) -> list[dict[str, Any]]:
+    return [
+        {"text": f"{name} is the mean over {', '.join(having)} only", "warning": False}
+        for name, having in state.settings.get("dense_from", {}).items()
+    ]
+
+
+def padding_note(state: State, rank: int, pad: str) -> list[dict[str, Any]]:
+    """Tells whoever reads out more than the state holds that zero pairs never learn."""
+    effective = [int(m.stat("effective_rank")) for m in state.modules.values()]
+    padded = sum(rank > r for r in effective)
+    if pad != "zero" or not padded:
+        return []
+    return [
+        {
+            "text": f"rank {rank} is more than the {span(effective)} directions that {padded} of "
+            f"{len(effective)} modules hold: the pairs beyond are zero, which is right for use, "
+            "but they never learn; to train on, read out with --pad trainable",
+            "warning": False,
+        }
+    ]
+
+
+def print_state(facts: Mapping[str, Any]) -> None:
+    """What was merged, what the certificates say, what deserves a second look."""
+    to = console()
+    clients, modules = len(facts["weights"]), len(facts["certificates"])
+    base = f", base {clean(facts['base_model'])}" if facts["base_model"] else ""
+    to.print(
+        labelled(
+            f"{_count(clients, 'client')} → rank {facts['rank']}",
+            "bold",
+            f", basis {facts['basis']}, {_count(modules, 'module')}{base}\n",
+        )
+    )
+    print_clients(facts)
+    if facts["rank_to_captured"]:
+        ranks = table("rank", "captured", left=0)
+        for rank, captured in facts["rank_to_captured"].items():
+            chosen = "bold green" if int(rank) == facts["rank"] else ""
+            ranks.add_row(rank, f"{captured:.4f}", style=chosen)
+        to.print(ranks)
+        to.print()
+    certificates = table("certificate", "value", "what it means")
+    certificates.columns[2].justify = "left"
+    certificates.columns[2].no_wrap = False
+    for line in facts["summary"]:
+        certificates.add_row(line["name"], line["value"], line["meaning"])
+    to.print(certificates)
+    if facts["dense"]:
+        to.print(f"\nweighted means of full weights: {', '.join(map(clean, facts['dense']))}")
+    if facts["notes"] or facts["skipped"]:
+        to.print()
+    print_notes(facts["notes"])
+    for skipped in facts["skipped"]:
+        to.print(labelled("skipped: ", "bold yellow", clean(skipped)))
+
+
+def print_clients(facts: Mapping[str, Any]) -> None:
+    """One row per client."""
+    stored = any("ranks" in client for client in facts["clients"])
+    rows = table(
+        "client", "weight", *(["rank", "scaling"] if stored else []), "‖ΔW‖", "align left",
+        "align right", "share",
+    )  # fmt: skip
+    for client in facts["clients"]:
+        held = [span(client["ranks"]), span(client["scalings"])] if stored else []
+        rows.add_row(
+            clean(client["name"]),
+            number(client["weight"]),
+            *held,
+            number(client["norm"]),
+            *(f"{client[name]:.2f}" for name in ("align_u", "align_v", "share")),
+        )
+    to = console()
+    to.print(rows)
+    origin = {
+        "num_examples": "weights: num_examples of the clients' glora.json",
+        "equal": "weights: equal, because not every client has a glora.json with num_examples",
+        "given": "weights: as given",
+    }.get(facts["weights_from"], "")
+    if origin:
+        to.print(origin, style="dim")
+    to.print()
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def load_state(path: Path) -> State:
+    """The state in a file, or in a folder as `glora aggregate` writes it."""
+    found = find_state(path)
+    require(
+        found is not None,
+        "state",
+        repr(str(path)),
+        f"a {STATE_NAME} or a folder that holds one",
+        "glora aggregate writes one",
+    )
+    return State.load(found or path)

@@ -1,0 +1,46 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["Base", "Clients", "Json", "Overwrite", "Pad", "Plot", "Seed"]
+
+Clients = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="CLIENT_DIR",
+        help="One folder per client, as PeftModel.save_pretrained writes it.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Vouch that all clients adapt this one base model although they name it differently.",
+    ),
+]
+Pad = Annotated[
+    Literal["zero", "trainable"],
+    typer.Option(
+        help="Pairs beyond what the state holds: zero for use, trainable to train on "
+        "(the update is the same; zero pairs never learn)."
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random. Equal seeds, equal bits.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the whole folder if glora wrote it.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object instead; null stands for a number without limit."
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE.png", help="Draw the picture into this file."),
+]
