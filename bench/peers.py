@@ -1,0 +1,218 @@
+"""What glora is measured against, each as an expert would write it today in plain torch.
+
+Rules of the house, so that no peer is weak by accident:
+- inputs are those of glora, in fp32; peers (0), (1), (3), (4) start from row stacks already in
+  memory (no stacking on their clock), (2) and (5) from the clients' own tensors, as they must;
+- test matrices Ω are drawn before the clock starts (glora keeps its own between calls too);
+- LAPACK gets one thread or all of them, whichever is faster for that peer on that machine: the
+  bench tries both (`Lapack`); products always use all;
+- nothing beyond the answer is computed: no certificates, no per-client statistics, no checks.
+
+Every peer returns (u (d_out, R), s (R,), v (d_in, R)) with answer u·diag(s)·vᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from populations import Population
+from torch import Tensor
+
+__all__ = [
+    "OVERSAMPLE",
+    "Factors",
+    "Lapack",
+    "Peft",
+    "by_lapack",
+    "dense_lowrank",
+    "dense_svd",
+    "naive_loop",
+    "omega",
+    "randomized_svd",
+    "randomized_svd_from_lists",
+    "stacked_qr",
+]
+
+Factors = tuple[Tensor, Tensor, Tensor]
+OVERSAMPLE = 16  # p, as glora's default
+
+
+def omega(d: int, columns: int, seed: int = 1) -> Tensor:
+    return torch.randn(d, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Lapack:
+    """QR and SVD on a given number of threads; threads = 0 leaves the setting alone."""
+
+    threads: int = 0
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        with self._limited():
+            return torch.linalg.qr(y)
+
+    def orthonormal(self, y: Tensor) -> Tensor:
+        return self.qr(y)[0]
+
+    def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with self._limited():
+            return torch.linalg.svd(x, full_matrices=False)
+
+    def geqrf(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with self._limited():
+            return torch.geqrf(x)
+
+    def ormqr(self, x: Tensor, tau: Tensor, c: Tensor) -> Tensor:
+        with self._limited():
+            return torch.ormqr(x, tau, c)
+
+
+def by_lapack(call: Callable[[Lapack], Any]) -> dict[str, Callable[[], Any]]:
+    """The same peer with LAPACK on all threads and on one."""
+    return {
+        "LAPACK on all threads": lambda: call(Lapack()),
+        "LAPACK on one thread": lambda: call(Lapack(1)),
+    }
+
+
+def _implicit(
+    b: Tensor, a: Tensor, coef: Tensor, rank: int, steps: int, om: Tensor, lapack: Lapack
+) -> Factors:
+    y = b.mT @ (coef * (a @ om))
+    for _ in range(steps):  # one QR a step: fp32 bears W̄W̄ᵀ of an orthonormal block
+        y = b.mT @ (coef * (a @ (a.mT @ (coef * (b @ lapack.orthonormal(y))))))
+    q = lapack.orthonormal(y)
+    v, s, xh = lapack.svd(a.mT @ (coef * (b @ q)))  # W̄ᵀq, tall
+    return q @ xh[:rank].mT, s[:rank], v[:, :rank]
+
+
+def randomized_svd(p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack) -> Factors:
+    """(0) Implicit randomized SVD of the stacks, Y = L(AΩ). Answer: best rank R of the mean.
+
+    Halko, Martinsson, Tropp 2011, algorithms 4.3 and 5.1; `steps` power iterations.
+    """
+    return _implicit(p.b, p.a, p.coef, rank, steps, om, lapack)
+
+
+def randomized_svd_from_lists(
+    p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack
+) -> Factors:
+    """(0) with the stacking on its clock: from the clients' own lora_B and lora_A."""
+    b, a = torch.cat(p.lora_b, 1), torch.cat(p.lora_a)
+    return _implicit(b.mT, a, p.coef, rank, steps, om, lapack)
+
+
+def stacked_qr(p: Population, rank: int, lapack: Lapack) -> Factors:
+    """(1) Thin QR of both stacks and one N × N SVD. Answer: best rank R of the mean, exactly.
+
+    Q stays in reflectors: only the R columns wanted are ever multiplied out.
+    """
+    left, tau_l = lapack.geqrf(p.b.mT * p.coef.mT)
+    right, tau_r = lapack.geqrf(p.a.mT)
+    x, s, yh = lapack.svd(left[: min(p.b.shape)].triu() @ right[: min(p.a.shape)].triu().mT)
+    u, v = p.b.new_zeros(p.b.shape[1], rank), p.a.new_zeros(p.a.shape[1], rank)
+    u[: x.shape[0]], v[: yh.shape[1]] = x[:, :rank], yh[:rank].mT
+    return lapack.ormqr(left, tau_l, u), s[:rank], lapack.ormqr(right, tau_r, v)
+
+
+def dense_mean(p: Population) -> Tensor:
+    """(d_out, d_in): one product of the stacks, not K of them."""
+    return p.b.mT @ (p.coef * p.a)
+
+
+def dense_lowrank(p: Population, rank: int) -> Factors:
+    """(3) Dense mean, then torch.svd_lowrank. Answer: best rank R of the mean, nearly."""
+    u, s, v = torch.svd_lowrank(dense_mean(p), q=rank + OVERSAMPLE, niter=2)
+    return u[:, :rank], s[:rank], v[:, :rank]
+
+
+def dense_svd(p: Population, rank: int) -> Factors:
+    """(4) Dense mean, then a full SVD (FlexLoRA, FedEx-LoRA). Answer: best rank R, exactly."""
+    u, s, vh = torch.linalg.svd(dense_mean(p), full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank].mT
+
+
+class Peft:
+    """(2) PEFT's add_weighted_adapter(combination_type="svd") on a model of one linear layer.
+
+    Answer: best rank R of the mean, by a dense sum and a thin SVD. Adapters are in the model
+    before the clock starts; removing the last answer is not timed either.
+    """
+
+    def __init__(self, p: Population, rank: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        case, self.rank = p.case, rank
+        base = torch.nn.Sequential()
+        base.add_module("linear", torch.nn.Linear(case.d_in, case.d_out, bias=False))
+        self.names = [f"client{i}" for i in range(case.clients)]
+        self.model: Any = None
+        for i, name in enumerate(self.names):
+            r, scaling = case.rank_of(i), float(p.scaling[i])
+            config = LoraConfig(
+                r=r, lora_alpha=int(scaling * r), target_modules=["linear"], lora_dropout=0.0
+            )
+            if self.model is None:
+                self.model = get_peft_model(base, config, adapter_name=name)
+            else:
+                self.model.add_adapter(name, config)
+            layer = self.model.base_model.model.linear
+            layer.lora_A[name].weight.data.copy_(p.lora_a[i])
+            layer.lora_B[name].weight.data.copy_(p.lora_b[i])
+        self.layer = layer
+        self.weights = p.weights.tolist()
+
+    def reset(self) -> None:
+        if "mean" in self.model.peft_config:
+            self.model.delete_adapter("mean")
+
+    def __call__(self) -> Factors:
+        with torch.no_grad():
+            self.model.add_weighted_adapter(
+                self.names, self.weights, "mean", combination_type="svd",
+                svd_rank=self.rank, svd_full_matrices=False,
+            )  # fmt: skip
+        b, a = self.layer.lora_B["mean"].weight.data, self.layer.lora_A["mean"].weight.data
+        return b, torch.full((self.rank,), self.layer.scaling["mean"]), a.mT
+
+
+def naive_loop(p: Population, rank: int, om_u: Tensor, om_v: Tensor, lapack: Lapack) -> Factors:
+    """(5) Projector averaging client by client with linalg.qr, one step of subspace iteration.
+
+    Answer: the plain consensus (hard projectors, no anchor, no rank decision): U, V from
+    Σ w_i Q_iQ_iᵀ, then the core Σ w_i s_i (UᵀB_i)(A_iV).
+    """
+    weights = p.weights.tolist()
+
+    def top(factors: Sequence[Tensor], om: Tensor) -> Tensor:
+        bases = [lapack.orthonormal(x) for x in factors]
+
+        def mean_projector(z: Tensor) -> Tensor:
+            y = torch.zeros_like(z)
+            for w, q in zip(weights, bases, strict=True):
+                y.addmm_(q, q.mT @ z, alpha=w)
+            return y
+
+        y = mean_projector(lapack.orthonormal(mean_projector(om)))
+        return lapack.svd(y)[0][:, :rank]
+
+    u = top(p.lora_b, om_u)
+    v = top([a.mT for a in p.lora_a], om_v)
+    core = u.new_zeros(rank, rank)
+    for c, b, a in zip((p.weights * p.scaling).tolist(), p.lora_b, p.lora_a, strict=True):
+        core.addmm_(u.mT @ b, a @ v, alpha=c)
+    x, s, yh = lapack.svd(core)
+    return u @ x, s, v @ yh.mT
