@@ -108,7 +108,8 @@ class CpuVocabulary:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
-        return y.double().mT @ z.double()
+        left = y.double()
+        return left.mT @ (left if z is y else z.double())
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         with one_thread() if g.shape[-1] > ONE_THREAD else nullcontext():

@@ -54,7 +54,7 @@ class Ritz:
     ----------
     basis : Tensor (L, d, m)
         Orthonormal columns, or zero.
-    images : Tensor (L, n, m)
+    images : Tensor (L, n, m) fp64
         Oᵀ basis.
     theta, vectors : Tensor (L, m), (L, m, m) fp64
         Eigenpairs of imagesᵀ images: squared singular values of basisᵀO.
@@ -81,9 +81,10 @@ def block_krylov(
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
 
-    Adaptive runs stop at the first step that improved captured energy by less than `tol` and
-    the error √(1 − captured) by less than `tol`/4 or 1/4 %: on a flat spectrum several more such
-    steps would follow, and together they are to stay within `tol` or 1 %.
+    Adaptive runs stop when what further steps could still gain is too little: below `tol` of the
+    energy, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to come is
+    at most the energy outside the basis, since a basis loses no more of the best rank-R part than
+    that, and after a step it is taken to be at most a third of that step's gain.
 
     Parameters
     ----------
@@ -95,38 +96,36 @@ def block_krylov(
         ‖(I − QQᵀ)O‖_F² or an estimate, for Q = basis and seen = ‖QᵀO‖_F².
     """
     drop = max((64 * torch.finfo(start.dtype).eps) ** 2, 1e-14)
-    q = whiten(v, start, drop)
-    basis, images = q, apply_t(q)
-    last = images
+    basis = whiten(v, start, drop)
+    images = last = apply_t(basis).double()
     h = v.inner(images, images)
-    captured = previous = 0.0
+    found = 0.0
     limit = min(basis.shape[-2], images.shape[-2])
     for step in range(MAX_STEPS + 1):
         theta, vectors = v.eigh(h)
         seen = theta.sum(-1)
-        total = seen + unseen(basis, seen)
+        outside = unseen(basis, seen)
         if step == how.power_iters or step == MAX_STEPS or basis.shape[-1] >= limit:
             break
         if how.power_iters < 0:
-            captured = float(theta[..., :rank].sum() / total.clamp(min=1e-300))
-            before, now = math.sqrt(1 - previous), math.sqrt(max(0.0, 1 - captured))
-            if (
-                step > 0
-                and captured - previous < how.tol
-                and (before - now < how.tol / 4 or before < 1.0025 * now)
-            ):
+            before, found = found, float(theta[..., :rank].sum())
+            total = max(float(seen + outside), 1e-300)
+            to_come = float(outside) if step == 0 else min(float(outside), (found - before) / 3)
+            gain, missing = max(to_come, 0.0) / total, max(0.0, 1 - found / total)
+            error = math.sqrt(missing)
+            moves = error - math.sqrt(max(0.0, missing - gain))
+            if gain < how.tol and moves < max(how.tol, 0.01 * error) / 2:
                 break
-            previous = captured
         w = apply(last)
-        size = v.inner(w, w).diagonal(dim1=-2, dim2=-1).sum(-1)
+        size = w.square().sum((-2, -1), dtype=torch.float64)
         for _ in range(2):
             w = w - basis @ (basis.mT @ w)
         q = whiten(v, w, drop, size)
-        last = apply_t(q)
+        last = apply_t(q).double()
         side = v.inner(images, last)
         h = torch.cat([torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2)
         basis, images = _append(basis, q), _append(images, last)
-    return Ritz(basis, images, theta, vectors, total, step)
+    return Ritz(basis, images, theta, vectors, seen + outside, step)
 
 
 def _append(block: Tensor, more: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ class KrylovRoute:
         ritz = block_krylov(v, apply, apply_t, start, unseen, rank, self.how)
         leading = ritz.vectors[..., :rank]
         x = orthonormalise(v, combine(ritz.basis, leading))
-        y = orthonormalise(v, combine(ritz.images, leading))
+        y = orthonormalise(v, combine(ritz.images, leading).to(a.dtype))
         sigma = fill(ritz.theta, rank + 1).sqrt()
         return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
 
