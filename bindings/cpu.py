@@ -1,15 +1,15 @@
-"""The CPU's vocabulary: torch products in the working precision, LAPACK on one thread."""
+"""The CPU's vocabulary: products in the working precision on all threads, the rest on one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from glora_ops.isolation import one_thread
+from glora_ops.isolation import all_threads
 from glora_ops.ragged import Ragged
 
 __all__ = ["CpuVocabulary"]
@@ -18,9 +18,12 @@ __all__ = ["CpuVocabulary"]
 SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**300}
 # Elements converted to fp64 at a time: 4 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**19
-# Above this order LAPACK's eigensolver is slower on two threads than on one
-# (192: 10 ms against 2 ms, AMD EPYC with MKL), below it switching costs as much as it saves.
-ONE_THREAD = 96
+# Multiply-adds from which a product is worth more than one thread.
+LARGE = 2**22
+
+
+def _threads(work: int) -> AbstractContextManager[None]:
+    return all_threads() if work >= LARGE else nullcontext()
 
 
 def _working(x: Tensor) -> Tensor:
@@ -28,7 +31,8 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _is_safe(x: Tensor) -> bool:
-    low, high = torch.aminmax(x)
+    with _threads(x.numel()):
+        low, high = torch.aminmax(x)
     return bool(torch.maximum(-low, high) <= SAFE[x.dtype])
 
 
@@ -60,12 +64,12 @@ ONEDNN_FROM = 2**21
 def _linear(x: Tensor, w: Tensor) -> Tensor:
     """(L, n, d) · (L, k, d)ᵀ. oneDNN reaches twice MKL's rate on these shapes (AMD EPYC)."""
     work = x.shape[-2] * x.shape[-1] * w.shape[-2]
-    if ONEDNN is None or x.dtype != torch.float32 or work < ONEDNN_FROM:
-        return x @ w.mT
-    w = w.expand(x.shape[0], -1, -1) if w.shape[0] == 1 else w
-    x = x.expand(w.shape[0], -1, -1)
-    parts = [ONEDNN(x[l], w[l]) for l in range(x.shape[0])]
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+    modules = max(x.shape[0], w.shape[0])
+    with _threads(work * modules):
+        if ONEDNN is None or x.dtype != torch.float32 or work < ONEDNN_FROM:
+            return x @ w.mT
+        x, w = x.expand(modules, -1, -1), w.expand(modules, -1, -1)
+        return torch.stack([ONEDNN(x[l], w[l]) for l in range(modules)])
 
 
 class CpuVocabulary:
@@ -95,10 +99,11 @@ class CpuVocabulary:
         flat = out.flatten(0, 1)
         width = min(d, max(256, CHUNK // math.prod(shape)))
         buffer = torch.empty(*shape, width, dtype=torch.float64)
-        for start in range(0, d, width):
-            here = ragged.pad(rows[..., start : start + width])
-            x = buffer[..., : here.shape[-1]].copy_(here).flatten(0, 1)
-            flat.baddbmm_(x, x.mT)
+        with _threads(math.prod(shape) * ragged.max_rank * d):
+            for start in range(0, d, width):
+                here = ragged.pad(rows[..., start : start + width])
+                x = buffer[..., : here.shape[-1]].copy_(here).flatten(0, 1)
+                flat.baddbmm_(x, x.mT)
         return out
 
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
@@ -108,15 +113,14 @@ class CpuVocabulary:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
-        left = y.double()
-        return left.mT @ (left if z is y else z.double())
+        with _threads(y.numel() * z.shape[-1]):
+            left = y.double()
+            return left.mT @ (left if z is y else z.double())
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        with one_thread() if g.shape[-1] > ONE_THREAD else nullcontext():
-            lam, vec = torch.linalg.eigh(g)
+        lam, vec = torch.linalg.eigh(g)
         return lam.flip(-1).clamp_(min=0), vec.flip(-1)
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with one_thread() if c.shape[-1] > ONE_THREAD else nullcontext():
-            x, s, yh = torch.linalg.svd(c)
+        x, s, yh = torch.linalg.svd(c)
         return x, s, yh.mT

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glora_ops import algorithm
-from glora_ops.isolation import exact_products
+from glora_ops.isolation import exact_products, one_thread
 from glora_ops.krylov_route import Iteration
 from glora_ops.packing import pack
 from glora_ops.ragged import Ragged
@@ -25,7 +25,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def register(v: Vocabulary, key: str) -> None:
-    """Bind every op to a dispatch key, run under `exact_products`, outputs contiguous."""
+    """Bind every op to a dispatch key, run in isolation, outputs contiguous."""
     ops = Ops(v)
     for name in schemas.NAMES:
         schemas.LIBRARY.impl(name, _isolated(getattr(ops, name.replace(".", "_"))), key)
@@ -34,7 +34,7 @@ def register(v: Vocabulary, key: str) -> None:
 def _isolated(body: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with exact_products():
+        with exact_products(), one_thread():
             out = body(*args, **kwargs)
         if isinstance(out, Tensor):
             return out.contiguous()

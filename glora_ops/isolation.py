@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["exact_products", "one_thread"]
+__all__ = ["all_threads", "exact_products", "one_thread"]
 
 _lock = threading.Lock()
 _inside = 0
@@ -39,15 +39,35 @@ def exact_products() -> Iterator[None]:
                 matmul.fp32_precision = _saved
 
 
+_caller = threading.local()
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small eigenproblems on one thread: LAPACK is several times slower there on two."""
+    """One thread for the many small steps; `all_threads` gives the caller's back to large ones.
+
+    Small eigenproblems and blocks are faster so (LAPACK is several times slower on two threads
+    than on one at order 192), and a busy machine costs one wait a product instead of one a step.
+    """
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
+    _caller.threads = threads
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        _caller.threads = None
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Inside `one_thread`: as many threads as the caller had."""
+    threads = getattr(_caller, "threads", None)
+    if threads is None or threads == 1:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)

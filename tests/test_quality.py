@@ -1,0 +1,265 @@
+"""What the server's update is worth: the quality and solver lines of the accuracy contract."""
+
+from __future__ import annotations
+
+import bounds
+import numpy as np
+import pytest
+import torch
+from strategies import STATS, distance, norm, orthonormal
+
+from glora_ops import pack, reference
+from glora_ops.solver import gram_route_limit
+
+COUNT, RANK, D = 16, 4, 160
+
+
+# --- clients of like norms ---------------------------------------------------------------------
+
+
+def frozen(rng, count=COUNT, r=RANK, m=D, n=D):
+    """One A for all, and B that have nothing in common."""
+    a = rng.standard_normal((r, n)) / np.sqrt(n)
+    return [(rng.standard_normal((m, r)), a) for _ in range(count)]
+
+
+def disjoint(rng, count=COUNT, r=RANK, m=D, n=D):
+    """Orthogonal updates of one spectrum: every eigenvalue of P̄ ties."""
+    u, v = orthonormal(rng, m, count * r), orthonormal(rng, n, count * r)
+    spectrum = np.linspace(1, 0.5, r)
+    return [(u[:, k : k + r] * spectrum, v[:, k : k + r].T) for k in range(0, count * r, r)]
+
+
+def shared(rng, count=COUNT, r=RANK, m=D, n=D, noise=0.0):
+    """One column space and one row space for all, mixed differently, plus noise of one's own."""
+    u, v = orthonormal(rng, m, r), orthonormal(rng, n, r)
+    middle = np.diag(0.8 ** np.arange(r))
+    return [
+        (
+            u @ (middle + 0.2 * rng.standard_normal((r, r)))
+            + noise * rng.standard_normal((m, r)) / np.sqrt(m),
+            v.T + noise * rng.standard_normal((r, n)) / np.sqrt(n),
+        )
+        for _ in range(count)
+    ]
+
+
+def noisy(rng, **shape):
+    return shared(rng, noise=0.5, **shape)
+
+
+def partly(rng, count=COUNT, r=RANK, m=D, n=D):
+    """Half of each update in common, half its own."""
+    half = r // 2
+    u, v = orthonormal(rng, m, half), orthonormal(rng, n, half)
+    middle = np.diag(0.7 ** np.arange(half))
+    return [
+        (
+            np.hstack(
+                [
+                    u @ (middle + 0.3 * rng.standard_normal((half, half))),
+                    rng.standard_normal((m, r - half)) / np.sqrt(m),
+                ]
+            ),
+            np.vstack([v.T, rng.standard_normal((r - half, n)) / np.sqrt(n)]),
+        )
+        for _ in range(count)
+    ]
+
+
+def stored(rng, clients, dtype=torch.float32):
+    """In a random gauge of condition 10, as a client would send it."""
+    out = []
+    for b, a in clients:
+        r = b.shape[1]
+        left, right = orthonormal(rng, r, r), orthonormal(rng, r, r)
+        d = np.geomspace(1, 10, r)
+        pair = (b @ (left * d) @ right.T, (right / d) @ left.T @ a)
+        out.append(tuple(torch.from_numpy(x).to(dtype) for x in pair))
+    return out
+
+
+class Result:
+    """The op on equal weights, with the dense mean beside it."""
+
+    def __init__(self, clients, rank, basis, **settings):
+        p = pack(clients)
+        k = len(clients)
+        w = torch.full((k,), 1 / k, dtype=torch.float64)
+        out = torch.ops.glora.aggregate(
+            p.b, p.a, p.offsets, w, torch.ones(k), rank, basis, **settings
+        )
+        self.u, self.s, self.v, *_, self.stats, self.client_stats = out
+        arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+        self.w_bar = reference.mean_update(arrays, np.full(k, 1 / k), np.ones(k))
+
+    def stat(self, name):
+        return float(self.stats[STATS.index(name)])
+
+    @property
+    def w_hat(self):
+        return ((self.u.double() * self.s) @ self.v.double().mT).numpy()
+
+    def readout(self, rank):
+        b, a = torch.ops.glora.readout(self.u, self.s, self.v, rank)
+        return (b.double() @ a.double()).numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [shared, noisy, partly, disjoint, frozen])
+def test_consensus_is_near_the_optimum_on_clients_of_like_norms(make, dtype, seed):
+    """R = 2r, rank-r readout; wrong answers (zero, the factor mean, rank r − 1) are far off."""
+    rng = np.random.default_rng(seed)
+    clients = stored(rng, make(rng), dtype)
+    result = Result(clients, 2 * RANK, "consensus")
+    size, best = norm(result.w_bar), norm(reference.optimum(result.w_bar, RANK) - result.w_bar)
+    limit = bounds.frozen_bound(size) if make is frozen else bounds.quality_bound(best, size)
+    assert norm(result.readout(RANK) - result.w_bar) <= limit
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, ones = np.full(COUNT, 1 / COUNT), np.ones(COUNT)
+    mean = bounds.factor_mean(arrays, weights, ones)
+    assert norm(mean - result.w_bar) > limit
+    if make is not disjoint:  # there rank r holds next to nothing, and zero is nearly as good
+        assert size > limit
+    if make in (shared, frozen):
+        assert norm(result.readout(RANK - 1) - result.w_bar) > limit
+
+
+@pytest.mark.parametrize("make", [shared, noisy, partly, disjoint, frozen])
+def test_update_is_the_optimum(make):
+    rng = np.random.default_rng(0)
+    result = Result(stored(rng, make(rng)), RANK, "update")
+    size, best = norm(result.w_bar), norm(reference.optimum(result.w_bar, RANK) - result.w_bar)
+    limit = bounds.update_bound(best, size)
+    error = norm(result.w_hat - result.w_bar)
+    assert error <= limit
+    if make is not frozen:
+        assert error >= best * (1 - 1e-6)
+    # One direction less, the factor mean and zero do not pass.
+    for wrong in (result.readout(RANK - 1), 0 * result.w_hat):
+        assert norm(wrong - result.w_bar) > limit
+    assert result.stat("captured") == pytest.approx(result.stat("attainable"), abs=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.05, 1.0])
+def test_one_client_one_voice_under_a_loud_client(noise):
+    """Fifteen agree up to noise, one of 100 × their norm does not: error to the honest mean."""
+    errors = {"consensus": [], "projector": [], "update": []}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        u, v = orthonormal(rng, D, RANK), orthonormal(rng, D, RANK)
+        honest = [
+            (
+                u * 0.8 ** np.arange(RANK) + noise * rng.standard_normal((D, RANK)) / np.sqrt(D),
+                v.T + noise * rng.standard_normal((RANK, D)) / np.sqrt(D),
+            )
+            for _ in range(15)
+        ]
+        b, a = rng.standard_normal((D, RANK)), rng.standard_normal((RANK, D))
+        b *= 100 * norm(honest[0][0] @ honest[0][1]) / norm(b @ a)
+        truth = sum(x @ y for x, y in honest) / 15
+        clients = stored(rng, [*honest, (b, a)])
+        for basis, found in errors.items():
+            found.append(distance(Result(clients, RANK, basis).w_hat, truth))
+    for consensus, projector in zip(errors["consensus"], errors["projector"], strict=True):
+        assert consensus <= bounds.loud_bound(projector)
+    assert np.mean(errors["update"]) > 10 * np.mean(errors["consensus"])
+
+
+@pytest.mark.parametrize(
+    ("make", "least"), [(frozen, 0.93), (disjoint, 0.97), (shared, 0.98), (partly, 0.95)]
+)
+def test_the_anchor_pairs_the_two_sides(make, least):
+    """Captured over attainable at R = r, with and without the anchor."""
+    ratios = {"consensus": [], "projector": []}
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        clients = stored(rng, make(rng))
+        for basis, found in ratios.items():
+            result = Result(clients, RANK, basis)
+            found.append(result.stat("captured") / result.stat("attainable"))
+    assert min(ratios["consensus"]) > least
+    if make in (frozen, disjoint):
+        assert np.mean(ratios["projector"]) < 0.4
+
+
+# --- the solver against the exact route --------------------------------------------------------
+
+
+def test_the_route_is_chosen_by_the_number_of_rows():
+    rng = np.random.default_rng(0)
+    for count, krylov in ((64, 0), (65, 1)):
+        assert gram_route_limit(8) == 256
+        clients = stored(rng, shared(rng, count=count, m=40, n=30))
+        assert Result(clients, 8, "consensus").stat("krylov") == krylov
+
+
+@pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
+@pytest.mark.parametrize("make", [shared, noisy, partly, frozen])
+@pytest.mark.parametrize("rank", [4, 8])
+def test_krylov_keeps_up_with_the_exact_route(make, basis, rank):
+    """N = 320: captured within 1e-3 of the reference's, error ≤ 1.01 × its error + 1e-3·‖W̄‖."""
+    rng = np.random.default_rng(0)
+    clients = stored(rng, make(rng, count=80, m=90, n=70))
+    result = Result(clients, rank, basis)
+    assert result.stat("krylov") == 1
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    want = reference.aggregate(
+        arrays, np.full(80, 1 / 80), np.ones(80), rank, basis, unit_roundoff=2.0**-24
+    )
+    if want.flagged:
+        assert result.stat("ambiguous")
+        return
+    size = norm(want.w_bar)
+    assert result.stat("captured") >= bounds.solver_captured(want.captured)
+    limit = bounds.solver_bound(norm(want.w_hat - want.w_bar), size)
+    assert norm(result.w_hat - result.w_bar) <= limit
+    # The certificate is of the update that was returned, up to the probes' estimate of ‖W̄‖.
+    true = 1 - (norm(result.w_hat - result.w_bar) / size) ** 2
+    assert result.stat("captured") == pytest.approx(true, abs=2e-2)
+    assert result.stat("norm") == pytest.approx(size, rel=2e-2)
+
+
+@pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
+def test_krylov_is_exact_where_the_rank_holds_everything(basis):
+    """Spaces of dimension 4 shared by all 80 clients, R = 8: contract (a), exact mode."""
+    rng = np.random.default_rng(0)
+    clients = stored(rng, shared(rng, count=80, m=90, n=70))
+    result = Result(clients, 8, basis)
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    limit = bounds.exact_bound(bounds.storage_scale(arrays, np.full(80, 1 / 80), np.ones(80)))
+    assert result.stat("krylov") == 1
+    assert norm(result.w_hat - result.w_bar) <= limit
+
+
+@pytest.mark.parametrize("basis", ["consensus", "update"])
+def test_noise_fails_without_power_steps(basis):
+    """A spectrum that decays slowly: zero steps miss the solver's contract, three meet it."""
+    rng = np.random.default_rng(0)
+    m, n, count, r, rank = 150, 140, 100, 4, 8
+    decay = np.arange(1, 121) ** -0.35
+    u, v = orthonormal(rng, m, 120), orthonormal(rng, n, 120)
+    clients = []
+    for _ in range(count):
+        left = u @ (decay[:, None] * rng.standard_normal((120, r)))
+        clients.append((left, (v @ (decay[:, None] * rng.standard_normal((120, r)))).T))
+    base = (u * decay) @ v.T
+    for k, (b, a) in enumerate(clients):  # something in common, or the mean is noise alone
+        j = k % 40
+        clients[k] = (np.hstack([b, u[:, j : j + 8] * decay[j : j + 8]]),
+                      np.vstack([a, v[:, j : j + 8].T]))  # fmt: skip
+    assert base.shape == (m, n)
+    kept = stored(rng, clients)
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in kept]
+    want = reference.aggregate(
+        arrays, np.full(count, 1 / count), np.ones(count), rank, basis, unit_roundoff=2.0**-24
+    )
+    assert not want.flagged
+    captured = {
+        q: 1 - distance((x := Result(kept, rank, basis, power_iters=q)).w_hat, x.w_bar) ** 2
+        for q in (0, 3, -1)
+    }
+    assert captured[0] < bounds.solver_captured(want.captured) - 4e-3
+    assert captured[3] >= bounds.solver_captured(want.captured)
+    assert captured[-1] >= bounds.solver_captured(want.captured)

@@ -1,0 +1,445 @@
+"""The Python API: `aggregate` with its checks, and `State` with its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import bounds
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from strategies import Recipe, build, distance, norm, problems
+
+import glora_ops as glora
+from glora_ops import GloraError, GloraWarning, ModuleState, Refused, State, reference
+
+
+def pairs(seed: int = 0, **recipe: object) -> list:
+    return build(Recipe(seed=seed, **recipe)).clients
+
+
+def modules(seed: int = 0) -> list[dict]:
+    """Three clients, two modules of one shape and one of another, ranks that differ."""
+    q = pairs(seed, ranks=(3, 2, 4))
+    k = pairs(seed + 1, ranks=(1, 2, 4))
+    up = pairs(seed + 2, ranks=(3, 2, 4), m=30, n=7)
+    return [{"q": q[i], "k": k[i], "up": up[i]} for i in range(3)]
+
+
+def dense(m: ModuleState) -> np.ndarray:
+    left, right = m.update
+    return (left.double() @ right.double()).numpy()
+
+
+def mean(clients: list, weights: list[float], scalings: list[float]) -> np.ndarray:
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    return reference.mean_update(arrays, weights, scalings)
+
+
+@pytest.fixture
+def state() -> State:
+    return glora.aggregate(modules(), weights=[3, 1, 2], scalings=[2.0, -1.0, 0.5], rank=9)
+
+
+# --- aggregate ---------------------------------------------------------------------------------
+
+
+@given(problem=problems(("float32", "bfloat16", "float64"), cut="N", condition=1.0, loud=1.0))
+def test_bare_pairs_make_a_state_of_one_unnamed_module(problem):
+    weights = list(300 * problem.weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GloraWarning)
+        state = glora.aggregate(
+            problem.clients, weights=weights, scalings=list(problem.scaling), rank=problem.rank
+        )
+    assert tuple(state.modules) == ("",)
+    assert state.rank == problem.rank
+    assert sum(state.weights) == pytest.approx(1)
+    args = problem.arrays(), problem.weights, problem.scaling
+    limit = bounds.exact_bound(bounds.storage_scale(*args))
+    if problem.exact:
+        assert norm(dense(state.modules[""]) - reference.mean_update(*args)) <= limit
+
+
+def test_every_module_is_what_it_is_alone(state):
+    clients = modules()
+    assert tuple(state.modules) == ("q", "k", "up")
+    for name, m in state.modules.items():
+        alone = glora.aggregate(
+            [c[name] for c in clients], weights=[3, 1, 2], scalings=[2.0, -1.0, 0.5], rank=9
+        )
+        assert distance(dense(m), dense(alone.modules[""])) < 1e-6
+        truth = mean([c[name] for c in clients], [0.5, 1 / 6, 1 / 3], [2.0, -1.0, 0.5])
+        assert distance(dense(m), truth) < 1e-5
+    assert state.captured == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 5000, 2**28])
+def test_batches_do_not_change_a_bit(state, max_bytes):
+    seen = []
+    other = glora.aggregate(
+        modules(),
+        weights=[3, 1, 2],
+        scalings=[2.0, -1.0, 0.5],
+        rank=9,
+        max_bytes=max_bytes,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    for name, m in state.modules.items():
+        if max_bytes == 2**28:
+            assert torch.equal(m.u, other.modules[name].u)
+        assert distance(dense(other.modules[name]), dense(m)) < 1e-6
+    assert seen[-1] == (3, 3)
+    assert [d for d, _ in seen] == sorted({d for d, _ in seen})
+
+
+def test_defaults_are_equal_weights_scaling_one_and_twice_the_largest_rank():
+    clients = pairs(ranks=(1, 3, 2))
+    state = glora.aggregate(clients)
+    assert state.weights == (1 / 3, 1 / 3, 1 / 3)
+    assert state.rank == 6
+    assert state.clients == ("client 0", "client 1", "client 2")
+    assert distance(dense(state.modules[""]), mean(clients, [1 / 3] * 3, [1.0] * 3)) < 1e-5
+
+
+def test_scalings_may_differ_by_module():
+    clients = modules()
+    scalings = [{"q": 1.0, "k": 2.0, "up": 3.0}, 0.5, 2.0]
+    state = glora.aggregate(clients, scalings=scalings, rank=9)
+    for name, first in scalings[0].items():
+        want = mean([c[name] for c in clients], [1 / 3] * 3, [first, 0.5, 2.0])
+        assert distance(dense(state.modules[name]), want) < 1e-5
+
+
+@pytest.mark.parametrize("missing", ["zero", "renormalise"])
+def test_a_client_without_a_module(missing):
+    clients = modules()
+    del clients[1]["k"]
+    state = glora.aggregate(clients, weights=[3, 1, 2], rank=9, missing=missing)
+    assert state.modules["k"].present.tolist() == [True, False, True]
+    assert state.modules["q"].present.all()
+    share = [0.5, 1 / 3] if missing == "zero" else [0.6, 0.4]
+    want = mean([clients[0]["k"], clients[2]["k"]], share, [1.0, 1.0])
+    assert distance(dense(state.modules["k"]), want) < 1e-5
+    assert float(state.modules["k"].client_stat("norm")[1]) == 0
+    assert "not in every client" in state.report()
+
+
+def test_signed_weights_are_task_arithmetic():
+    clients = pairs(ranks=(2, 3))
+    state = glora.aggregate(clients, weights=[1.0, -0.4], basis="update", normalise=False, rank=5)
+    assert state.weights == (1.0, -0.4)
+    assert distance(dense(state.modules[""]), mean(clients, [1.0, -0.4], [1.0, 1.0])) < 1e-5
+    for wrong in (
+        {"basis": "consensus", "normalise": False},
+        {"basis": "projector", "normalise": False},
+        {"basis": "update", "normalise": True},
+    ):
+        with pytest.raises(Refused, match=r"client 1.*-0\.4.*negative votes do not exist"):
+            glora.aggregate(clients, weights=[1.0, -0.4], rank=5, **wrong)
+    # Weights that sum to zero are fine as signed ones: a difference.
+    state = glora.aggregate(clients, weights=[1.0, -1.0], basis="update", normalise=False, rank=5)
+    assert distance(dense(state.modules[""]), mean(clients, [1.0, -1.0], [1.0, 1.0])) < 1e-5
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
+def test_rank_auto_is_the_smallest_that_holds_the_target(target, basis):
+    clients = pairs(3, ranks=(4, 4, 4), spectrum="geometric")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GloraWarning)
+        state = glora.aggregate(clients, rank="auto", captured=target, basis=basis)
+        assert state.captured >= min(target, 1 - 1e-6)
+        table = state.settings["rank_to_captured"]
+        assert table[str(state.rank)] == state.captured
+        assert state.settings["rank"] == state.rank
+        assert json.loads(json.dumps(state.settings)) == state.settings
+        if state.rank > 1:
+            below = glora.aggregate(clients, rank=state.rank - 1, basis=basis)
+            assert below.captured < target
+    again = glora.aggregate(clients, rank=state.rank, basis=basis)
+    assert torch.equal(again.modules[""].u, state.modules[""].u)
+
+
+def test_a_warm_state_changes_little_and_helps():
+    rng = torch.Generator().manual_seed(0)
+    clients = [
+        (torch.randn(60, 4, generator=rng), torch.randn(4, 50, generator=rng)) for _ in range(80)
+    ]
+    cold = glora.aggregate(clients, rank=8, basis="update", power_iters=0)
+    good = glora.aggregate(clients, rank=8, basis="update", power_iters=6)
+    warm = glora.aggregate(clients, rank=8, basis="update", power_iters=0, warm=good)
+
+    def held(state):
+        return norm(dense(state.modules[""]))
+
+    assert held(cold) < held(warm) <= held(good) * (1 + 1e-4)
+
+
+def test_a_nearly_silent_outcome_is_warned_about():
+    tied = pairs(0, kind="pool", ranks=(3, 3), spectrum="flat")
+    with pytest.warns(GloraWarning, match="tie"):
+        state = glora.aggregate(tied, rank=2, basis="projector")
+    assert state.ambiguous == ("",)
+    loud = pairs(0, ranks=(2,) * 6, loud=1e4, cut="r")
+    with pytest.warns(GloraWarning, match="could hold"):
+        state = glora.aggregate(loud, rank=2)
+    assert state.captured < 0.9 * state.attainable
+
+
+def test_one_client_and_zero_updates_have_defined_results():
+    (b, a), *_ = pairs()
+    one = glora.aggregate([(b, a)])
+    assert distance(dense(one.modules[""]), (b.double() @ a.double()).numpy()) < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing = glora.aggregate([(0 * b, a), (b, 0 * a)], rank=3)
+    assert (dense(nothing.modules[""]) == 0).all()
+    assert nothing.captured == nothing.attainable == 1
+    assert nothing.report()
+    silent = glora.aggregate([(b, a), (b, -3 * a)], weights=[1, 0], rank=4)
+    assert distance(dense(silent.modules[""]), (b.double() @ a.double()).numpy()) < 1e-6
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+B, A = torch.ones(4, 2), torch.ones(2, 3)
+NAN = B.clone()
+NAN[1, 0] = float("nan")
+INF = A.clone()
+INF[0, 2] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("clients", "settings", "says"),
+    [
+        ([], {}, "clients: got 0"),
+        ([{}], {}, "clients"),
+        ([(B, A)], {"weights": [1, 2]}, "weights: got 2"),
+        ([(B, A)], {"weights": [0.0]}, "above zero"),
+        ([(B, A)], {"weights": [float("nan")]}, r"client 'client 0'.*nan"),
+        ([(B, A)], {"weights": [float("inf")]}, r"client 'client 0'.*inf"),
+        ([(B, A)], {"weights": [-1.0]}, r"client 'client 0'.*-1\.0"),
+        ([(B, A)], {"scalings": [1.0, 2.0]}, "scalings: got 2"),
+        ([(B, A)], {"scalings": [float("nan")]}, "scaling is not finite"),
+        ([(B, A)], {"rank": 0}, "rank: got 0"),
+        ([(B, A)], {"rank": 2.5}, r"rank: got 2\.5"),
+        ([(B, A)], {"rank": "best"}, "rank: got 'best'"),
+        ([(B, A)], {"rank": "auto", "captured": 0.0}, r"captured: got 0\.0"),
+        ([(B, A)], {"rank": "auto", "captured": 1.5}, r"captured: got 1\.5"),
+        ([(B, A)], {"basis": "mean"}, "basis: got 'mean'"),
+        ([(B, A)], {"missing": "guess"}, "missing: got 'guess'"),
+        ([(B, A)], {"names": ["a", "b"]}, "names: got 2"),
+        ([(B, A)] * 2, {"names": ["a", "a"]}, "names"),
+        ([(NAN, A)], {}, r"client 'client 0', tensor 'B'.*not finite.*1 of 8.*\[1, 0\]"),
+        ([(B, INF)], {"names": ["ann"]}, r"client 'ann', tensor 'A'.*not finite"),
+        ([(B, A), (torch.ones(5, 2), A)], {}, r"client 'client 1'.*d_out 4"),
+        ([(B, A[:1])], {}, "not a factor pair"),
+        ([(B[0], A)], {}, "not a factor pair"),
+        ([{"q": (B, A)}, {"q": (B, torch.ones(2, 9))}], {}, r"tensor 'q'.*d_in 3"),
+    ],
+)
+def test_what_cannot_be_aggregated_is_refused_by_name(clients, settings, says):
+    with pytest.raises(GloraError, match=says):
+        glora.aggregate(clients, **settings)
+
+
+def test_all_refusals_come_at_once():
+    with pytest.raises(Refused) as caught:
+        glora.aggregate([(NAN, A), (B, INF), (torch.ones(5, 2), A)])
+    assert [r.client for r in caught.value.refusals] == ["client 0", "client 1", "client 2"]
+    assert "leave the client out" in str(caught.value)
+
+
+# --- readouts ----------------------------------------------------------------------------------
+
+
+def test_readouts_of_several_modules_and_of_one(state):
+    out = state.readout(4, 2.0)
+    assert set(out) == {"q", "k", "up"}
+    for name, (b, a) in out.items():
+        m = state.modules[name]
+        best = reference.optimum(dense(m), 4)
+        assert distance(2.0 * (b.double() @ a.double()).numpy(), best) < 1e-6
+    b, a = glora.aggregate(pairs(), rank=4).readout(2)
+    assert b.shape == (20, 2)
+    assert a.shape == (2, 16)
+
+
+@given(rank=st.integers(1, 8), pad=st.sampled_from(["zero", "trainable"]))
+def test_a_truncated_state_reads_out_the_same(rank, pad):
+    state = glora.aggregate(pairs(), rank=8)
+    small = state.truncated(rank)
+    assert small.rank == rank
+    for r in range(1, rank + 1):
+        for x, y in zip(state.readout(r, 1.0, pad), small.readout(r, 1.0, pad), strict=True):
+            assert torch.equal(x, y)
+    for wrong in (0, 9):
+        with pytest.raises(GloraError, match="rank"):
+            state.truncated(wrong)
+
+
+def test_the_report_says_what_was_done(state):
+    text = state.report()
+    for word in ("3 clients", "rank 9", "consensus", "captured", "gap", "effective rank"):
+        assert word in text
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def same(one: State, two: State) -> None:
+    assert list(one.modules) == list(two.modules)
+    for name, m in one.modules.items():
+        for part, x in vars(m).items():
+            y = getattr(two.modules[name], part)
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), (name, part)
+    assert one.clients == two.clients
+    assert one.weights == two.weights
+    assert one.settings == two.settings
+    assert one.layout == two.layout
+    assert set(one.dense) == set(two.dense)
+    for name, x in one.dense.items():
+        assert torch.equal(x, two.dense[name])
+
+
+def test_a_saved_state_loads_bit_for_bit(state, tmp_path):
+    path = tmp_path / "server.safetensors"
+    state.save(path)
+    same(state, State.load(path))
+    same(state, State.load(str(path)))
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_everything_a_state_may_hold_survives(tmp_path):
+    clients = [{"layers.0/q": pair, "ünï.κ": pair} for pair in pairs()]
+    state = glora.aggregate(
+        clients,
+        rank="auto",
+        captured=0.8,
+        names=["ann", "bob/x", "c 3"],
+        dense={"head.weight": torch.randn(3, 4).bfloat16()},
+        layout={"base": "m", "modules": {"q": 1}},
+        recorded={"note": [1, None, "x"]},
+    )
+    state.save(tmp_path / "s.safetensors")
+    same(state, State.load(tmp_path / "s.safetensors"))
+
+
+def test_a_truncated_state_can_be_saved(state, tmp_path):
+    state.truncated(3).save(tmp_path / "s")
+    assert State.load(tmp_path / "s").rank == 3
+
+
+def test_the_file_is_plain_safetensors_with_json(state, tmp_path):
+    path = tmp_path / "s.safetensors"
+    state.save(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["glora"])
+    assert about["format_version"] == 1
+    assert about["settings"]["basis"] == "consensus"
+    assert load_file(path)["modules/q/u"].shape == (20, 9)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(state, tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    state.save(path)
+    before = path.read_bytes()
+    other = glora.aggregate(pairs(7), rank=3)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        other.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_at_any_moment_leaves_the_old_state_or_the_new(tmp_path):
+    """A process that rewrites a file over and over is killed: what is there can be read."""
+    path = tmp_path / "s.safetensors"
+    code = """
+import sys, torch, glora_ops
+torch.manual_seed(0)
+states = [glora_ops.aggregate([(torch.randn(400, 8), torch.randn(8, 400))], rank=r)
+          for r in (3, 8)]
+states[0].save(sys.argv[1])
+print("go", flush=True)
+while True:
+    for s in states:
+        s.save(sys.argv[1])
+"""
+    for pause in (0.0, 0.004, 0.011):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline().strip() == "go"
+        try:
+            process.wait(pause)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        assert State.load(path).rank in (3, 8)
+
+
+def rewritten(path, change) -> None:
+    """A saved file with its metadata or tensors changed."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["glora"])
+    change(tensors, about)
+    save_file(tensors, path, metadata={"glora": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t, m: m.update(format_version=2), "format_version: got 2"),
+        (lambda t, m: t.pop("modules/q/u"), "modules/q/u"),
+        (lambda t, m: m.update(modules=[]), "module"),
+        (lambda t, m: t.update({"modules/q/u": t["modules/q/u"][:, :2].clone()}), "'q'"),
+        (lambda t, m: t["modules/q/s"].fill_(float("nan")), "'q'"),
+        (lambda t, m: m.update(clients=["one"]), "metadata"),
+        (lambda t, m: m.pop("format_version"), "metadata"),
+    ],
+)
+def test_a_damaged_state_is_refused(state, tmp_path, change, says):
+    path = tmp_path / "s.safetensors"
+    state.save(path)
+    rewritten(path, change)
+    with pytest.raises(GloraError, match=says):
+        State.load(path)
+
+
+def test_what_is_no_state_is_refused(state, tmp_path):
+    with pytest.raises(GloraError, match="existing file"):
+        State.load(tmp_path / "missing")
+    with pytest.raises(GloraError, match="existing file"):
+        State.load(tmp_path)
+    path = tmp_path / "s.safetensors"
+    path.write_bytes(b"not a tensor in sight")
+    with pytest.raises(GloraError, match="safetensors"):
+        State.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(GloraError, match="safetensors"):
+        State.load(path)
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(GloraError, match="glora metadata"):
+        State.load(path)
+    state.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(GloraError, match="safetensors"):
+        State.load(path)
+
+
+def test_a_state_of_bare_pairs_has_no_peft_folder_to_write(state, tmp_path):
+    with pytest.raises(GloraError, match=r"layout: got None.*readout"):
+        state.write_adapter(tmp_path / "out", 4)
