@@ -127,6 +127,7 @@ class Ops:
         warm: Tensor | None = None,
         seed: int = 0,
     ) -> Tensors:
+        schemas.check_more_columns(x, extra, warm)
         side, voters = self._voters(x, offsets, t, row_weights, extra)
         schemas.check_solver(rank, oversample, power_iters, tol)
         how = Iteration(oversample, power_iters, tol, seed)
@@ -145,6 +146,7 @@ class Ops:
         warm: Tensor | None = None,
         seed: int = 0,
     ) -> Tensors:
+        schemas.check_more_columns(x, extra, warm)
         side, voters = self._factor_voters(x, offsets, weights, extra)
         schemas.check_solver(rank, oversample, power_iters, tol)
         how = Iteration(oversample, power_iters, tol, seed)
@@ -272,7 +274,7 @@ class Ops:
         schemas.check_coordinates(x, offsets, t, row_weights)
         side, scale = self._side(x, offsets, t.shape[-1])
         t = _modules(t).double() * scale[..., None]
-        return side, Coordinates(t, _modules(row_weights, 2).double(), _extra(extra, x, side))
+        return side, Coordinates(t, _modules(row_weights, 2).double(), _extra(extra, side))
 
     def _factor_voters(
         self, x: Tensor, offsets: Tensor, weights: Tensor, extra: Tensor | None = None
@@ -283,7 +285,7 @@ class Ops:
         side, _ = self._side(x, offsets)
         votes = side.ragged.spread(_per_client(weights, side.rows.shape[0]))
         t = algorithm.factor_voters(self.v, side)
-        return side, Coordinates(t, votes, _extra(extra, x, side))
+        return side, Coordinates(t, votes, _extra(extra, side))
 
     def _matmul(self, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
         y = algorithm.projector_matmul(self.v, side, voters, _modules(omega))
@@ -310,9 +312,8 @@ class Ops:
         return _by_module(run, side.rows.shape[0])
 
 
-def _extra(extra: Tensor | None, x: Tensor, side: Side) -> Tensor:
+def _extra(extra: Tensor | None, side: Side) -> Tensor:
     """Further columns in the rows' dtype; none where the caller gave none."""
     if extra is None:
         return side.rows[:, :0].mT
-    schemas.check_columns("extra", extra, x)
     return _modules(extra).to(side.rows.dtype)

@@ -171,6 +171,12 @@ def check_settings(
     require(anchor >= 0, "anchor", anchor, "a weight ≥ 0", "0.5 is the default, 0 switches it off")
 
 
+def check_more_columns(x: Tensor, extra: Tensor | None, warm: Tensor | None) -> None:
+    for name, columns in (("extra", extra), ("warm", warm)):
+        if columns is not None:
+            check_columns(name, columns, x)
+
+
 def check_warm(warm_u: Tensor | None, warm_v: Tensor | None, b: Tensor, a: Tensor) -> None:
     for name, warm, stack in (("warm_u", warm_u, b), ("warm_v", warm_v, a)):
         if warm is not None:
@@ -270,6 +276,7 @@ def _projector_svd(
 ) -> tuple[Tensor, ...]:
     check_coordinates(x, offsets, t, row_weights)
     check_solver(rank, oversample, power_iters, tol)
+    check_more_columns(x, extra, warm)
     return _eigenpairs(x, rank, oversample)
 
 
@@ -289,6 +296,7 @@ def _projector_svd_factors(
     check_stack("x", x)
     check_clients("weights", weights, offsets, x)
     check_solver(rank, oversample, power_iters, tol)
+    check_more_columns(x, extra, warm)
     return _eigenpairs(x, rank, oversample)
 
 

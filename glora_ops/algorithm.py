@@ -165,7 +165,7 @@ def anchor_columns(
     )
     lead = route.triplets(ragged.spread(votes * scaling * voice), rank, warm)
     size = votes * voice * clients.size
-    floor = 8 * min(roundoff, U32) * size.sum(-1)
+    floor = 8 * U32 * size.sum(-1)
     head = lead.sigma[..., :rank]
     noise = 0.5 * roundoff * torch.linalg.vector_norm(size, dim=-1)
     c = torch.maximum(torch.maximum(head[..., -1], 0.01 * head[..., 0]), noise)[..., None]
@@ -208,7 +208,7 @@ def aggregate(
         eig_u, eig_v = fill(mean.sigma, count), fill(mean.sigma, count)
         gap_u = gap_v = torch.ones_like(scale)
         kappa_p = torch.zeros_like(scale)
-        cut, cut_floor, steps = mean.sigma, 8 * min(roundoff, U32) * scale, mean.steps
+        cut, cut_floor, steps = mean.sigma, 8 * U32 * scale, mean.steps
     else:
         soft = basis == "consensus"
         hard = clients.sigma > 8 * ragged.spread(clients.noise)
@@ -232,7 +232,7 @@ def aggregate(
         for p in (pu, pv):
             floor = information_floor(p.eigenvalues, votes, clients.noise, clients.tau, soft)
             gaps.append(cut_gap(p.eigenvalues, rank, floor))
-            kappas.append(ambiguity(p.eigenvalues, p.energies, rank, floor, mean.norm))
+            kappas.append(ambiguity(p.eigenvalues, p.energies, rank, mean.norm))
         gap_u, gap_v = gaps
         kappa_p = torch.maximum(*kappas)
         steps = max(steps, pu.steps, pv.steps)
@@ -250,23 +250,26 @@ def aggregate(
 
     # Energies as fractions of ‖W̄‖²; a mean that cancels to rounding has nothing to capture.
     energy, held = mean.norm.square(), c.square().sum((-2, -1))
-    present = mean.norm > 8 * min(roundoff, U32) * scale
+    present = mean.norm > 8 * U32 * scale
+    kappa_p = torch.where(present, kappa_p, 0.0)
     captured = torch.where(present, held / _positive(energy), 1.0).clamp(max=1.0)
     best = mean.sigma[..., :rank].square().sum(-1) / _positive(energy)
     attainable = torch.maximum(torch.where(present, best, 1.0).clamp(max=1.0), captured)
-    rho = clients.size / _positive(ragged.pad(clients.sigma[..., None])[..., 0, 0])
+    loudest = ragged.pad(clients.sigma[..., None])[..., 0, 0]
+    voting = (weights != 0) & (loudest > 0)
+    rho = clients.size / _positive(loudest)
     stats = torch.zeros(*c.shape[:-2], len(STATS), dtype=torch.float64, device=c.device)
     for k, value in enumerate((
         captured, attainable, mean.norm, (clients.size * weights != 0).sum(-1),
         gap_u, gap_v, gap_w, kappa_p, kappa_w, flagged.double(),
-        torch.where(clients.size > 0, rho, 0.0).amax(-1),
-        (clients.noise > tau_rel * ragged.pad(clients.sigma[..., None])[..., 0, 0]).sum(-1),
+        torch.where(voting, rho, 0.0).amax(-1),
+        ((clients.noise > tau_rel * loudest) & voting).sum(-1),
         (s > 0).sum(-1), scale,
     )):  # fmt: skip
         stats[..., k] = value
     stats[..., STATS.index("power_iters")] = steps
     stats[..., STATS.index("krylov")] = 0.0 if exact else 1.0
-    client_stats = _client_stats(ragged, clients, c, z_u, z_v, coef)
+    client_stats = _client_stats(ragged, clients, c * present[..., None, None], z_u, z_v, coef)
     return u_out, s, v_out, eig_u, eig_v, stats, client_stats
 
 
@@ -303,7 +306,7 @@ def readout(
     """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in).
 
     Beyond the effective rank B is zero, and A is zero or, with ``pad="trainable"``, seeded unit
-    rows orthogonal to the others, so that every pair has a gradient.
+    rows orthogonal to the others (as long as d_in has room), so that every pair has a gradient.
     """
     real = s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
     root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
@@ -315,11 +318,12 @@ def readout(
         empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
         fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
         for j in range(rank):  # in order, so that a wider readout extends a narrower one
-            column = fresh[:, j].expand(*v.shape[:-2], -1)[..., None]
+            column = drawn = fresh[:, j].expand(*v.shape[:-2], -1)[..., None]
             for _ in range(2):
                 rest = orthonormal @ (orthonormal.mT @ column)
                 column = column - rest
-            column = torch.nn.functional.normalize(column, dim=-2)
+            free = torch.linalg.vector_norm(column, dim=-2, keepdim=True) > 1e-3
+            column = torch.nn.functional.normalize(torch.where(free, column, drawn), dim=-2)
             orthonormal[..., j] = torch.where(
                 empty[..., j, None], column[..., 0], orthonormal[..., j]
             )

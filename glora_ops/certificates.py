@@ -74,17 +74,18 @@ def cut_gap(values: Tensor, rank: int, floor: Tensor) -> Tensor:
     return torch.where(cut, (inside - outside) / inside.where(cut, 1.0), 1.0)
 
 
-def ambiguity(
-    eigenvalues: Tensor, energies: Tensor, rank: int, floor: Tensor, norm: Tensor
-) -> Tensor:
+def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) -> Tensor:
     """κ_P (L,) of one side.
 
-    κ_P² = Σ_{j ≤ R < k} (e_j + e_k)/((λ_j − λ_k)² ‖W̄‖²), over eigenpairs above the floor: the
-    first-order change of the projected mean when the mean projector moves by a unit.
+    κ_P² = Σ_{j ≤ R < k} (e_j + e_k)/((λ_j − λ_k)² ‖W̄‖²), over eigenpairs above 1e-12 of the top:
+    the first-order change of the projected mean when the mean projector moves by a unit. A
+    distance counts as 32·u32 at least, where a perturbation of that size has swapped the two
+    directions and cannot do more.
     """
     inside, outside = eigenvalues[..., :rank, None], eigenvalues[..., None, rank:]
-    both = (inside > floor[..., None, None]) & (outside > floor[..., None, None])
+    floor = 1e-12 * eigenvalues[..., :1, None]
+    both = (inside > floor) & (outside > floor)
     energy = energies[..., :rank, None] + energies[..., None, rank:]
-    distance2 = (inside - outside).square().clamp(min=1e-300)
+    distance2 = (inside - outside).clamp(min=32 * U32).square()
     total = torch.where(both, energy / distance2, 0.0).sum((-2, -1))
     return (total / norm.square().clamp(min=1e-300)).sqrt()

@@ -40,8 +40,8 @@ class GramRoute:
         gram_a = self.grams["right"]
         forms = canonical_forms(balance(gram_b, gram_a), self.v.eigh)
         t_u = coef[..., :, None] * forms.t_u[..., :rank]
-        x = orthonormalise(self.v, self.v.lift(self.left.rows, t_u))
-        y = orthonormalise(self.v, self.v.lift(self.right.rows, forms.t_v[..., :rank]))
+        x = lifted(self.v, self.left.rows, t_u)
+        y = lifted(self.v, self.right.rows, forms.t_v[..., :rank])
         norm2 = (gram_b * gram_a).sum((-2, -1)).clamp(min=0)
         return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm2.sqrt(), 0)
 
@@ -57,6 +57,15 @@ class GramRoute:
         return principal_gram(
             self.v, side, self.grams[side.name], voters, rank, coef, self.grams[other.name]
         )
+
+
+def lifted(v: Vocabulary, rows: Tensor, z: Tensor, extra: Tensor | float = 0.0) -> Tensor:
+    """rowsᵀ z + extra with orthonormal columns, computed in fp64 and rounded at the end.
+
+    In fp32 the error u32·ρ of one badly stored client would tilt every column, a loud client's
+    directions included.
+    """
+    return orthonormalise(v, v.inner(rows, z) + extra).to(rows.dtype)
 
 
 def principal_gram(
@@ -91,13 +100,12 @@ def principal_gram(
     scale = torch.where(lam > 0, lam, 1.0).rsqrt() * (lam > 0)
     leading = (y * scale[..., None, :])[..., :rank]
     in_rows, in_extra = leading.split([ragged.rows, n - ragged.rows], -2)
-    basis = v.lift(rows, voters.unfold(ragged, in_rows)) + combine(voters.extra, in_extra)
+    extra = combine(voters.extra.double(), in_extra)
+    basis = lifted(v, rows, voters.unfold(ragged, in_rows), extra)
     energies = torch.zeros_like(lam)
     if coef is not None and other_gram is not None:
         reach = (
             (y * scale[..., None, :]).mT @ torch.cat([folded, cross.mT], -2) * coef[..., None, :]
         )
         energies = ((reach @ other_gram) * reach).sum(-1)
-    return Principal(
-        fill(orthonormalise(v, basis), rank), lam, energies.clamp(min=0), lam.sum(-1), 0
-    )
+    return Principal(fill(basis, rank), lam, energies.clamp(min=0), lam.sum(-1), 0)

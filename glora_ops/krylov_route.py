@@ -84,7 +84,7 @@ def block_krylov(
     Adaptive runs stop when what further steps could still gain is too little: below `tol` of the
     energy, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to come is
     at most the energy outside the basis, since a basis loses no more of the best rank-R part than
-    that, and after a step it is taken to be at most a third of that step's gain.
+    that, and after a step it is taken to be at most that step's gain.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def block_krylov(
         if how.power_iters < 0:
             before, found = found, float(theta[..., :rank].sum())
             total = max(float(seen + outside), 1e-300)
-            to_come = float(outside) if step == 0 else min(float(outside), (found - before) / 3)
+            to_come = float(outside) if step == 0 else min(float(outside), found - before)
             gain, missing = max(to_come, 0.0) / total, max(0.0, 1 - found / total)
             error = math.sqrt(missing)
             moves = error - math.sqrt(max(0.0, missing - gain))

@@ -352,7 +352,7 @@ def anchor_triplets(
         S̃_i = p_i (1/‖ΔW_i‖ + ε/ρ̄)|s_i|‖B_i‖_F‖A_i‖_F
 
     Without the lower limits on c a σ̃_R at the noise of the stored numbers would turn that noise
-    into half a vote. g_k = 0 where σ̃_k ≤ 8·min(u_in, u32)·ΣS̃_i: those are zero but for the rounding
+    into half a vote. g_k = 0 where σ̃_k ≤ 8·u32·ΣS̃_i: those are zero but for the rounding
     of the arithmetic, and where eigenvalues of P̄ tie, even a vote of 1e-3 for a random direction
     would decide.
 
@@ -372,7 +372,7 @@ def anchor_triplets(
     noise = 0.5 * unit_roundoff * np.linalg.norm(sizes)
     t = min(rank, len(sigma))
     g = _soft(sigma[:t], max(at_cut, 0.01 * sigma[0], noise))
-    g[sigma[:t] <= _rounding(min(unit_roundoff, U32), size)] = 0.0
+    g[sigma[:t] <= _rounding(U32, size)] = 0.0
     return x[:, :t], sigma[:t], yt[:t].T, g
 
 
@@ -510,11 +510,11 @@ def aggregate(
     -----
     Certificates. Eigenvalues at or below λ_floor = max(1e-12·λ₁, 4·max_i p_i f_i(½·u_in·|s_i|
     ‖B_i‖_F‖A_i‖_F)), the weight that pure storage noise could earn, count as zero; where λ_R or
-    λ_{R+1} does, nothing is cut. Over the eigenpairs that exist
+    λ_{R+1} does, the gap is 1. Over the eigenpairs that exist
 
         κ_P² = Σ_{j≤R<k} (‖u_jᵀW̄‖² + ‖u_kᵀW̄‖²)/((λ_j − λ_k)²‖W̄‖²)   (and right; the larger)
         κ_W  = σ_R/(σ_R − σ_{R+1})   of W̃ (consensus) or W̄ (update); 0 where σ_R is rounding,
-               at most 8·min(u_in, u32)·S
+               at most 8·u32·S
 
     ``flagged``: max(κ_P, κ_W)·u32 > 1e-2, or a relative gap below 1e-3, of λ on either side or of
     the σ that is cut.
@@ -537,7 +537,7 @@ def aggregate(
     w_bar = mean_update(clients, w, s)
     spectrum = linalg.svdvals(w_bar)
     energy = float((spectrum**2).sum())
-    nothing = np.sqrt(energy) <= _rounding(_U64, size)
+    nothing = np.sqrt(energy) <= _rounding(U32, size)
     captured = 1.0 if nothing else float((c**2).sum() / energy)
     attainable = 1.0 if nothing else float((spectrum[:rank] ** 2).sum() / energy)
     gap_u, gap_v, kappa_p = 1.0, 1.0, 0.0
@@ -548,16 +548,14 @@ def aggregate(
         kappa_p = 0.0 if nothing else max(kappa_u, kappa_v)
     gap_w, kappa_w = 1.0, 0.0
     if basis == "update":
-        gap_w, kappa_w = _cut_of_singular_values(
-            spectrum, rank, _rounding(min(unit_roundoff, U32), size)
-        )
+        gap_w, kappa_w = _cut_of_singular_values(spectrum, rank, _rounding(U32, size))
         gap_u = gap_v = gap_w
     elif basis == "consensus" and anchor > 0:
         coefficient = anchor_weights(clients, w, s)
         gap_w, kappa_w = _cut_of_singular_values(
             linalg.svdvals(mean_update(clients, coefficient, s)),
             rank,
-            _rounding(min(unit_roundoff, U32), storage_scale(clients, coefficient, s)),
+            _rounding(U32, storage_scale(clients, coefficient, s)),
         )
     flagged = max(kappa_p, kappa_w) * U32 > 1e-2 or min(gap_u, gap_v, gap_w) < 1e-3
 
@@ -630,15 +628,13 @@ def _information_floor(
 
 def _cut(side: _Side, w: Array, rank: int, floor: float) -> tuple[float, float]:
     """(relative gap, κ_P) of one side at the cut."""
-    exists = int((side.values > max(1e-12 * side.values[0], floor)).sum())
+    exists = int((side.values > 1e-12 * side.values[0]).sum())
     if rank >= exists:
         return 1.0, 0.0
     lam = side.values[:exists]
     carried = ((side.vectors[:, :exists].T @ w) ** 2).sum(axis=1)
-    distance = lam[:rank, None] - lam[None, rank:]
-    gap = (lam[rank - 1] - lam[rank]) / lam[rank - 1]
-    if gap <= 0:
-        return 0.0, np.inf
+    distance = np.maximum(lam[:rank, None] - lam[None, rank:], 32 * U32)
+    gap = (lam[rank - 1] - lam[rank]) / lam[rank - 1] if lam[rank] > floor else 1.0
     terms = (carried[:rank, None] + carried[None, rank:]) / distance**2
     total = (w**2).sum()
     return float(gap), float(np.sqrt(terms.sum() / total)) if total > 0 else 0.0

@@ -21,11 +21,12 @@ def combine(y: Tensor, c: Tensor) -> Tensor:
 def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
     """Gram–Schmidt in column order by CholeskyQR with fp64 Gram matrices.
 
-    Leading columns are not touched by later ones; zero columns stay zero. One round does for
-    columns within 1e-2 of orthogonal, two for others; where the Cholesky factorisation fails,
-    `whiten` takes over.
+    Leading columns are not touched by later ones; zero columns stay zero, and a column that
+    depends on earlier ones to 1e-6 becomes zero. Rounds are repeated until the columns were
+    within 1e-2 of orthogonal before the last; where the Cholesky factorisation fails, `whiten`
+    takes over.
     """
-    for _ in range(2):
+    for _ in range(4):
         gram = v.inner(y, y)
         norm2 = gram.diagonal(dim1=-2, dim2=-1)
         alive = norm2 > 0
@@ -34,6 +35,10 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
         r, info = torch.linalg.cholesky_ex(unit, upper=True)
         if bool(info.any()):
             return whiten(v, y, 1e-12)
+        dependent = r.diagonal(dim1=-2, dim2=-1) < 1e-6
+        if bool(dependent.any()):
+            y = y * ~dependent[..., None, :]
+            continue
         identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
         inverse = torch.linalg.solve_triangular(r, identity, upper=True)
         y = combine(y, scale[..., :, None] * inverse)
