@@ -242,16 +242,16 @@ def aggregate(
     s = torch.where(s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True), s, 0.0)
     u_out, v_out = _signed(combine(u, x), combine(w, y), s)
 
+    # A mean that cancels to rounding has nothing to capture and nothing to be unsure of.
+    present = mean.norm > 8 * U32 * scale
+    kappa_p = torch.where(present, kappa_p, 0.0)
     gap_w = cut_gap(cut, rank, cut_floor)
     kappa_w = torch.where(cut[..., rank - 1] > cut_floor, 1 / gap_w, 0.0)
     unit = torch.finfo(b.dtype).eps / 2
     worst_gap = torch.minimum(torch.minimum(gap_u, gap_v), gap_w)
     flagged = (torch.maximum(kappa_p, kappa_w) * unit > FLAG_KAPPA) | (worst_gap < FLAG_GAP)
 
-    # Energies as fractions of ‖W̄‖²; a mean that cancels to rounding has nothing to capture.
     energy, held = mean.norm.square(), c.square().sum((-2, -1))
-    present = mean.norm > 8 * U32 * scale
-    kappa_p = torch.where(present, kappa_p, 0.0)
     captured = torch.where(present, held / _positive(energy), 1.0).clamp(max=1.0)
     best = mean.sigma[..., :rank].square().sum(-1) / _positive(energy)
     attainable = torch.maximum(torch.where(present, best, 1.0).clamp(max=1.0), captured)
