@@ -112,6 +112,10 @@ class CpuVocabulary:
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        with _threads(y.numel() * c.shape[-1]):
+            return (c.mT.to(y.dtype) @ y.mT).mT
+
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         with _threads(y.numel() * z.shape[-1]):
             left = y.double()

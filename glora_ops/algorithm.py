@@ -26,7 +26,6 @@ from .krylov_route import Iteration, KrylovRoute, principal_krylov
 from .ragged import Ragged
 from .signs import sign_matrix
 from .solver import Coordinates, Principal, Route, Side, fill, gram_route_limit
-from .tall import combine
 from .vocabulary import Vocabulary
 
 __all__ = [
@@ -240,7 +239,7 @@ def aggregate(
     c, z_u, z_v = core(v, u, w, b, a, coef)
     x, s, y = v.svd(c)
     s = torch.where(s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True), s, 0.0)
-    u_out, v_out = _signed(combine(u, x), combine(w, y), s)
+    u_out, v_out = _signed(v.combine(u, x), v.combine(w, y), s)
 
     # A mean that cancels to rounding has nothing to capture and nothing to be unsure of.
     present = mean.norm > 8 * U32 * scale

@@ -8,7 +8,7 @@ from torch import Tensor
 from .canonical import U64, balance, canonical_forms
 from .ragged import Ragged
 from .solver import Coordinates, Principal, Side, Triplets, fill
-from .tall import combine, orthonormalise
+from .tall import orthonormalise
 from .vocabulary import Vocabulary
 
 __all__ = ["GramRoute", "principal_gram"]
@@ -100,7 +100,7 @@ def principal_gram(
     scale = torch.where(lam > 0, lam, 1.0).rsqrt() * (lam > 0)
     leading = (y * scale[..., None, :])[..., :rank]
     in_rows, in_extra = leading.split([ragged.rows, n - ragged.rows], -2)
-    extra = combine(voters.extra.double(), in_extra)
+    extra = v.combine(voters.extra.double(), in_extra)
     basis = lifted(v, rows, voters.unfold(ragged, in_rows), extra)
     energies = torch.zeros_like(lam)
     if coef is not None and other_gram is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .signs import sign_matrix
 from .solver import Coordinates, Principal, Side, Triplets, fill
-from .tall import combine, orthonormalise, whiten
+from .tall import orthonormalise, whiten
 from .vocabulary import Vocabulary
 
 __all__ = ["Iteration", "KrylovRoute", "principal_krylov"]
@@ -82,9 +82,10 @@ def block_krylov(
     """Block Krylov iteration for the leading left singular space of an operator O.
 
     Adaptive runs stop when what further steps could still gain is too little: below `tol` of the
-    energy, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to come is
+    energy found, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to come is
     at most the energy outside the basis, since a basis loses no more of the best rank-R part than
-    that, and after a step it is taken to be at most that step's gain.
+    that; after a step it is taken to be at most twice what gains falling at the last rate (at 1/4
+    after the first step) would add up to.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ def block_krylov(
     basis = whiten(v, start, drop)
     images = last = apply_t(basis).double()
     h = v.inner(images, images)
-    found = 0.0
+    found = gained = 0.0
     limit = min(basis.shape[-2], images.shape[-2])
     for step in range(MAX_STEPS + 1):
         theta, vectors = v.eigh(h)
@@ -108,18 +109,21 @@ def block_krylov(
         if step == how.power_iters or step == MAX_STEPS or basis.shape[-1] >= limit:
             break
         if how.power_iters < 0:
-            before, found = found, float(theta[..., :rank].sum())
+            before, found, last_gain = found, float(theta[..., :rank].sum()), gained
             total = max(float(seen + outside), 1e-300)
-            to_come = float(outside) if step == 0 else min(float(outside), found - before)
+            to_come, gained = float(outside), found - before
+            if step > 0:
+                rate = min(max(gained / last_gain, 0.0), 0.9) if step > 1 else 0.25
+                to_come = min(to_come, 2 * gained * rate / (1 - rate))
             gain, missing = max(to_come, 0.0) / total, max(0.0, 1 - found / total)
             error = math.sqrt(missing)
             moves = error - math.sqrt(max(0.0, missing - gain))
-            if gain < how.tol and moves < max(how.tol, 0.01 * error) / 2:
+            if gain < how.tol * found / total and moves < max(how.tol, 0.01 * error) / 2:
                 break
         w = apply(last)
         size = w.square().sum((-2, -1), dtype=torch.float64)
         for _ in range(2):
-            w = w - basis @ (basis.mT @ w)
+            w = w - v.lift(basis.mT, v.times(basis.mT, w))
         q = whiten(v, w, drop, size)
         last = apply_t(q).double()
         side = v.inner(images, last)
@@ -170,8 +174,8 @@ class KrylovRoute:
         unseen = self._unseen(weight, reached)
         ritz = block_krylov(v, apply, apply_t, start, unseen, rank, self.how)
         leading = ritz.vectors[..., :rank]
-        x = orthonormalise(v, combine(ritz.basis, leading))
-        y = orthonormalise(v, combine(ritz.images, leading).to(a.dtype))
+        x = orthonormalise(v, v.combine(ritz.basis, leading))
+        y = orthonormalise(v, v.combine(ritz.images, leading).to(a.dtype))
         sigma = fill(ritz.theta, rank + 1).sqrt()
         return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
 
@@ -193,7 +197,7 @@ class KrylovRoute:
             left = scale * (gram_b - blocks @ blocks.mT) * scale.mT
             own = (z * (left @ z)).sum((-3, -2))
             own_exact = (left * gram_a).sum((-3, -2, -1))
-            outside = image - basis @ (basis.mT @ image)
+            outside = image - v.lift(basis.mT, v.times(basis.mT, image))
             each = outside.double().square().sum(-2)
             spread = own - own.mean(-1, keepdim=True)
             slope = (spread * each).sum(-1) / spread.square().sum(-1).clamp(min=1e-300)
@@ -240,7 +244,7 @@ def principal_krylov(
 
     def apply(z: Tensor) -> Tensor:
         in_rows, in_extra = z.split([ragged.rows, extra.shape[-1]], -2)
-        return v.lift(rows, voters.unfold(ragged, in_rows)) + combine(extra, in_extra)
+        return v.lift(rows, voters.unfold(ragged, in_rows)) + v.combine(extra, in_extra)
 
     def apply_t(y: Tensor) -> Tensor:
         return torch.cat([voters.fold(ragged, v.times(rows, y)), v.inner(extra, y)], -2)
@@ -253,7 +257,7 @@ def principal_krylov(
     image = apply_t(start_block(side, rank, how, warm))
     start = apply(whiten(v, image, 1e-14))
     ritz = block_krylov(v, apply, apply_t, start, unseen, rank, how)
-    known = combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
+    known = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]
     energies = torch.zeros_like(lam)
     if coef is not None and other is not None:

@@ -7,15 +7,7 @@ from torch import Tensor
 
 from .vocabulary import Vocabulary
 
-__all__ = ["combine", "orthonormalise", "whiten"]
-
-
-def combine(y: Tensor, c: Tensor) -> Tensor:
-    """(L, d, k) · (L, k, m) in y's precision, for small fp64 c.
-
-    Tall blocks are views of (L, k, d) memory: products with the factors read them without a copy.
-    """
-    return (c.mT.to(y.dtype) @ y.mT).mT
+__all__ = ["orthonormalise", "whiten"]
 
 
 def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
@@ -41,7 +33,7 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
             continue
         identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
         inverse = torch.linalg.solve_triangular(r, identity, upper=True)
-        y = combine(y, scale[..., :, None] * inverse)
+        y = v.combine(y, scale[..., :, None] * inverse)
         if bool(((unit - identity).abs() < 1e-2).all()):
             break
     return y
@@ -62,7 +54,7 @@ def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = Non
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
     kept = lam > drop * top
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    q = combine(y, vec * scale[..., None, :])
+    q = v.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
     well_conditioned = bool((smallest >= 1e-6 * lam[..., 0]).all())
     return q if well_conditioned else whiten(v, q, drop)

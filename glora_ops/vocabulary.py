@@ -1,7 +1,8 @@
 """The few words the algorithm is written in; a device supplies them, `algorithm` combines them.
 
 Every tensor has a leading module dimension L. `x` is a row stack (L, N, d); "rows" are a stack
-in its working dtype (fp32, or fp64 for fp64 input) and in a range where products are safe.
+in its working dtype (fp32, or fp64 for fp64 input) and in a range where products are safe. Tall
+blocks (L, d, k) are views of (L, k, d) memory, so that products read them without a copy.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Vocabulary(Protocol):
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         """(L, d, k): xᵀ z in the working precision."""
+        ...
+
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
         ...
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
