@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from .canonical import balance, canonical_forms, factor_coordinates, soft_votes
-from .certificates import (
-    FLAG_GAP,
-    FLAG_KAPPA,
-    STATS,
-    U32,
-    ambiguity,
-    cut_gap,
-    information_floor,
-)
+from .certificates import U32, Cut, certify, information_vote
 from .gram_route import GramRoute, principal_gram
 from .krylov_route import Iteration, KrylovRoute, principal_krylov
 from .ragged import Ragged
 from .signs import sign_matrix
-from .solver import Coordinates, Principal, Route, Side, fill, gram_route_limit
+from .solver import Coordinates, Principal, Route, Side, Triplets, fill, gram_route_limit
 from .vocabulary import Vocabulary
 
 __all__ = [
@@ -138,7 +130,7 @@ def core(
 def anchor_columns(
     route: Route, clients: Clients, ragged: Ragged, votes: Tensor, scaling: Tensor,
     rank: int, strength: float, roundoff: float, warm: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Triplets, Tensor]:  # fmt: skip
     """The anchor: leading triplets of a mean in which every client has an equal voice.
 
     W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄); it votes with weight η g_k, g_k = σ̃_k²/(σ̃_k² + c²),
@@ -148,11 +140,10 @@ def anchor_columns(
     -------
     left, right : Tensor (L, d, R)
         √(η g_k) x_k and √(η g_k) y_k, further columns of the two stacks.
-    sigma : Tensor (L, R + 1)
-        σ̃, for the certificates.
+    lead : Triplets
+        Of W̃.
     floor : Tensor (L,)
         Rounding level of σ̃.
-    steps : int
     """
     norm = ragged.gather(clients.sigma.square()).sqrt()
     mean_norm = (votes * norm).sum(-1, keepdim=True)
@@ -171,7 +162,7 @@ def anchor_columns(
     g = torch.where(head > floor[..., None], head.square() / (head.square() + c.square()), 0.0)
     column = (strength * g).sqrt()[..., None, :]
     left, right = (x * column.to(x.dtype) for x in (lead.x, lead.y))
-    return left, right, lead.sigma, floor, lead.steps
+    return left, right, lead, floor
 
 
 def aggregate(
@@ -199,41 +190,35 @@ def aggregate(
     coef = ragged.spread(weights * scaling)
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)
-    mean = route.triplets(coef, rank, warm_v)  # W̄ itself: its norm, what rank R can hold
     count = rank + how.oversample
+    one = torch.ones_like(scale)
+    cut = Cut(one, one, one, 0 * one, 0 * one)
 
     if basis == "update":
-        u, w = mean.x, mean.y
-        eig_u, eig_v = fill(mean.sigma, count), fill(mean.sigma, count)
-        gap_u = gap_v = torch.ones_like(scale)
-        kappa_p = torch.zeros_like(scale)
-        cut, cut_floor, steps = mean.sigma, 8 * U32 * scale, mean.steps
+        mean = route.triplets(coef, rank, warm_v)
+        u, w, sigma, norm = mean.x, mean.y, mean.sigma, mean.norm
+        eig_u, eig_v = fill(sigma, count), fill(sigma, count)
+        cut = cut.of_update(sigma, rank, 8 * U32 * scale)
+        steps = mean.steps
     else:
+        sigma, norm = route.spectrum(coef, rank)
         soft = basis == "consensus"
         hard = clients.sigma > 8 * ragged.spread(clients.noise)
         row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
+        extra_u, extra_v, steps = b[:, :0].mT, a[:, :0].mT, 0
         if soft and anchor > 0:
-            extra_u, extra_v, cut, cut_floor, steps = anchor_columns(
+            extra_u, extra_v, lead, floor = anchor_columns(
                 route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
             )
-        else:
-            extra_u, extra_v = b[:, :0].mT, a[:, :0].mT
-            cut, cut_floor, steps = torch.zeros_like(mean.sigma), scale, 0
-        pu = route.principal(
-            left, right, Coordinates(clients.t_u, row_votes, extra_u), rank, coef, warm_u
-        )
-        pv = route.principal(
-            right, left, Coordinates(clients.t_v, row_votes, extra_v), rank, coef, warm_v
-        )
+            cut, steps = cut.of_update(lead.sigma, rank, floor), lead.steps
+        voters_u = Coordinates(clients.t_u, row_votes, extra_u)
+        voters_v = Coordinates(clients.t_v, row_votes, extra_v)
+        pu = route.principal(left, right, voters_u, rank, coef, warm_u)
+        pv = route.principal(right, left, voters_v, rank, coef, warm_v)
         u, w = pu.basis, pv.basis
         eig_u, eig_v = fill(pu.eigenvalues, count), fill(pv.eigenvalues, count)
-        gaps, kappas = [], []
-        for p in (pu, pv):
-            floor = information_floor(p.eigenvalues, votes, clients.noise, clients.tau, soft)
-            gaps.append(cut_gap(p.eigenvalues, rank, floor))
-            kappas.append(ambiguity(p.eigenvalues, p.energies, rank, mean.norm))
-        gap_u, gap_v = gaps
-        kappa_p = torch.maximum(*kappas)
+        noise = information_vote(votes, clients.noise, clients.tau) if soft else 0 * one
+        cut = cut.of_projectors(pu, pv, rank, noise, norm)
         steps = max(steps, pu.steps, pv.steps)
 
     c, z_u, z_v = core(v, u, w, b, a, coef)
@@ -241,33 +226,18 @@ def aggregate(
     s = torch.where(s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True), s, 0.0)
     u_out, v_out = _signed(v.combine(u, x), v.combine(w, y), s)
 
-    # A mean that cancels to rounding has nothing to capture and nothing to be unsure of.
-    present = mean.norm > 8 * U32 * scale
-    kappa_p = torch.where(present, kappa_p, 0.0)
-    gap_w = cut_gap(cut, rank, cut_floor)
-    kappa_w = torch.where(cut[..., rank - 1] > cut_floor, 1 / gap_w, 0.0)
-    unit = torch.finfo(b.dtype).eps / 2
-    worst_gap = torch.minimum(torch.minimum(gap_u, gap_v), gap_w)
-    flagged = (torch.maximum(kappa_p, kappa_w) * unit > FLAG_KAPPA) | (worst_gap < FLAG_GAP)
-
-    energy, held = mean.norm.square(), c.square().sum((-2, -1))
-    captured = torch.where(present, held / _positive(energy), 1.0).clamp(max=1.0)
-    best = mean.sigma[..., :rank].square().sum(-1) / _positive(energy)
-    attainable = torch.maximum(torch.where(present, best, 1.0).clamp(max=1.0), captured)
+    present = norm > 8 * U32 * scale  # a mean that cancels to rounding has nothing to hold
     loudest = ragged.pad(clients.sigma[..., None])[..., 0, 0]
-    voting = (weights != 0) & (loudest > 0)
-    rho = clients.size / _positive(loudest)
-    stats = torch.zeros(*c.shape[:-2], len(STATS), dtype=torch.float64, device=c.device)
-    for k, value in enumerate((
-        captured, attainable, mean.norm, (clients.size * weights != 0).sum(-1),
-        gap_u, gap_v, gap_w, kappa_p, kappa_w, flagged.double(),
-        torch.where(voting, rho, 0.0).amax(-1),
-        ((clients.noise > tau_rel * loudest) & voting).sum(-1),
-        (s > 0).sum(-1), scale,
-    )):  # fmt: skip
-        stats[..., k] = value
-    stats[..., STATS.index("power_iters")] = steps
-    stats[..., STATS.index("krylov")] = 0.0 if exact else 1.0
+    heard = (weights != 0) & (loudest > 0)
+    stats = certify(
+        cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(b.dtype).eps / 2,
+        voices=heard.sum(-1),
+        rho_max=torch.where(heard, clients.size / _positive(loudest), 0.0).amax(-1),
+        info_limited=(heard & (clients.noise > tau_rel * loudest)).sum(-1),
+        effective_rank=(s > 0).sum(-1),
+        power_iters=steps * one,
+        krylov=(0 if exact else 1) * one,
+    )  # fmt: skip
     client_stats = _client_stats(ragged, clients, c * present[..., None, None], z_u, z_v, coef)
     return u_out, s, v_out, eig_u, eig_v, stats, client_stats
 

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Balanced", "Forms", "balance", "canonical_forms", "factor_coordinates", "soft_votes"]
+__all__ = [
+    "Balanced",
+    "Forms",
+    "balance",
+    "canonical_forms",
+    "factor_coordinates",
+    "singular_values",
+    "soft_votes",
+]
 
 U64 = 2.0**-53
 Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -113,19 +121,29 @@ def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
     σ² carries a backward error of order 2⁻⁵³‖G_A‖‖G_B‖; directions within 16·r of that are
     dropped. They are below 1e-7·‖B‖‖A‖, the last digits of fp32 factors.
     """
-    lam, vec = eigh(pair.gram_a)
-    f = lam.sqrt()[..., :, None] * vec.mT
-    sigma2, y = eigh(f @ pair.gram_b @ f.mT)
-    rank = pair.d.shape[-1]
-    noise = 16 * rank * U64 * lam[..., :1] * torch.linalg.matrix_norm(pair.gram_b)[..., None]
-    kept = sigma2 > noise
-    sigma = torch.where(kept, sigma2, 0.0).sqrt()
+    f, y, sigma = _singular(pair, eigh)
+    kept = sigma > 0
     inverse = torch.where(kept, 1 / sigma, 0.0)
     t_u = f.mT @ y * inverse[..., None, :]
     t_v = pair.gram_b @ t_u * inverse[..., None, :]
     t_u = _orthonormal_coordinates(t_u, pair.gram_b, kept)
     t_v = _orthonormal_coordinates(t_v, pair.gram_a, kept)
     return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
+
+
+def singular_values(pair: Balanced, eigh: Eigh) -> Tensor:
+    """(..., r) fp64: the singular values of B·A alone, as `canonical_forms` finds them."""
+    return _singular(pair, eigh)[2]
+
+
+def _singular(pair: Balanced, eigh: Eigh) -> tuple[Tensor, Tensor, Tensor]:
+    """F, Y and σ, zero where dropped."""
+    lam, vec = eigh(pair.gram_a)
+    f = lam.sqrt()[..., :, None] * vec.mT
+    sigma2, y = eigh(f @ pair.gram_b @ f.mT)
+    rank = pair.d.shape[-1]
+    noise = 16 * rank * U64 * lam[..., :1] * torch.linalg.matrix_norm(pair.gram_b)[..., None]
+    return f, y, torch.where(sigma2 > noise, sigma2, 0.0).sqrt()
 
 
 def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:

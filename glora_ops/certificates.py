@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-__all__ = ["CLIENT_STATS", "STATS", "U32", "ambiguity", "cut_gap", "information_floor"]
+if TYPE_CHECKING:
+    from .solver import Principal
+
+__all__ = ["CLIENT_STATS", "STATS", "U32", "Cut", "certify", "information_vote"]
 
 U32 = 2.0**-24
 
@@ -37,32 +43,104 @@ CLIENT_STATS = (
     "share",  # w_i⟨Uᵀ ΔW_i V, C⟩/‖C‖²: the client's share of the state's energy; sums to 1
 )
 
+# Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
+RESOLVED = 1e-12
 FLAG_KAPPA = 1e-2
 FLAG_GAP = 1e-3
 
 
-def information_floor(
-    eigenvalues: Tensor, votes: Tensor, noise: Tensor, tau: Tensor, soft: bool
-) -> Tensor:
-    """(L,): eigenvalues of a mean projector below this are not told apart from zero.
+def information_vote(votes: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
+    """(L,): the largest vote that pure storage noise could earn, with a margin.
 
-    A direction at a client's information limit, ½·u_in·|s|‖B‖‖A‖, has vote w_i f_i there; four
-    times the largest such vote is storage noise, and so is 1e-12 of the top, the square of fp32
-    rounding with a margin.
+    A direction at a client's information limit, ½·u_in·|s|‖B‖‖A‖, has vote p_i f_i there.
 
     Parameters
     ----------
-    eigenvalues : Tensor (L, m)
     votes, noise, tau : Tensor (L, K)
-        Weights of the clients, their information limits and their τ_i.
-    soft : bool
-        Whether votes are soft; hard votes cut the noise themselves.
+        Normalised weights of the clients, their information limits and their τ_i.
     """
-    floor = 1e-12 * eigenvalues[..., 0]
-    if not soft:
-        return floor
     f = torch.where(noise > 0, noise.square() / (noise.square() + tau.square()), 0.0)
-    return torch.maximum(floor, 4 * (votes * f).amax(-1))
+    return 4 * (votes * f).amax(-1)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How well defined the choice of directions is, per module: gaps and sensitivities (L,)."""
+
+    gap_u: Tensor
+    gap_v: Tensor
+    gap_w: Tensor
+    kappa_p: Tensor
+    kappa_w: Tensor
+
+    def of_update(self, sigma: Tensor, rank: int, floor: Tensor) -> Cut:
+        """With the cut of a mean update's singular values (L, ≥ R + 1), rounding below floor."""
+        gap = cut_gap(sigma, rank, floor)
+        kappa = torch.where(sigma[..., rank - 1] > floor, 1 / gap.clamp(min=1e-16), 0.0)
+        return replace(self, gap_w=gap, kappa_w=kappa)
+
+    def of_projectors(
+        self, left: Principal, right: Principal, rank: int, noise: Tensor, norm: Tensor
+    ) -> Cut:
+        """With the cuts of the two mean projectors; eigenvalues up to noise count as zero."""
+        gaps = [
+            cut_gap(p.eigenvalues, rank, torch.maximum(noise, RESOLVED * p.eigenvalues[..., 0]))
+            for p in (left, right)
+        ]
+        kappas = [ambiguity(p.eigenvalues, p.energies, rank, norm) for p in (left, right)]
+        return replace(self, gap_u=gaps[0], gap_v=gaps[1], kappa_p=torch.maximum(*kappas))
+
+    def ambiguous(self, roundoff: float) -> Tensor:
+        """(L,) bool: rounding could move the result, or a relative gap has all but closed."""
+        gap = torch.minimum(torch.minimum(self.gap_u, self.gap_v), self.gap_w)
+        kappa = torch.maximum(self.kappa_p, self.kappa_w)
+        return (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP)
+
+
+def certify(
+    cut: Cut,
+    core: Tensor,
+    sigma: Tensor,
+    norm: Tensor,
+    present: Tensor,
+    scale: Tensor,
+    roundoff: float,
+    **others: Tensor,
+) -> Tensor:
+    """`stats` (L, 16).
+
+    Parameters
+    ----------
+    core : Tensor (L, R, R)
+        C.
+    sigma : Tensor (L, R)
+        Leading singular values of W̄.
+    norm, scale : Tensor (L,)
+        ‖W̄‖_F and S.
+    present : Tensor (L,) bool
+        Whether W̄ is more than rounding.
+    roundoff : float
+        Of the working precision.
+    **others : Tensor (L,)
+        The remaining entries by name.
+    """
+    cut = replace(cut, kappa_p=torch.where(present, cut.kappa_p, 0.0))
+    energy = torch.where(present, norm.square(), 1.0)
+    held = torch.where(present, core.square().sum((-2, -1)) / energy, 1.0).clamp(max=1.0)
+    best = torch.where(present, sigma.square().sum(-1) / energy, 1.0).clamp(max=1.0)
+    values = others | {
+        "captured": held,
+        "attainable": torch.maximum(best, held),
+        "norm": norm,
+        "gap_u": cut.gap_u,
+        "gap_v": cut.gap_v,
+        "gap_w": cut.gap_w,
+        "kappa_p": cut.kappa_p,
+        "kappa_w": cut.kappa_w,
+        "ambiguous": cut.ambiguous(roundoff),
+        "storage_scale": scale,
+    }
+    return torch.stack([values[name].double() for name in STATS], -1)
 
 
 def cut_gap(values: Tensor, rank: int, floor: Tensor) -> Tensor:
@@ -83,7 +161,7 @@ def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) ->
     directions and cannot do more.
     """
     inside, outside = eigenvalues[..., :rank, None], eigenvalues[..., None, rank:]
-    floor = 1e-12 * eigenvalues[..., :1, None]
+    floor = RESOLVED * eigenvalues[..., :1, None]
     both = (inside > floor) & (outside > floor)
     energy = energies[..., :rank, None] + energies[..., None, rank:]
     distance2 = (inside - outside).clamp(min=32 * U32).square()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .canonical import U64, balance, canonical_forms
+from .canonical import U64, Balanced, balance, canonical_forms, singular_values
 from .ragged import Ragged
 from .solver import Coordinates, Principal, Side, Triplets, fill
 from .tall import orthonormalise
@@ -35,15 +35,24 @@ class GramRoute:
             ragged.diagonal_blocks(self.grams["right"]),
         )
 
-    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
+    def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        pair, norm = self._whole(coef)
+        return fill(singular_values(pair, self.v.eigh), rank + 1), norm
+
+    def _whole(self, coef: Tensor) -> tuple[Balanced, Tensor]:
+        """All rows as one client, and the norm of its update."""
         gram_b = coef[..., :, None] * self.grams["left"] * coef[..., None, :]
         gram_a = self.grams["right"]
-        forms = canonical_forms(balance(gram_b, gram_a), self.v.eigh)
+        norm2 = (gram_b * gram_a).sum((-2, -1)).clamp(min=0)
+        return balance(gram_b, gram_a), norm2.sqrt()
+
+    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
+        pair, norm = self._whole(coef)
+        forms = canonical_forms(pair, self.v.eigh)
         t_u = coef[..., :, None] * forms.t_u[..., :rank]
         x = lifted(self.v, self.left.rows, t_u)
         y = lifted(self.v, self.right.rows, forms.t_v[..., :rank])
-        norm2 = (gram_b * gram_a).sum((-2, -1)).clamp(min=0)
-        return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm2.sqrt(), 0)
+        return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm, 0)
 
     def principal(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,6 @@ from .vocabulary import Vocabulary
 
 __all__ = ["Iteration", "KrylovRoute", "principal_krylov"]
 
-MAX_STEPS = 6
 PROBES = 32
 
 
@@ -34,16 +33,18 @@ class Iteration:
     oversample : int
         Columns carried beyond the rank.
     power_iters : int
-        Fixed number of steps, or -1: 1 to 6, stopped by `tol`.
+        Fixed number of steps, or -1: at most `most`, stopped by `tol`.
     tol : float
         Largest gain in captured energy (fraction of the trace) at which to stop.
     seed : int
+    most : int
     """
 
     oversample: int
     power_iters: int
     tol: float
     seed: int
+    most: int = 6
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def block_krylov(
     """Block Krylov iteration for the leading left singular space of an operator O.
 
     Adaptive runs stop when what further steps could still gain is too little: below `tol` of the
-    energy found, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to come is
-    at most the energy outside the basis, since a basis loses no more of the best rank-R part than
-    that; after a step it is taken to be at most twice what gains falling at the last rate (at 1/4
-    after the first step) would add up to.
+    energy found, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to
+    come is at most the energy outside the basis, since a basis loses no more of the best rank-R
+    part than that; after a step it is taken to be at most twice what gains falling at the last
+    rate (1/4 after the first step) would add up to.
 
     Parameters
     ----------
@@ -102,18 +103,19 @@ def block_krylov(
     h = v.inner(images, images)
     found = gained = 0.0
     limit = min(basis.shape[-2], images.shape[-2])
-    for step in range(MAX_STEPS + 1):
+    steps = how.most if how.power_iters < 0 else how.power_iters
+    for step in range(steps + 1):
         theta, vectors = v.eigh(h)
         seen = theta.sum(-1)
         outside = unseen(basis, seen)
-        if step == how.power_iters or step == MAX_STEPS or basis.shape[-1] >= limit:
+        if step == steps or basis.shape[-1] >= limit:
             break
         if how.power_iters < 0:
             before, found, last_gain = found, float(theta[..., :rank].sum()), gained
             total = max(float(seen + outside), 1e-300)
             to_come, gained = float(outside), found - before
             if step > 0:
-                rate = min(max(gained / last_gain, 0.0), 0.9) if step > 1 else 0.25
+                rate = min(max(gained / max(last_gain, 1e-300), 0.0), 0.9) if step > 1 else 0.25
                 to_come = min(to_come, 2 * gained * rate / (1 - rate))
             gain, missing = max(to_come, 0.0) / total, max(0.0, 1 - found / total)
             error = math.sqrt(missing)
@@ -158,7 +160,21 @@ class KrylovRoute:
     def client_grams(self) -> tuple[Tensor, Tensor]:
         return self._client_grams
 
+    def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        how = replace(self.how, power_iters=min(1, self.how.power_iters), most=1)
+        ritz = self._iterate(coef, rank, None, how)
+        return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
+
     def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
+        v, dtype = self.v, self.left.rows.dtype
+        ritz = self._iterate(coef, rank, warm, self.how)
+        leading = ritz.vectors[..., :rank]
+        x = orthonormalise(v, v.combine(ritz.basis, leading))
+        y = orthonormalise(v, v.combine(ritz.images, leading).to(dtype))
+        sigma = fill(ritz.theta, rank + 1).sqrt()
+        return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
+
+    def _iterate(self, coef: Tensor, rank: int, warm: Tensor | None, how: Iteration) -> Ritz:
         v, b, a = self.v, self.left.rows, self.right.rows
         weight = coef[..., None]
         reached: list[Tensor] = []  # b · basis, block by block
@@ -170,14 +186,8 @@ class KrylovRoute:
             reached.append(v.times(b, y))
             return v.lift(a, weight * reached[-1])
 
-        start = apply(start_block(self.right, rank, self.how, warm))
-        unseen = self._unseen(weight, reached)
-        ritz = block_krylov(v, apply, apply_t, start, unseen, rank, self.how)
-        leading = ritz.vectors[..., :rank]
-        x = orthonormalise(v, v.combine(ritz.basis, leading))
-        y = orthonormalise(v, v.combine(ritz.images, leading).to(a.dtype))
-        sigma = fill(ritz.theta, rank + 1).sqrt()
-        return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
+        start = apply(start_block(self.right, rank, how, warm))
+        return block_krylov(v, apply, apply_t, start, self._unseen(weight, reached), rank, how)
 
     def _unseen(self, weight: Tensor, reached: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         """‖(I − QQᵀ)W̄‖² as a function of an orthonormal Q; `reached` holds the blocks of bQ.

@@ -118,6 +118,10 @@ class Route(Protocol):
         """(L, K, r, r) fp64 each: the clients' own Gram matrices of b and a."""
         ...
 
+    def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """σ (L, R + 1) and Frobenius norm (L,) of Σ_j coef_j b_j a_jᵀ, for certificates."""
+        ...
+
     def triplets(self, coef: Tensor, rank: int, warm: Tensor | None) -> Triplets:
         """Leading triplets of Σ_j coef_j b_j a_jᵀ; coef (L, N) fp64."""
         ...
