@@ -94,21 +94,23 @@ def block_krylov(
         O z and Oᵀ y for blocks of columns.
     start : Tensor (1, d, k)
         First block, O times something intrinsic.
-    unseen : callable (basis, seen) → (1,)
-        ‖(I − QQᵀ)O‖_F² or an estimate, for Q = basis and seen = ‖QᵀO‖_F².
+    unseen : callable (block, seen) → (1,)
+        ‖(I − QQᵀ)O‖_F² or an estimate, called once for every block of Q as it is added, with
+        seen = ‖QᵀO‖_F² over all of them.
     """
     drop = max((64 * torch.finfo(start.dtype).eps) ** 2, 1e-14)
-    basis = whiten(v, start, drop)
-    images = last = apply_t(basis).double()
-    h = v.inner(images, images)
-    found = gained = 0.0
-    limit = min(basis.shape[-2], images.shape[-2])
     steps = how.most if how.power_iters < 0 else how.power_iters
+    q = whiten(v, start, drop)
+    last = apply_t(q).double()
+    basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
+    h = v.inner(last, last)
+    found = gained = 0.0
+    limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
         theta, vectors = v.eigh(h)
         seen = theta.sum(-1)
-        outside = unseen(basis, seen)
-        if step == steps or basis.shape[-1] >= limit:
+        outside = unseen(q, seen)
+        if step == steps or basis.all.shape[-1] >= limit:
             break
         if how.power_iters < 0:
             before, found, last_gain = found, float(theta[..., :rank].sum()), gained
@@ -123,20 +125,35 @@ def block_krylov(
             if gain < how.tol * found / total and moves < max(how.tol, 0.01 * error) / 2:
                 break
         w = apply(last)
-        size = w.square().sum((-2, -1), dtype=torch.float64)
+        size = w.square().sum((-2, -1)).double()
         for _ in range(2):
-            w = w - v.lift(basis.mT, v.times(basis.mT, w))
+            w = w - v.lift(basis.all.mT, v.times(basis.all.mT, w))
         q = whiten(v, w, drop, size)
         last = apply_t(q).double()
-        side = v.inner(images, last)
+        side = v.inner(images.all, last)
         h = torch.cat([torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2)
-        basis, images = _append(basis, q), _append(images, last)
-    return Ritz(basis, images, theta, vectors, seen + outside, step)
+        basis.append(q)
+        images.append(last)
+    return Ritz(basis.all, images.all, theta, vectors, seen + outside, step)
 
 
-def _append(block: Tensor, more: Tensor) -> Tensor:
-    """Columns side by side, in (L, k, d) memory."""
-    return torch.cat([block.mT, more.mT], -2).mT
+class Columns:
+    """Blocks of columns side by side, (L, d, k · blocks) at most, in (L, columns, d) memory."""
+
+    def __init__(self, block: Tensor, blocks: int) -> None:
+        modules, d, k = block.shape
+        self._memory = block.new_empty(modules, k * blocks, d)
+        self._width = 0
+        self.append(block)
+
+    def append(self, block: Tensor) -> None:
+        end = self._width + block.shape[-1]
+        self._memory[:, self._width : end] = block.mT
+        self._width = end
+
+    @property
+    def all(self) -> Tensor:
+        return self._memory[:, : self._width].mT
 
 
 class KrylovRoute:
@@ -177,43 +194,17 @@ class KrylovRoute:
     def _iterate(self, coef: Tensor, rank: int, warm: Tensor | None, how: Iteration) -> Ritz:
         v, b, a = self.v, self.left.rows, self.right.rows
         weight = coef[..., None]
-        reached: list[Tensor] = []  # b · basis, block by block
+        outside = Outside(self, weight)
 
         def apply(z: Tensor) -> Tensor:
             return v.lift(b, weight * v.times(a, z))
 
         def apply_t(y: Tensor) -> Tensor:
-            reached.append(v.times(b, y))
-            return v.lift(a, weight * reached[-1])
+            outside.reached = v.times(b, y)
+            return v.lift(a, weight * outside.reached)
 
         start = apply(start_block(self.right, rank, how, warm))
-        return block_krylov(v, apply, apply_t, start, self._unseen(weight, reached), rank, how)
-
-    def _unseen(self, weight: Tensor, reached: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """‖(I − QQᵀ)W̄‖² as a function of an orthonormal Q; `reached` holds the blocks of bQ.
-
-        Estimated with seeded signs; the clients' own parts Σ_i ‖(I − QQᵀ)w_iΔW_i‖², whose exact
-        sum r × r matrices give, serve as control variate.
-        """
-        v, b, a, ragged = self.v, self.left.rows, self.right.rows, self.left.ragged
-        gram_b, gram_a = self._client_grams
-        probes = sign_matrix(self.how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
-        z = v.times(a, probes[None])
-        image = v.lift(b, weight * z)
-        z, scale = ragged.pad(z), ragged.pad(weight)
-
-        def unseen(basis: Tensor, seen: Tensor) -> Tensor:
-            blocks = ragged.pad(torch.cat(reached, -1))
-            left = scale * (gram_b - blocks @ blocks.mT) * scale.mT
-            own = (z * (left @ z)).sum((-3, -2))
-            own_exact = (left * gram_a).sum((-3, -2, -1))
-            outside = image - v.lift(basis.mT, v.times(basis.mT, image))
-            each = outside.double().square().sum(-2)
-            spread = own - own.mean(-1, keepdim=True)
-            slope = (spread * each).sum(-1) / spread.square().sum(-1).clamp(min=1e-300)
-            return (each.mean(-1) - slope * (own.mean(-1) - own_exact)).clamp(min=0)
-
-        return unseen
+        return block_krylov(v, apply, apply_t, start, outside, rank, how)
 
     def principal(
         self,
@@ -225,6 +216,43 @@ class KrylovRoute:
         warm: Tensor | None = None,
     ) -> Principal:
         return principal_krylov(self.v, side, voters, rank, self.how, warm, coef, other)
+
+
+class Outside:
+    """‖(I − QQᵀ)W̄‖² for a Q that grows block by block: a call adds a block.
+
+    Estimated with seeded signs; the clients' own parts Σ_i ‖(I − QQᵀ)w_iΔW_i‖², whose exact sum
+    r × r matrices give, serve as control variate.
+
+    Attributes
+    ----------
+    reached : Tensor (1, N, k)
+        b · block of the block to be added; the iteration has it anyway and leaves it here.
+    """
+
+    reached: Tensor
+
+    def __init__(self, route: KrylovRoute, weight: Tensor) -> None:
+        self.v, self.ragged = route.v, route.left.ragged
+        a = route.right.rows
+        probes = sign_matrix(route.how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
+        z = self.v.times(a, probes[None])
+        self.image = self.v.lift(route.left.rows, weight * z)
+        self.z, self.scale = self.ragged.pad(z), self.ragged.pad(weight)
+        gram_b, self.gram_a = route.client_grams()
+        self.gram_b = self.scale * gram_b * self.scale.mT
+
+    def __call__(self, block: Tensor, seen: Tensor) -> Tensor:
+        v = self.v
+        columns = self.scale * self.ragged.pad(self.reached)
+        self.gram_b = self.gram_b - columns @ columns.mT
+        self.image = self.image - v.lift(block.mT, v.times(block.mT, self.image))
+        own = (self.z * (self.gram_b @ self.z)).sum((-3, -2))
+        own_exact = (self.gram_b * self.gram_a).sum((-3, -2, -1))
+        each = self.image.double().square().sum(-2)
+        spread = own - own.mean(-1, keepdim=True)
+        slope = (spread * each).sum(-1) / spread.square().sum(-1).clamp(min=1e-300)
+        return (each.mean(-1) - slope * (own.mean(-1) - own_exact)).clamp(min=0)
 
 
 def start_block(side: Side, rank: int, how: Iteration, warm: Tensor | None) -> Tensor:
@@ -261,7 +289,7 @@ def principal_krylov(
 
     trace = voters.trace(ragged)
 
-    def unseen(basis: Tensor, seen: Tensor) -> Tensor:
+    def unseen(block: Tensor, seen: Tensor) -> Tensor:
         return (trace - seen).clamp(min=0)
 
     image = apply_t(start_block(side, rank, how, warm))
