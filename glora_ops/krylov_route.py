@@ -292,14 +292,17 @@ def principal_krylov(
     def unseen(block: Tensor, seen: Tensor) -> Tensor:
         return (trace - seen).clamp(min=0)
 
-    image = apply_t(start_block(side, rank, how, warm))
+    # The anchor's directions are most of the answer: they start the iteration beside the signs.
+    first = start_block(side, rank, how, warm)
+    known = int((extra != 0).any(-2).sum())
+    image = apply_t(torch.cat([extra[..., :known], first[..., : first.shape[-1] - known]], -1))
     start = apply(whiten(v, image, 1e-14))
     ritz = block_krylov(v, apply, apply_t, start, unseen, rank, how)
-    known = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
+    pairs = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]
     energies = torch.zeros_like(lam)
     if coef is not None and other is not None:
-        reach = v.lift(other.rows, coef[..., None] * v.times(rows, known))
+        reach = v.lift(other.rows, coef[..., None] * v.times(rows, pairs))
         energies = reach.double().square().sum(-2)
-    basis = fill(orthonormalise(v, known[..., :rank]), rank)
+    basis = fill(orthonormalise(v, pairs[..., :rank]), rank)
     return Principal(basis, lam, energies, trace, ritz.steps)
