@@ -69,7 +69,8 @@ def _linear(x: Tensor, w: Tensor) -> Tensor:
         if ONEDNN is None or x.dtype != torch.float32 or work < ONEDNN_FROM:
             return x @ w.mT
         x, w = x.expand(modules, -1, -1), w.expand(modules, -1, -1)
-        return torch.stack([ONEDNN(x[l], w[l]) for l in range(modules)])
+        parts = [ONEDNN(x[l], w[l])[None] for l in range(modules)]
+        return parts[0] if modules == 1 else torch.cat(parts)
 
 
 class CpuVocabulary:
@@ -113,8 +114,7 @@ class CpuVocabulary:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        with _threads(y.numel() * c.shape[-1]):
-            return (c.mT.to(y.dtype) @ y.mT).mT
+        return _linear(c.mT.to(y.dtype), y).mT
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         with _threads(y.numel() * z.shape[-1]):
