@@ -159,7 +159,7 @@ def test_update(case: Case, race: Any, slow: bool) -> None:
 
 
 def judge_consensus(truth: Truth, case: Case) -> Callable[[str, Any], dict[str, float]]:
-    """Quality contract of DESIGN §5: rank-r readouts of a state of rank R = 2r."""
+    """The quality contract of tests/bounds.py: rank-r readouts of a state of rank R = 2r."""
     half = case.rank // 2
     best = max(0.0, 1 - truth.optimum(half)) ** 0.5
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .canonical import balance, canonical_forms, factor_coordinates, soft_votes
-from .certificates import U32, Cut, certify, information_vote
+from .certificates import STATS, U32, Cut, certify, information_vote
 from .gram_route import GramRoute, principal_gram
 from .krylov_route import Iteration, KrylovRoute, principal_krylov
 from .ragged import Ragged
@@ -187,9 +187,11 @@ def aggregate(
     exact = ragged.rows <= gram_route_limit(rank)
     route: Route = GramRoute(v, left, right) if exact else KrylovRoute(v, left, right, how)
     clients = canonicalize(v, *route.client_grams(), ragged, scaling, tau_rel, roundoff)
-    coef = ragged.spread(weights * scaling)
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)
+    # Powers of two keep W̄ near one inside, whatever its size; they return at the end.
+    unit = torch.exp2(torch.frexp(scale).exponent.double())
+    scale, coef = scale / unit, ragged.spread(weights / unit[..., None] * scaling)
     count = rank + how.oversample
     one = torch.ones_like(scale)
     cut = Cut(one, one, one, 0 * one, 0 * one)
@@ -197,7 +199,8 @@ def aggregate(
     if basis == "update":
         mean = route.triplets(coef, rank, warm_v)
         u, w, sigma, norm = mean.x, mean.y, mean.sigma, mean.norm
-        eig_u, eig_v = fill(sigma, count), fill(sigma, count)
+        eig_u = fill(sigma * unit[..., None], count)
+        eig_v = eig_u.clone()
         cut = cut.of_update(sigma, rank, 8 * U32 * scale)
         steps = mean.steps
     else:
@@ -239,7 +242,9 @@ def aggregate(
         krylov=(0 if exact else 1) * one,
     )  # fmt: skip
     client_stats = _client_stats(ragged, clients, c * present[..., None, None], z_u, z_v, coef)
-    return u_out, s, v_out, eig_u, eig_v, stats, client_stats
+    for name in ("norm", "storage_scale"):
+        stats[..., STATS.index(name)] *= unit
+    return u_out, s * unit[..., None], v_out, eig_u, eig_v, stats, client_stats
 
 
 def _positive(x: Tensor) -> Tensor:

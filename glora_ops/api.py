@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from .packing import pack_modules
 from .report import notes
 from .state import UNNAMED, Factors, ModuleState, State
 
-__all__ = ["aggregate"]
+__all__ = ["aggregate", "check_weights"]
 
 Client = Factors | Mapping[str, Factors]
 Progress = Callable[[int, int], None]
@@ -113,7 +114,14 @@ def aggregate(
     require(count >= 1, "clients", 0, "at least one client", "pass a list of (B, A) pairs")
     names = _names(names, count)
     require(missing in MISSING, "missing", repr(missing), f"one of {MISSING}")
-    factor_weights = _weights(weights, names, normalise, basis)
+    factor_weights = check_weights(weights, names, normalise, basis)
+    require(
+        missing == "zero" or min(factor_weights) >= 0,
+        "missing",
+        repr(missing),
+        "'zero' with signed weights",
+        "weights whose signs cancel cannot be renormalised",
+    )
     modules = list(dict.fromkeys(name for client in named for name in client))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, named, names)
@@ -141,8 +149,10 @@ def aggregate(
     if rank == "auto":
         state = _smallest_rank(run, captured, named, progress)
     else:
+        if hasattr(rank, "__index__") and not isinstance(rank, bool):
+            rank = operator.index(rank)  # type: ignore[arg-type]
         require(
-            rank is None or (isinstance(rank, int) and rank >= 1),
+            rank is None or (type(rank) is int and rank >= 1),
             "rank",
             repr(rank),
             'an integer ≥ 1, "auto" or None',
@@ -162,9 +172,10 @@ def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _weights(
+def check_weights(
     weights: Sequence[float] | None, names: Sequence[str], normalise: bool, basis: str
 ) -> list[float]:
+    """Weights as used, one per client; `Refused` with every offender."""
     if weights is None:
         return [1 / len(names)] * len(names)
     require(len(weights) == len(names), "weights", len(weights), f"one per client, {len(names)}")
@@ -177,8 +188,8 @@ def _weights(
             expected="a finite number" if signed else "a finite number ≥ 0",
             remedy=""
             if signed
-            else 'negative votes do not exist: use basis="update" with normalise=False for task '
-            "arithmetic",
+            else "negative votes do not exist: task arithmetic needs basis='update', "
+            "normalise=False",
         )
         for name, w in zip(names, weights, strict=True)
         if not math.isfinite(w) or (w < 0 and not signed)
@@ -205,6 +216,16 @@ def _scalings(
     require(
         len(scalings) == len(clients), "scalings", len(scalings), f"one per client, {len(clients)}"
     )
+    lacking = [
+        Refusal("no scaling for a module of the client", client=name, tensor=m,
+                expected="alpha/r of every module, or one number for all")
+        for s, client, name in zip(scalings, clients, names, strict=True)
+        if isinstance(s, Mapping)
+        for m in client
+        if m not in s
+    ]  # fmt: skip
+    if lacking:
+        raise Refused(lacking)
     out = [
         {m: float(s[m] if isinstance(s, Mapping) else s) for m in client}
         for s, client in zip(scalings, clients, strict=True)
@@ -252,8 +273,10 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
                     )
                 )
             for side, x in (("B", b), ("A", a)):
-                if not bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
-                    bad = (~torch.isfinite(x)).nonzero()
+                if bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
+                    continue
+                bad = (~torch.isfinite(x)).nonzero()
+                if len(bad):
                     refusals.append(
                         Refusal(
                             "value is not finite",

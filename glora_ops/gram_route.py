@@ -20,8 +20,6 @@ class GramRoute:
     Cost per module: 2 N² d flops and 8 N d bytes a side, and a few N × N eigenproblems.
     """
 
-    name = "gram"
-
     def __init__(self, v: Vocabulary, left: Side, right: Side) -> None:
         self.v = v
         self.left, self.right = left, right

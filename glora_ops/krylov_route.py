@@ -22,6 +22,8 @@ from .vocabulary import Vocabulary
 __all__ = ["Iteration", "KrylovRoute", "principal_krylov"]
 
 PROBES = 32
+# N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
+CHEAP = 2**28
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,10 @@ def block_krylov(
             w = w - v.lift(basis.all.mT, v.times(basis.all.mT, w))
         q = whiten(v, w, drop, size)
         last = apply_t(q).double()
-        side = v.inner(images.all, last)
-        h = torch.cat([torch.cat([h, side], -1), torch.cat([side.mT, v.inner(last, last)], -1)], -2)
         basis.append(q)
         images.append(last)
+        edge = v.inner(images.all, last)
+        h = torch.cat([torch.cat([h, edge[..., : -q.shape[-1], :]], -1), edge.mT], -2)
     return Ritz(basis.all, images.all, theta, vectors, seen + outside, step)
 
 
@@ -162,8 +164,6 @@ class KrylovRoute:
     Cost per module, side and power step: 4 N d k flops with k = R + oversample columns.
     """
 
-    name = "krylov"
-
     def __init__(self, v: Vocabulary, left: Side, right: Side, how: Iteration) -> None:
         self.v = v
         self.left, self.right = left, right
@@ -174,11 +174,21 @@ class KrylovRoute:
         ragged = self.left.ragged
         return self.v.gram(self.left.rows, ragged), self.v.gram(self.right.rows, ragged)
 
+    @cached_property
+    def _grams(self) -> tuple[Tensor, Tensor] | None:
+        """Both N × N Gram matrices in the working precision, where they cost next to nothing."""
+        b, a = self.left.rows, self.right.rows
+        if b.shape[-2] ** 2 * (b.shape[-1] + a.shape[-1]) > CHEAP:
+            return None
+        return self.v.times(b, b.mT), self.v.times(a, a.mT)
+
     def client_grams(self) -> tuple[Tensor, Tensor]:
         return self._client_grams
 
     def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        how = replace(self.how, power_iters=min(1, self.how.power_iters), most=1)
+        how = self.how
+        if self._grams is None:  # one step tells enough where steps are dear
+            how = replace(how, power_iters=min(1, how.power_iters), most=1)
         ritz = self._iterate(coef, rank, None, how)
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
@@ -221,8 +231,9 @@ class KrylovRoute:
 class Outside:
     """‖(I − QQᵀ)W̄‖² for a Q that grows block by block: a call adds a block.
 
-    Estimated with seeded signs; the clients' own parts Σ_i ‖(I − QQᵀ)w_iΔW_i‖², whose exact sum
-    r × r matrices give, serve as control variate.
+    From N × N Gram matrices where they are cheap, otherwise estimated with seeded signs; the
+    clients' own parts Σ_i ‖(I − QQᵀ)w_iΔW_i‖², whose exact sum r × r matrices give, then serve as
+    control variate.
 
     Attributes
     ----------
@@ -234,6 +245,11 @@ class Outside:
 
     def __init__(self, route: KrylovRoute, weight: Tensor) -> None:
         self.v, self.ragged = route.v, route.left.ragged
+        self.total: Tensor | None = None
+        if route._grams is not None:
+            gram_b, gram_a = route._grams
+            self.total = (weight * gram_b * weight.mT * gram_a).sum((-2, -1))
+            return
         a = route.right.rows
         probes = sign_matrix(route.how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
         z = self.v.times(a, probes[None])
@@ -243,6 +259,8 @@ class Outside:
         self.gram_b = self.scale * gram_b * self.scale.mT
 
     def __call__(self, block: Tensor, seen: Tensor) -> Tensor:
+        if self.total is not None:
+            return (self.total - seen).clamp(min=0)
         v = self.v
         columns = self.scale * self.ragged.pad(self.reached)
         self.gram_b = self.gram_b - columns @ columns.mT

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.modules import PREFIX
 from .adapters.read import MAX_BYTES, TENSORS_NAME, Adapter, check_values, inspect_adapter
-from .api import aggregate
+from .api import aggregate, check_weights
 from .errors import GloraWarning, Refusal, Refused, require
 from .state import State
 
@@ -118,6 +119,13 @@ def aggregate_adapters(
         _note(refused, clients, incompatible(list(clients.values()), base))
     if dense == "refuse":
         _note(refused, clients, _with_dense(list(clients.values())))
+    try:
+        if weights is not None:
+            names = [Path(folder).name for folder in folders]
+            check_weights(weights, names, settings.get("normalise", True), basis)
+    except Refused as bad:  # listed with the rest, before anything large is read
+        reasons = [refusal for i in sorted(refused) for refusal in refused[i]]
+        raise Refused([*reasons, *bad.refusals]) from None
     clients = _settle(clients, refused, on_bad_client)
 
     for done, (i, adapter) in enumerate(clients.items(), start=1):

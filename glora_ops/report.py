@@ -70,7 +70,7 @@ def lines(state: State) -> list[Line]:
         ),
         Line(
             "storage limit",
-            f"{limited} client{'' if limited == 1 else 's'}",
+            _count(limited, "client"),
             "clients whose weak directions are below the precision they were stored in, so that "
             "their vote is softened further",
         ),
@@ -108,6 +108,14 @@ def notes(state: State) -> list[Note]:
                 f"{state.clients[heaviest]} has {state.weights[heaviest] / total:.0%} of the weight"
             )
         )
+    silent = _silent_clients(state)
+    if silent:
+        out.append(
+            Note(
+                f"{len(silent)} of {len(state.clients)} clients sent an update of zero"
+                f"{_some(silent)}: untrained, or alpha is 0"
+            )
+        )
     for name, ratio in _loud_clients(state):
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
@@ -124,9 +132,18 @@ def notes(state: State) -> list[Note]:
     return out
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def _some(names: list[str] | tuple[str, ...]) -> str:
     shown = [n for n in names[:3] if n]
     return f" ({', '.join(shown)}{', …' if len(names) > 3 else ''})" if shown else ""
+
+
+def _silent_clients(state: State) -> list[str]:
+    norms = torch.stack([m.client_stat("norm") for m in state.modules.values()]).sum(0)
+    return [name for name, n in zip(state.clients, norms, strict=True) if n == 0]
 
 
 def _loud_clients(state: State) -> list[tuple[str, float]]:
@@ -146,8 +163,8 @@ def _loud_clients(state: State) -> list[tuple[str, float]]:
 def describe(state: State) -> str:
     """All lines and notes as text."""
     header = (
-        f"{len(state.clients)} clients → rank {state.rank}, basis {state.settings['basis']}, "
-        f"{len(state.modules)} module{'' if len(state.modules) == 1 else 's'}"
+        f"{_count(len(state.clients), 'client')} → rank {state.rank}, "
+        f"basis {state.settings['basis']}, {_count(len(state.modules), 'module')}"
     )
     table = lines(state)
     width = max(len(l.name) for l in table)

@@ -1,7 +1,7 @@
 """What the algorithm asks of a solver, and the two routes that answer.
 
 `GramRoute` works on N × N Gram matrices in fp64 and is exact; `KrylovRoute` works on tall blocks
-and never forms anything N × N. `choose_route` picks by the number of rows.
+and never forms anything N × N. `gram_route_limit` picks by the number of rows.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,12 @@ class State:
     dense: dict[str, Tensor] = field(default_factory=dict)
     layout: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"State({len(self.clients)} clients, {len(self.modules)} modules, rank {self.rank}, "
+            f"captured {self.captured:.4f})"
+        )
+
     @property
     def rank(self) -> int:
         """Server rank R."""
@@ -161,15 +167,6 @@ class State:
         from .report import describe
 
         return describe(self)
-
-    def truncated(self, rank: int) -> State:
-        """The same state with the leading `rank` directions of every module only."""
-        require(1 <= rank <= self.rank, "rank", rank, f"1 … {self.rank}")
-        modules = {
-            name: replace(m, u=m.u[:, :rank], s=m.s[:rank], v=m.v[:, :rank])
-            for name, m in self.modules.items()
-        }
-        return replace(self, modules=modules)
 
     # --- files -------------------------------------------------------------------------------
 

@@ -39,7 +39,9 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
     return y
 
 
-def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = None) -> Tensor:
+def whiten(
+    v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = None, again: bool = True
+) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
 
     A second pass repairs what the first loses to an ill-conditioned y.
@@ -49,6 +51,8 @@ def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = Non
     y : Tensor (L, d, k)
     drop : float
         Relative to the largest eigenvalue of yᵀy, or to `reference` (L,) where that is larger.
+    again : bool
+        Whether a second pass may follow.
     """
     lam, vec = v.eigh(v.inner(y, y))
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
@@ -57,4 +61,4 @@ def whiten(v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = Non
     q = v.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
     well_conditioned = bool((smallest >= 1e-6 * lam[..., 0]).all())
-    return q if well_conditioned else whiten(v, q, drop)
+    return q if well_conditioned or not again else whiten(v, q, drop, again=False)

@@ -1274,7 +1274,7 @@ def test_vouching_for_the_base(tmp_path: Path) -> None:
 )
 def test_arguments_that_do_not_fit(options: dict[str, Any], tmp_path: Path) -> None:
     folders = save_merged("bert", tmp_path)
-    with pytest.raises(GloraError, match=next(iter(options))):
+    with pytest.raises(GloraError, match=next(iter(options)).removesuffix("s")):
         aggregate_adapters(folders, **options)
     with pytest.raises(GloraError, match="list of folders"):
         aggregate_adapters(str(folders[0]))

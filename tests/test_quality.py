@@ -263,3 +263,20 @@ def test_noise_fails_without_power_steps(basis):
     assert captured[0] < bounds.solver_captured(want.captured) - 4e-3
     assert captured[3] >= bounds.solver_captured(want.captured)
     assert captured[-1] >= bounds.solver_captured(want.captured)
+
+
+@pytest.mark.parametrize("power", [-60, -30, 30, 60])
+@pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
+def test_the_randomized_route_does_not_mind_the_size_of_the_update(basis, power):
+    rng = np.random.default_rng(5)
+    b = torch.from_numpy(rng.standard_normal((320, 300))).float()
+    a = torch.from_numpy(rng.standard_normal((320, 200))).float()
+    offsets = torch.arange(0, 321, 16)
+    weights, scaling = torch.full((20,), 1 / 20), torch.ones(20)
+    want = torch.ops.glora.aggregate(b, a, offsets, weights, scaling, 16, basis)
+    half = 2.0 ** (power // 2)
+    got = torch.ops.glora.aggregate(b * half, a * half, offsets, weights, scaling, 16, basis)
+    assert got[5][STATS.index("krylov")] == 1
+    for left, right in zip(got[:1] + got[2:3] + got[6:], want[:1] + want[2:3], strict=False):
+        assert left.equal(right)
+    assert got[1].equal(want[1] * half * half)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import Recipe, build, distance, norm, problems
@@ -274,19 +273,6 @@ def test_readouts_of_several_modules_and_of_one(state):
     assert a.shape == (2, 16)
 
 
-@given(rank=st.integers(1, 8), pad=st.sampled_from(["zero", "trainable"]))
-def test_a_truncated_state_reads_out_the_same(rank, pad):
-    state = glora.aggregate(pairs(), rank=8)
-    small = state.truncated(rank)
-    assert small.rank == rank
-    for r in range(1, rank + 1):
-        for x, y in zip(state.readout(r, 1.0, pad), small.readout(r, 1.0, pad), strict=True):
-            assert torch.equal(x, y)
-    for wrong in (0, 9):
-        with pytest.raises(GloraError, match="rank"):
-            state.truncated(wrong)
-
-
 def test_the_report_says_what_was_done(state):
     text = state.report()
     for word in ("3 clients", "rank 9", "consensus", "captured", "gap", "effective rank"):
@@ -334,11 +320,6 @@ def test_everything_a_state_may_hold_survives(tmp_path):
     )
     state.save(tmp_path / "s.safetensors")
     same(state, State.load(tmp_path / "s.safetensors"))
-
-
-def test_a_truncated_state_can_be_saved(state, tmp_path):
-    state.truncated(3).save(tmp_path / "s")
-    assert State.load(tmp_path / "s").rank == 3
 
 
 def test_the_file_is_plain_safetensors_with_json(state, tmp_path):
