@@ -82,9 +82,7 @@ class Ops:
         tau_rel: float = 0.1,
         max_rank: int = -1,
     ) -> Tensors:
-        schemas.check_pair(b, a)
-        schemas.check_offsets(offsets)
-        schemas.check_clients("scaling", scaling, offsets, b)
+        schemas.check_canonicalize(b, a, offsets, scaling, tau_rel, max_rank)
         ragged = Ragged.of(offsets, b.shape[-2], b.device, max_rank)
         rows_b, rows_a, scale = self.v.pair(_modules(b), _modules(a))
         clients = algorithm.canonicalize(
@@ -102,14 +100,16 @@ class Ops:
     def projector_matmul(
         self, x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor, omega: Tensor
     ) -> Tensor:
-        schemas.check_columns("omega", omega, x)
+        schemas.check_voters(x, offsets, t, row_weights)
+        schemas.check_omega(omega, x)
         side, voters = self._voters(x, offsets, t, row_weights)
         return self._matmul(side, voters, omega)
 
     def projector_matmul_factors(
         self, x: Tensor, offsets: Tensor, weights: Tensor, omega: Tensor
     ) -> Tensor:
-        schemas.check_columns("omega", omega, x)
+        schemas.check_factor_voters(x, offsets, weights)
+        schemas.check_omega(omega, x)
         side, voters = self._factor_voters(x, offsets, weights)
         return self._matmul(side, voters, omega)
 
@@ -127,9 +127,9 @@ class Ops:
         warm: Tensor | None = None,
         seed: int = 0,
     ) -> Tensors:
-        schemas.check_more_columns(x, extra, warm)
+        schemas.check_voters(x, offsets, t, row_weights)
+        schemas.check_solver(x, rank, oversample, power_iters, tol, extra, warm)
         side, voters = self._voters(x, offsets, t, row_weights, extra)
-        schemas.check_solver(rank, oversample, power_iters, tol)
         how = Iteration(oversample, power_iters, tol, seed)
         return _like(x.dim() == 3, *self._svd(side, voters, rank, how, warm))
 
@@ -146,9 +146,9 @@ class Ops:
         warm: Tensor | None = None,
         seed: int = 0,
     ) -> Tensors:
-        schemas.check_more_columns(x, extra, warm)
+        schemas.check_factor_voters(x, offsets, weights)
+        schemas.check_solver(x, rank, oversample, power_iters, tol, extra, warm)
         side, voters = self._factor_voters(x, offsets, weights, extra)
-        schemas.check_solver(rank, oversample, power_iters, tol)
         how = Iteration(oversample, power_iters, tol, seed)
         return _like(x.dim() == 3, *self._svd(side, voters, rank, how, warm))
 
@@ -162,12 +162,7 @@ class Ops:
         weights: Tensor,
         scaling: Tensor,
     ) -> Tensor:
-        schemas.check_pair(b, a)
-        schemas.check_columns("u", u, b)
-        schemas.check_columns("v", v, a)
-        schemas.check_offsets(offsets)
-        schemas.check_clients("weights", weights, offsets, b)
-        schemas.check_clients("scaling", scaling, offsets, b)
+        schemas.check_core(u, v, b, a, offsets, weights, scaling)
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
         modules = rows_b.shape[0]
@@ -185,7 +180,7 @@ class Ops:
         rank: int,
         basis: str = "consensus",
         tau_rel: float = 0.1,
-        anchor: float = 0.5,
+        anchor: float = 1.0,
         oversample: int = 16,
         power_iters: int = -1,
         tol: float = 1e-3,
@@ -193,12 +188,8 @@ class Ops:
         warm_v: Tensor | None = None,
         seed: int = 0,
     ) -> Tensors:
-        schemas.check_pair(b, a)
-        schemas.check_offsets(offsets)
-        schemas.check_clients("weights", weights, offsets, b)
-        schemas.check_clients("scaling", scaling, offsets, b)
+        schemas.check_aggregate(b, a, offsets, weights, scaling, warm_u, warm_v)
         schemas.check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
-        schemas.check_warm(warm_u, warm_v, b, a)
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a = _modules(b), _modules(a)
         modules = rows_b.shape[0]
@@ -233,11 +224,22 @@ class Ops:
         weights: Tensor,
         scaling: Tensor,
         rank: int,
-        *settings: Any,
+        basis: str = "consensus",
+        tau_rel: float = 0.1,
+        anchor: float = 1.0,
+        oversample: int = 16,
+        power_iters: int = -1,
+        tol: float = 1e-3,
+        warm_u: Tensor | None = None,
+        warm_v: Tensor | None = None,
+        seed: int = 0,
     ) -> Tensors:
-        schemas.check_lists(lora_b, lora_a)
+        schemas.check_lists(lora_b, lora_a, weights, scaling, warm_u, warm_v)
         packed = pack(list(zip(lora_b, lora_a, strict=True)))
-        return self.aggregate(packed.b, packed.a, packed.offsets, weights, scaling, rank, *settings)
+        return self.aggregate(
+            packed.b, packed.a, packed.offsets, weights, scaling, rank, basis, tau_rel, anchor,
+            oversample, power_iters, tol, warm_u, warm_v, seed,
+        )  # fmt: skip
 
     def readout(
         self,
@@ -271,7 +273,6 @@ class Ops:
         row_weights: Tensor,
         extra: Tensor | None = None,
     ) -> tuple[Side, Coordinates]:
-        schemas.check_coordinates(x, offsets, t, row_weights)
         side, scale = self._side(x, offsets, t.shape[-1])
         t = _modules(t).double() * scale[..., None]
         return side, Coordinates(t, _modules(row_weights, 2).double(), _extra(extra, side))
@@ -279,9 +280,6 @@ class Ops:
     def _factor_voters(
         self, x: Tensor, offsets: Tensor, weights: Tensor, extra: Tensor | None = None
     ) -> tuple[Side, Coordinates]:
-        schemas.check_stack("x", x)
-        schemas.check_offsets(offsets)
-        schemas.check_clients("weights", weights, offsets, x)
         side, _ = self._side(x, offsets)
         votes = side.ragged.spread(_per_client(weights, side.rows.shape[0]))
         t = algorithm.factor_voters(self.v, side)

@@ -7,6 +7,7 @@ at here (the Python API does that), so no op synchronises for its checks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -38,12 +39,12 @@ SCHEMAS = {
     "core": "(Tensor u, Tensor v, Tensor b, Tensor a, Tensor offsets, Tensor weights, "
     "Tensor scaling) -> Tensor",
     "aggregate": "(Tensor b, Tensor a, Tensor offsets, Tensor weights, Tensor scaling, int rank, "
-    'str basis="consensus", float tau_rel=0.1, float anchor=0.5, int oversample=16, '
+    'str basis="consensus", float tau_rel=0.1, float anchor=1.0, int oversample=16, '
     "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
     "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
     "Tensor client_stats)",
     "aggregate.list": "(Tensor[] lora_B, Tensor[] lora_A, Tensor weights, Tensor scaling, "
-    'int rank, str basis="consensus", float tau_rel=0.1, float anchor=0.5, int oversample=16, '
+    'int rank, str basis="consensus", float tau_rel=0.1, float anchor=1.0, int oversample=16, '
     "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
     "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
     "Tensor client_stats)",
@@ -62,98 +63,142 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 # --- metadata checks -------------------------------------------------------------------------
+# One per op, with the op's own arguments: the op and its fake both call it first.
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REALS = (*FLOATS, torch.int64, torch.int32)
 
 
-def _shape(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-
-
-def check_stack(name: str, x: Tensor) -> None:
+def check_canonicalize(
+    b: Tensor, a: Tensor, offsets: Tensor, scaling: Tensor, tau_rel: float, max_rank: int
+) -> None:
+    _check_pair(b, a)
+    _check_offsets(offsets)
+    _check_clients("scaling", scaling, offsets.shape[0] - 1, b)
+    _check_tau(tau_rel)
     require(
-        x.dtype in FLOATS and x.dim() in (2, 3) and all(n > 0 for n in x.shape),
-        name,
-        _shape(x),
-        "a non-empty row stack (N, d) or (L, N, d) in fp32, bf16, fp16 or fp64",
-        "stack lora_A as it is and lora_B transposed (glora_ops.pack does)",
+        max_rank == -1 or max_rank >= 1,
+        "max_rank",
+        max_rank,
+        "-1 (the largest rank) or more than 0",
     )
 
 
-def check_pair(b: Tensor, a: Tensor) -> None:
-    check_stack("b", b)
-    check_stack("a", a)
+def check_voters(x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor) -> None:
+    _check_stack("x", x)
+    _check_offsets(offsets)
     require(
-        b.shape[:-1] == a.shape[:-1],
-        "a",
-        _shape(a),
-        f"the same modules and rows as b, {tuple(b.shape[:-1])}",
-        "row j of a and row j of b are one rank-one pair",
-    )
-
-
-def check_offsets(offsets: Tensor) -> None:
-    require(
-        offsets.dim() == 1 and offsets.dtype == torch.int64 and offsets.shape[0] >= 2,
-        "offsets",
-        _shape(offsets),
-        "int64 (K + 1,) with K ≥ 1, on the CPU",
-    )
-
-
-def check_rows(name: str, x: Tensor, stack: Tensor) -> None:
-    require(
-        x.shape == stack.shape[:-1],
-        name,
-        _shape(x),
-        f"one value per row of the stack, {tuple(stack.shape[:-1])}",
-    )
-
-
-def check_clients(name: str, x: Tensor, offsets: Tensor, stack: Tensor) -> None:
-    clients = offsets.shape[0] - 1
-    shapes = [(clients,)] + ([(stack.shape[0], clients)] if stack.dim() == 3 else [])
-    require(
-        tuple(x.shape) in shapes,
-        name,
-        _shape(x),
-        f"one value per client, {' or '.join(map(str, shapes))}",
-    )
-
-
-def check_columns(name: str, x: Tensor, stack: Tensor) -> None:
-    require(
-        x.dim() == stack.dim()
-        and x.shape[-2] == stack.shape[-1]
-        and x.shape[:-2] == stack.shape[:-2],
-        name,
-        _shape(x),
-        f"columns in the stack's space, {(*stack.shape[:-2], stack.shape[-1], 'k')}",
-    )
-
-
-def check_solver(rank: int, oversample: int, power_iters: int, tol: float) -> None:
-    require(rank >= 1, "rank", rank, "an integer ≥ 1")
-    require(oversample >= 1, "oversample", oversample, "an integer ≥ 1", "16 is the default")
-    require(power_iters >= -1, "power_iters", power_iters, "-1 (adaptive) or an integer ≥ 0")
-    require(tol > 0, "tol", tol, "a positive fraction")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
-
-
-def check_coordinates(x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor) -> None:
-    check_stack("x", x)
-    check_offsets(offsets)
-    require(
-        t.dim() == x.dim() and t.shape[:-1] == x.shape[:-1],
+        t.dtype in FLOATS and t.dim() == x.dim() and t.shape[:-1] == x.shape[:-1],
         "t",
         _shape(t),
-        f"one row per row of the stack, {(*x.shape[:-1], 'max_rank')}",
+        f"floats, one row per row of the stack, {(*x.shape[:-1], 'max_rank')}",
         "canonicalize makes it",
     )
-    check_rows("row_weights", row_weights, x)
+    require(
+        row_weights.dtype in FLOATS and row_weights.shape == x.shape[:-1],
+        "row_weights",
+        _shape(row_weights),
+        f"floats, one per row of the stack, {tuple(x.shape[:-1])}",
+    )
+
+
+def check_factor_voters(x: Tensor, offsets: Tensor, weights: Tensor) -> None:
+    _check_stack("x", x)
+    _check_offsets(offsets)
+    _check_clients("weights", weights, offsets.shape[0] - 1, x)
+
+
+def check_omega(omega: Tensor, x: Tensor) -> None:
+    _check_columns("omega", omega, x)
+
+
+def check_solver(
+    x: Tensor,
+    rank: int,
+    oversample: int,
+    power_iters: int,
+    tol: float,
+    extra: Tensor | None,
+    warm: Tensor | None,
+) -> None:
+    _check_iteration(rank, oversample, power_iters, tol)
+    for name, columns in (("extra", extra), ("warm", warm)):
+        if columns is not None:
+            _check_columns(name, columns, x)
+
+
+def check_core(
+    u: Tensor,
+    v: Tensor,
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+) -> None:
+    _check_pair(b, a)
+    _check_columns("u", u, b)
+    _check_columns("v", v, a)
+    _check_offsets(offsets)
+    for name, x in (("weights", weights), ("scaling", scaling)):
+        _check_clients(name, x, offsets.shape[0] - 1, b)
+
+
+def check_aggregate(
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+    warm_u: Tensor | None,
+    warm_v: Tensor | None,
+) -> None:
+    _check_pair(b, a)
+    _check_offsets(offsets)
+    for name, x in (("weights", weights), ("scaling", scaling)):
+        _check_clients(name, x, offsets.shape[0] - 1, b)
+    for name, warm, stack in (("warm_u", warm_u, b), ("warm_v", warm_v, a)):
+        if warm is not None:
+            _check_columns(name, warm, stack)
+
+
+def check_lists(
+    lora_b: list[Tensor],
+    lora_a: list[Tensor],
+    weights: Tensor,
+    scaling: Tensor,
+    warm_u: Tensor | None,
+    warm_v: Tensor | None,
+) -> None:
+    require(
+        len(lora_b) == len(lora_a) >= 1,
+        "lora_A",
+        f"{len(lora_a)} matrices beside {len(lora_b)} in lora_B",
+        "one lora_A for every lora_B, and at least one client",
+    )
+    for i, (b, a) in enumerate(zip(lora_b, lora_a, strict=True)):
+        found = f"lora_B {_shape(b)} and lora_A {_shape(a)}"
+        require(
+            b.dtype in FLOATS
+            and a.dtype in FLOATS
+            and b.dim() == a.dim() == 2
+            and b.shape[1] == a.shape[0] >= 1,
+            f"client {i}",
+            found,
+            "PEFT's layouts (d_out, r) and (r, d_in) with one r, in fp32, bf16, fp16 or fp64",
+        )
+        d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[1]
+        require(
+            b.shape[0] == d_out > 0 and a.shape[1] == d_in > 0,
+            f"client {i}",
+            found,
+            f"the module's d_out = {d_out} and d_in = {d_in}",
+        )
+    for name, x in (("weights", weights), ("scaling", scaling)):
+        _check_clients(name, x, len(lora_b), lora_a[0])
+    for name, warm, stack in (("warm_u", warm_u, lora_b[0].mT), ("warm_v", warm_v, lora_a[0])):
+        if warm is not None:
+            _check_columns(name, warm, stack)
 
 
 def check_settings(
@@ -165,57 +210,111 @@ def check_settings(
     power_iters: int,
     tol: float,
 ) -> None:
-    check_solver(rank, oversample, power_iters, tol)
-    check_choice("basis", basis, BASES)
-    require(tau_rel >= 0, "tau_rel", tau_rel, "a fraction ≥ 0", "0.1 is the default")
-    require(anchor >= 0, "anchor", anchor, "a weight ≥ 0", "0.5 is the default, 0 switches it off")
-
-
-def check_more_columns(x: Tensor, extra: Tensor | None, warm: Tensor | None) -> None:
-    for name, columns in (("extra", extra), ("warm", warm)):
-        if columns is not None:
-            check_columns(name, columns, x)
-
-
-def check_warm(warm_u: Tensor | None, warm_v: Tensor | None, b: Tensor, a: Tensor) -> None:
-    for name, warm, stack in (("warm_u", warm_u, b), ("warm_v", warm_v, a)):
-        if warm is not None:
-            check_columns(name, warm, stack)
+    _check_iteration(rank, oversample, power_iters, tol)
+    _check_choice("basis", basis, BASES)
+    _check_tau(tau_rel)
+    require(
+        0 <= anchor < inf, "anchor", anchor, "a finite weight ≥ 0", "1 is the default, 0 drops it"
+    )
 
 
 def check_readout(u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pad: str) -> None:
     require(rank >= 1, "rank", rank, "an integer ≥ 1")
-    require(scaling > 0, "scaling", scaling, "the receiving adapter's alpha/r, above zero")
-    check_choice("pad", pad, PADS)
     require(
-        u.shape[-1] == s.shape[-1] == v.shape[-1] and u.shape[:-2] == s.shape[:-1] == v.shape[:-2],
+        0 < scaling < inf, "scaling", scaling, "the receiving adapter's alpha/r, finite, above zero"
+    )
+    _check_choice("pad", pad, PADS)
+    for name, x in (("u", u), ("v", v)):
+        require(
+            x.dtype in FLOATS and x.dim() in (2, 3),
+            name,
+            _shape(x),
+            "floats (d, R) or (L, d, R)",
+            "aggregate makes it",
+        )
+    require(
+        s.dtype in FLOATS
+        and u.shape[-1] == s.shape[-1] == v.shape[-1]
+        and u.shape[:-2] == s.shape[:-1] == v.shape[:-2],
         "s",
         _shape(s),
-        f"one value per column of u {tuple(u.shape)} and v {tuple(v.shape)}",
+        f"one float per column of u {tuple(u.shape)} and v {tuple(v.shape)}",
     )
 
 
-def check_lists(lora_b: list[Tensor], lora_a: list[Tensor]) -> None:
+def _shape(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+
+
+def _check_stack(name: str, x: Tensor) -> None:
     require(
-        len(lora_b) == len(lora_a) >= 1,
-        "lora_A",
-        f"{len(lora_a)} matrices beside {len(lora_b)} in lora_B",
-        "one lora_A for every lora_B, and at least one client",
+        x.dtype in FLOATS and x.dim() in (2, 3) and all(n > 0 for n in x.shape),
+        name,
+        _shape(x),
+        "a non-empty row stack (N, d) or (L, N, d) in fp32, bf16, fp16 or fp64",
+        "stack lora_A as it is and lora_B transposed (glora_ops.pack does)",
     )
-    d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[-1]
-    for i, (b, a) in enumerate(zip(lora_b, lora_a, strict=True)):
-        require(
-            b.dim() == 2 and a.dim() == 2 and b.shape[1] == a.shape[0],
-            f"client {i}",
-            f"lora_B {_shape(b)} and lora_A {_shape(a)}",
-            "PEFT's layouts (d_out, r) and (r, d_in) with one r",
-        )
-        require(
-            b.shape[0] == d_out and a.shape[1] == d_in,
-            f"client {i}",
-            f"lora_B {_shape(b)} and lora_A {_shape(a)}",
-            f"the module's d_out = {d_out} and d_in = {d_in}",
-        )
+
+
+def _check_pair(b: Tensor, a: Tensor) -> None:
+    _check_stack("b", b)
+    _check_stack("a", a)
+    require(
+        b.shape[:-1] == a.shape[:-1],
+        "a",
+        _shape(a),
+        f"the same modules and rows as b, {tuple(b.shape[:-1])}",
+        "row j of a and row j of b are one rank-one pair",
+    )
+
+
+def _check_offsets(offsets: Tensor) -> None:
+    require(
+        offsets.dim() == 1
+        and offsets.dtype == torch.int64
+        and offsets.shape[0] >= 2
+        and offsets.device.type == "cpu",
+        "offsets",
+        f"{_shape(offsets)} on {offsets.device}",
+        "int64 (K + 1,) with K ≥ 1, on the CPU",
+    )
+
+
+def _check_clients(name: str, x: Tensor, clients: int, stack: Tensor) -> None:
+    shapes = [(clients,)] + ([(stack.shape[0], clients)] if stack.dim() == 3 else [])
+    require(
+        x.dtype in REALS and tuple(x.shape) in shapes,
+        name,
+        _shape(x),
+        f"one real number per client, {' or '.join(map(str, shapes))}",
+    )
+
+
+def _check_columns(name: str, x: Tensor, stack: Tensor) -> None:
+    require(
+        x.dtype in FLOATS
+        and x.dim() == stack.dim()
+        and x.shape[-2] == stack.shape[-1]
+        and x.shape[:-2] == stack.shape[:-2],
+        name,
+        _shape(x),
+        f"floats, columns in the stack's space, {(*stack.shape[:-2], stack.shape[-1], 'k')}",
+    )
+
+
+def _check_iteration(rank: int, oversample: int, power_iters: int, tol: float) -> None:
+    require(rank >= 1, "rank", rank, "an integer ≥ 1")
+    require(oversample >= 1, "oversample", oversample, "an integer ≥ 1", "16 is the default")
+    require(power_iters >= -1, "power_iters", power_iters, "-1 (adaptive) or an integer ≥ 0")
+    require(0 < tol < inf, "tol", tol, "a positive fraction", "1e-3 is the default")
+
+
+def _check_tau(tau_rel: float) -> None:
+    require(0 <= tau_rel < inf, "tau_rel", tau_rel, "a finite fraction ≥ 0", "0.1 is the default")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, name, repr(value), f"one of {', '.join(map(repr, choices))}")
 
 
 # --- fakes -----------------------------------------------------------------------------------
@@ -234,9 +333,7 @@ def _canonicalize(
     tau_rel: float = 0.1,
     max_rank: int = -1,
 ) -> tuple[Tensor, ...]:
-    check_pair(b, a)
-    check_offsets(offsets)
-    check_clients("scaling", scaling, offsets, b)
+    check_canonicalize(b, a, offsets, scaling, tau_rel, max_rank)
     width = torch.library.get_ctx().new_dynamic_size() if max_rank < 0 else max_rank
     t = b.new_empty(*b.shape[:-1], width, dtype=torch.float64)
     row = b.new_empty(b.shape[:-1], dtype=torch.float64)
@@ -247,16 +344,15 @@ def _canonicalize(
 def _projector_matmul(
     x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor, omega: Tensor
 ) -> Tensor:
-    check_coordinates(x, offsets, t, row_weights)
-    check_columns("omega", omega, x)
+    check_voters(x, offsets, t, row_weights)
+    check_omega(omega, x)
     return x.new_empty(omega.shape, dtype=result_dtype(x))
 
 
 @_fake("projector_matmul.factors")
 def _projector_matmul_factors(x: Tensor, offsets: Tensor, weights: Tensor, omega: Tensor) -> Tensor:
-    check_stack("x", x)
-    check_clients("weights", weights, offsets, x)
-    check_columns("omega", omega, x)
+    check_factor_voters(x, offsets, weights)
+    check_omega(omega, x)
     return x.new_empty(omega.shape, dtype=result_dtype(x))
 
 
@@ -274,9 +370,8 @@ def _projector_svd(
     warm: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    check_coordinates(x, offsets, t, row_weights)
-    check_solver(rank, oversample, power_iters, tol)
-    check_more_columns(x, extra, warm)
+    check_voters(x, offsets, t, row_weights)
+    check_solver(x, rank, oversample, power_iters, tol, extra, warm)
     return _eigenpairs(x, rank, oversample)
 
 
@@ -293,10 +388,8 @@ def _projector_svd_factors(
     warm: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    check_stack("x", x)
-    check_clients("weights", weights, offsets, x)
-    check_solver(rank, oversample, power_iters, tol)
-    check_more_columns(x, extra, warm)
+    check_factor_voters(x, offsets, weights)
+    check_solver(x, rank, oversample, power_iters, tol, extra, warm)
     return _eigenpairs(x, rank, oversample)
 
 
@@ -319,9 +412,7 @@ def _core(
     weights: Tensor,
     scaling: Tensor,
 ) -> Tensor:
-    check_pair(b, a)
-    check_columns("u", u, b)
-    check_columns("v", v, a)
+    check_core(u, v, b, a, offsets, weights, scaling)
     return b.new_empty(*b.shape[:-2], u.shape[-1], v.shape[-1], dtype=torch.float64)
 
 
@@ -335,7 +426,7 @@ def _aggregate(
     rank: int,
     basis: str = "consensus",
     tau_rel: float = 0.1,
-    anchor: float = 0.5,
+    anchor: float = 1.0,
     oversample: int = 16,
     power_iters: int = -1,
     tol: float = 1e-3,
@@ -343,12 +434,8 @@ def _aggregate(
     warm_v: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    check_pair(b, a)
-    check_offsets(offsets)
-    check_clients("weights", weights, offsets, b)
-    check_clients("scaling", scaling, offsets, b)
+    check_aggregate(b, a, offsets, weights, scaling, warm_u, warm_v)
     check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
-    check_warm(warm_u, warm_v, b, a)
     clients = offsets.shape[0] - 1
     dtype = result_dtype(b, a)
     return _results(b, b.shape[:-2], b.shape[-1], a.shape[-1], clients, rank, oversample, dtype)
@@ -363,7 +450,7 @@ def _aggregate_list(
     rank: int,
     basis: str = "consensus",
     tau_rel: float = 0.1,
-    anchor: float = 0.5,
+    anchor: float = 1.0,
     oversample: int = 16,
     power_iters: int = -1,
     tol: float = 1e-3,
@@ -371,7 +458,7 @@ def _aggregate_list(
     warm_v: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    check_lists(lora_b, lora_a)
+    check_lists(lora_b, lora_a, weights, scaling, warm_u, warm_v)
     check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
     d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[1]
     dtype = result_dtype(*lora_b, *lora_a)

@@ -38,7 +38,7 @@ def aggregate(
     normalise: bool = True,
     names: Sequence[str] | None = None,
     tau_rel: float = 0.1,
-    anchor: float = 0.5,
+    anchor: float = 1.0,
     oversample: int = 16,
     power_iters: int = -1,
     tol: float = 1e-3,

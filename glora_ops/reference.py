@@ -49,7 +49,7 @@ at most half of that. binary64 t = 53, binary32 t = 24, binary16 t = 11, bfloat1
 TAU_REL = 0.1
 """Soft weight: directions below this fraction of a client's largest count for little."""
 
-ANCHOR = 0.5
+ANCHOR = 1.0
 """η, the anchor's vote beside the clients' (which sum to at most 1 in any direction)."""
 
 EPSILON = 0.02

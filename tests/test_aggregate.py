@@ -290,7 +290,7 @@ def composed(problem: Problem, basis: str) -> np.ndarray:
         at_cut = torch.stack([lead[-1], 0.01 * lead[0], noise]).amax()
         heard = lead > 8 * min(problem.unit, U32) * share.sum()
         g = torch.where(heard, lead**2 / (lead**2 + at_cut**2), 0.0)
-        extra_u, extra_v = ((0.5 * g).sqrt().to(x.dtype) * z for z in (x, y))
+        extra_u, extra_v = (g.sqrt().to(x.dtype) * z for z in (x, y))
     row_votes = votes[owner] * f
     u, _, _ = ops.projector_svd(p.b, p.offsets, t_u, row_votes, rank, extra=extra_u)
     v, _, _ = ops.projector_svd(p.a, p.offsets, t_v, row_votes, rank, extra=extra_v)

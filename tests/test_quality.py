@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+
 import bounds
 import numpy as np
 import pytest
 import torch
 from strategies import STATS, distance, norm, orthonormal
 
-from glora_ops import pack, reference
+from glora_ops import algorithm, pack, reference
 from glora_ops.solver import gram_route_limit
 
 COUNT, RANK, D = 16, 4, 160
@@ -80,18 +83,18 @@ def stored(rng, clients, dtype=torch.float32):
 
 
 class Result:
-    """The op on equal weights, with the dense mean beside it."""
+    """The op, with the dense mean beside it."""
 
-    def __init__(self, clients, rank, basis, **settings):
+    def __init__(self, clients, rank, basis, weights=None, **settings):
         p = pack(clients)
         k = len(clients)
-        w = torch.full((k,), 1 / k, dtype=torch.float64)
+        w = torch.as_tensor(np.full(k, 1 / k) if weights is None else weights)
         out = torch.ops.glora.aggregate(
             p.b, p.a, p.offsets, w, torch.ones(k), rank, basis, **settings
         )
         self.u, self.s, self.v, *_, self.stats, self.client_stats = out
         arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
-        self.w_bar = reference.mean_update(arrays, np.full(k, 1 / k), np.ones(k))
+        self.w_bar = reference.mean_update(arrays, w.numpy(), np.ones(k))
 
     def stat(self, name):
         return float(self.stats[STATS.index(name)])
@@ -126,6 +129,22 @@ def test_consensus_is_near_the_optimum_on_clients_of_like_norms(make, dtype, see
         assert norm(result.readout(RANK - 1) - result.w_bar) > limit
 
 
+def test_frozen_a_in_a_narrow_space_costs_more():
+    """Six clients of rank 2 in 32 dimensions: the consensus misses its limit, `update` is exact."""
+    errors = {"consensus": [], "update": []}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        clients = stored(rng, frozen(rng, count=6, r=2, m=32, n=32))
+        for basis, found in errors.items():
+            result = Result(clients, 4, basis)
+            found.append(distance(result.readout(2), result.w_bar))
+    print("\nfrozen A, r = 2, d = 32, K = 6:",
+          {basis: f"mean {np.mean(e):.3f}, worst {max(e):.3f}" for basis, e in errors.items()})  # fmt: skip
+    assert bounds.frozen_bound(1.0) < max(errors["consensus"]) < 2 * bounds.frozen_bound(1.0)
+    assert np.mean(errors["consensus"]) < bounds.frozen_bound(1.0)
+    assert max(errors["update"]) < 1e-6
+
+
 @pytest.mark.parametrize("make", [shared, noisy, partly, disjoint, frozen])
 def test_update_is_the_optimum(make):
     rng = np.random.default_rng(0)
@@ -142,29 +161,86 @@ def test_update_is_the_optimum(make):
     assert result.stat("captured") == pytest.approx(result.stat("attainable"), abs=1e-6)
 
 
+def loud(rng, noise):
+    """Fifteen agree up to noise, one of 100 × their norm does not; and the honest mean."""
+    u, v = orthonormal(rng, D, RANK), orthonormal(rng, D, RANK)
+    honest = [
+        (
+            u * 0.8 ** np.arange(RANK) + noise * rng.standard_normal((D, RANK)) / np.sqrt(D),
+            v.T + noise * rng.standard_normal((RANK, D)) / np.sqrt(D),
+        )
+        for _ in range(15)
+    ]
+    b, a = rng.standard_normal((D, RANK)), rng.standard_normal((RANK, D))
+    b *= 100 * norm(honest[0][0] @ honest[0][1]) / norm(b @ a)
+    return stored(rng, [*honest, (b, a)]), sum(x @ y for x, y in honest) / 15
+
+
 @pytest.mark.parametrize("noise", [0.05, 1.0])
 def test_one_client_one_voice_under_a_loud_client(noise):
-    """Fifteen agree up to noise, one of 100 × their norm does not: error to the honest mean."""
+    """Error to the honest mean at R = r."""
     errors = {"consensus": [], "projector": [], "update": []}
     for seed in range(3):
-        rng = np.random.default_rng(seed)
-        u, v = orthonormal(rng, D, RANK), orthonormal(rng, D, RANK)
-        honest = [
-            (
-                u * 0.8 ** np.arange(RANK) + noise * rng.standard_normal((D, RANK)) / np.sqrt(D),
-                v.T + noise * rng.standard_normal((RANK, D)) / np.sqrt(D),
-            )
-            for _ in range(15)
-        ]
-        b, a = rng.standard_normal((D, RANK)), rng.standard_normal((RANK, D))
-        b *= 100 * norm(honest[0][0] @ honest[0][1]) / norm(b @ a)
-        truth = sum(x @ y for x, y in honest) / 15
-        clients = stored(rng, [*honest, (b, a)])
+        clients, truth = loud(np.random.default_rng(seed), noise)
         for basis, found in errors.items():
             found.append(distance(Result(clients, RANK, basis).w_hat, truth))
     for consensus, projector in zip(errors["consensus"], errors["projector"], strict=True):
         assert consensus <= bounds.loud_bound(projector)
     assert np.mean(errors["update"]) > 10 * np.mean(errors["consensus"])
+
+
+SIZES = [(64, 6), (64, 12), (128, 6)]
+CONSTANTS = [
+    {"anchor": 1.0}, {"anchor": 0.5}, {"anchor": 0.75}, {"anchor": 1.5}, {"anchor": 2.0},
+    {"tau_rel": 0.05}, {"tau_rel": 0.2}, {"epsilon": 0.005}, {"epsilon": 0.1},
+]  # fmt: skip
+
+
+def test_the_defaults_keep_every_limit_and_half_the_anchor_does_not(monkeypatch):
+    """Few clients in few dimensions, whose spaces overlap by chance: the hardest frozen A.
+
+    R = 2r, rank-r readout, per kind of clients the worst of 10 draws at three sizes: ‖error‖ on
+    frozen A (limit 0.12), ‖error‖ − 1.10 × optimum elsewhere (limit 0.03), over ‖W̄‖; beside it the
+    error under a loud client over the projector basis's (limit 1.5).
+    """
+    draws = []
+    for (d, count), kind, seed in itertools.product(SIZES, ("equal", "Dirichlet"), range(10)):
+        for make in (frozen, disjoint, shared, noisy, partly):
+            rng = np.random.default_rng(seed)
+            clients = stored(rng, make(rng, count=count, m=d, n=d))
+            w = np.full(count, 1 / count) if kind == "equal" else rng.dirichlet(np.ones(count))
+            column = f"frozen, {kind}" if make is frozen else make.__name__
+            draws.append((column, clients, w))
+    heard = [loud(np.random.default_rng(seed), noise) for seed in range(3) for noise in (0.05, 1.0)]
+    plain = [distance(Result(clients, RANK, "projector").w_hat, truth) for clients, truth in heard]
+
+    table = {}
+    for setting in CONSTANTS:
+        settings = dict(setting)
+        monkeypatch.setattr(algorithm, "ANCHOR_EPSILON", settings.pop("epsilon", 0.02))
+        worst = defaultdict(lambda: -np.inf)
+        for column, clients, w in draws:
+            result = Result(clients, 2 * RANK, "consensus", w, **settings)
+            error, size = norm(result.readout(RANK) - result.w_bar), norm(result.w_bar)
+            if "frozen" not in column:
+                error -= 1.10 * norm(reference.optimum(result.w_bar, RANK) - result.w_bar)
+            worst[column] = max(worst[column], error / size)
+        for (clients, truth), projector in zip(heard, plain, strict=True):
+            error = distance(Result(clients, RANK, "consensus", **settings).w_hat, truth)
+            worst["loud"] = max(worst["loud"], error / projector)
+        ((name, value),) = setting.items()
+        table[name, value] = dict(worst)
+        print(f"\n{name} {value}:", {column: f"{x:.3f}" for column, x in worst.items()}, end="")
+
+    def kept(worst):
+        limits = {"loud": bounds.loud_bound(1.0)}
+        return all(
+            x <= limits.get(column, bounds.frozen_bound(1.0) if "frozen" in column else 0.03)
+            for column, x in worst.items()
+        )
+
+    assert kept(table["anchor", 1.0])
+    assert not kept(table["anchor", 0.5])
 
 
 @pytest.mark.parametrize(

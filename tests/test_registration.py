@@ -346,3 +346,79 @@ def test_what_does_not_fit_is_named_with_its_value(change, says):
     }
     with pytest.raises(GloraError, match=says):
         torch.ops.glora.aggregate(**(args | change))
+
+
+def named(name):
+    """Arguments of an op as the call above has them, by name."""
+    args, kwargs = calls(False)[name]
+    given = [a.name for a in overload(name)._schema.arguments]
+    return dict(zip(given, args, strict=False)) | kwargs
+
+
+NAN, INF = float("nan"), float("inf")
+EYE = torch.eye(20, 4)
+MISFITS = [
+    ("canonicalize", {"tau_rel": INF}, "tau_rel: got inf"),
+    ("canonicalize", {"tau_rel": -0.1}, r"tau_rel: got -0\.1"),
+    ("canonicalize", {"tau_rel": NAN}, "tau_rel: got nan"),
+    ("canonicalize", {"max_rank": 0}, "max_rank: got 0"),
+    ("canonicalize", {"max_rank": -2}, "max_rank: got -2"),
+    ("canonicalize", {"scaling": torch.ones(3, dtype=torch.complex64)}, "scaling: got complex64"),
+    ("canonicalize", {"offsets": torch.tensor([0])}, "offsets: got int64"),
+    ("canonicalize", {"b": torch.ones(8, 20, dtype=torch.bool)}, "b: got bool"),
+    ("projector_matmul", {"omega": EYE.int()}, "omega: got int32"),
+    ("projector_matmul", {"omega": EYE.cfloat()}, "omega: got complex64"),
+    ("projector_matmul", {"t": torch.ones(8, 4).long()}, "t: got int64"),
+    ("projector_matmul", {"row_weights": torch.ones(8).bool()}, "row_weights: got bool"),
+    ("projector_matmul", {"row_weights": torch.ones(3)}, r"row_weights: got float32 \(3,\)"),
+    ("projector_matmul.factors", {"omega": EYE.int()}, "omega: got int32"),
+    ("projector_matmul.factors", {"weights": torch.ones(3).cfloat()}, "weights: got complex64"),
+    ("projector_matmul.factors", {"offsets": torch.tensor([0.0, 8])}, "offsets: got float32"),
+    ("projector_svd", {"extra": EYE.int()}, "extra: got int32"),
+    ("projector_svd", {"warm": EYE.cfloat()}, "warm: got complex64"),
+    ("projector_svd", {"tol": NAN}, "tol: got nan"),
+    ("projector_svd.factors", {"weights": torch.ones(2)}, r"weights: got float32 \(2,\)"),
+    ("projector_svd.factors", {"offsets": torch.tensor([0.0, 8])}, "offsets: got float32"),
+    ("projector_svd.factors", {"tol": INF}, "tol: got inf"),
+    ("core", {"u": EYE.int()}, "u: got int32"),
+    ("core", {"v": torch.ones(16, 4).cfloat()}, "v: got complex64"),
+    ("core", {"offsets": torch.tensor([0.0, 8])}, "offsets: got float32"),
+    ("core", {"weights": torch.ones(2)}, r"weights: got float32 \(2,\)"),
+    ("core", {"scaling": torch.ones(3).bool()}, "scaling: got bool"),
+    ("aggregate", {"weights": torch.ones(3).cfloat()}, "weights: got complex64"),
+    ("aggregate", {"anchor": INF}, "anchor: got inf"),
+    ("aggregate", {"tau_rel": INF}, "tau_rel: got inf"),
+    ("aggregate", {"warm_u": EYE.int()}, "warm_u: got int32"),
+    ("aggregate.list", {"weights": torch.ones(3).cfloat()}, "weights: got complex64"),
+    ("aggregate.list", {"scaling": torch.ones(4)}, r"scaling: got float32 \(4,\)"),
+    ("aggregate.list", {"warm_v": torch.ones(5, 2)}, r"warm_v: got float32 \(5, 2\)"),
+    ("aggregate.list", {"lora_A": [torch.ones(1)] * 3}, "client 0: got lora_B"),
+    ("aggregate.list", {"lora_A": []}, "lora_A: got 0 matrices"),
+    ("readout", {"scaling": INF}, "scaling: got inf"),
+    ("readout", {"scaling": NAN}, "scaling: got nan"),
+    ("readout", {"u": EYE.int()}, "u: got int32"),
+    ("readout", {"s": torch.ones(4).cfloat()}, "s: got complex64"),
+    ("readout", {"u": torch.ones(4)}, r"u: got float32 \(4,\)"),
+    ("readout", {"rank": 0}, "rank: got 0"),
+    ("readout", {"pad": "ones"}, "pad: got 'ones'"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "says"), MISFITS)
+def test_op_and_fake_refuse_the_same_in_the_same_words(name, change, says):
+    arguments = named(name) | change
+    with pytest.raises(GloraError, match=says) as real:
+        overload(name)(**arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        arguments = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+        with pytest.raises(GloraError) as fake:
+            overload(name)(**arguments)
+    assert str(fake.value) == str(real.value)
+
+
+def test_weights_may_be_numbers_of_examples():
+    (b, a, offsets, _, s, rank), _ = calls(False)["aggregate"]
+    counts = torch.tensor([600, 200, 100])
+    got = torch.ops.glora.aggregate(b, a, offsets, counts, s, rank)
+    want = torch.ops.glora.aggregate(b, a, offsets, counts.double(), s, rank)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
