@@ -7,23 +7,27 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from . import bindings  # noqa: F401  # registers torch.ops.glora
-from .errors import GloraError, GloraWarning, Refusal, Refused, require
-from .packing import pack_modules
+from .bindings import schemas  # registers torch.ops.glora
+from .errors import GloraWarning, Refusal, Refused, require, unfit
+from .packing import FLOATS, pack_modules
 from .report import notes
 from .state import UNNAMED, Factors, ModuleState, State
 
-__all__ = ["aggregate", "check_weights"]
+__all__ = ["aggregate", "check_settings", "check_weights"]
 
 Client = Factors | Mapping[str, Factors]
 Progress = Callable[[int, int], None]
 
 MISSING = ("zero", "renormalise")
+#: Moduli of weights and scalings: what they multiply is squared in fp64.
+LEAST, MOST = 1e-30, 1e30
 
 
 def aggregate(
@@ -46,9 +50,6 @@ def aggregate(
     seed: int = 0,
     max_bytes: int = 2**28,
     progress: Progress | None = None,
-    dense: Mapping[str, Tensor] | None = None,
-    layout: Mapping[str, Any] | None = None,
-    recorded: Mapping[str, Any] | None = None,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
 
@@ -56,11 +57,12 @@ def aggregate(
     ----------
     clients : sequence of (B, A) or of mappings from module name to (B, A)
         B (d_out, r_i) and A (r_i, d_in) as PEFT stores them, fp32, bf16, fp16 or fp64; ranks may
-        differ between clients and modules. Gradients are not recorded.
+        differ between clients and modules. Gradients are not recorded. NumPy arrays are copied
+        into tensors.
     weights : sequence of float, optional
         How much each client counts, ≥ 0; equal by default. Normalised to sum 1.
     scalings : sequence of float, or of mappings from module name to float, optional
-        alpha/r of each client (alpha/√r for rsLoRA); 1 by default.
+        alpha/r of each client (alpha/√r for rsLoRA), 0 or of modulus 1e-30 to 1e30; 1 by default.
     rank : int, "auto" or None
         Server rank R. None: twice the largest client rank. "auto": the smallest rank that holds
         the fraction `captured` of the mean update's energy; the ranks tried are recorded in
@@ -86,8 +88,6 @@ def aggregate(
         Factors stacked at a time; modules of one shape run together within it.
     progress : callable (done, total), optional
         Called after every batch of modules.
-    dense, layout, recorded
-        Kept in the state: full tensors, what PEFT folders need, further settings.
 
     Returns
     -------
@@ -109,101 +109,220 @@ def aggregate(
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
     """
-    named = [c if isinstance(c, Mapping) else {UNNAMED: c} for c in clients]
-    count = len(named)
+    clients = _sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
+    count = len(clients)
     require(count >= 1, "clients", 0, "at least one client", "pass a list of (B, A) pairs")
     names = _names(names, count)
-    require(missing in MISSING, "missing", repr(missing), f"one of {MISSING}")
-    factor_weights = check_weights(weights, names, normalise, basis)
+    settings = check_settings(
+        {
+            "rank": rank, "captured": captured, "basis": basis, "missing": missing,
+            "normalise": bool(normalise), "tau_rel": tau_rel, "anchor": anchor,
+            "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
+            "max_bytes": max_bytes,
+        }
+    )  # fmt: skip
     require(
-        missing == "zero" or min(factor_weights) >= 0,
-        "missing",
-        repr(missing),
-        "'zero' with signed weights",
-        "weights whose signs cancel cannot be renormalised",
-    )
+        warm is None or isinstance(warm, State), "warm", _kind(warm), "a State or None",
+        "glora.State.load reads one",
+    )  # fmt: skip
+    factor_weights = check_weights(weights, names, settings)
+    named = _factors(clients, names)
     modules = list(dict.fromkeys(name for client in named for name in client))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, named, names)
     _check_values(named, names)
 
     largest = max(a.shape[0] for client in named for _, a in client.values())
-    settings: dict[str, Any] = {
-        "basis": basis, "missing": missing, "normalise": normalise, "tau_rel": tau_rel,
-        "anchor": anchor, "oversample": oversample, "power_iters": power_iters, "tol": tol,
-        "seed": seed, **(recorded or {}),
-    }  # fmt: skip
+    wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
+    solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = _run(
             named, modules, factor_weights, scale, missing, max_bytes, report, warm,
-            rank=server_rank, basis=basis, tau_rel=tau_rel, anchor=anchor, oversample=oversample,
-            power_iters=power_iters, tol=tol, seed=seed,
+            rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
-            settings | {"rank": server_rank}, dict(dense or {}),
-            None if layout is None else dict(layout),
+            settings | {"rank": server_rank},
         )  # fmt: skip
 
-    if rank == "auto":
-        state = _smallest_rank(run, captured, named, progress)
+    if wanted == "auto":
+        state = _smallest_rank(run, target, named, progress)
     else:
-        if hasattr(rank, "__index__") and not isinstance(rank, bool):
-            rank = operator.index(rank)  # type: ignore[arg-type]
-        require(
-            rank is None or (type(rank) is int and rank >= 1),
-            "rank",
-            repr(rank),
-            'an integer ≥ 1, "auto" or None',
-        )
-        state = run(2 * largest if rank is None else int(rank), progress)
+        state = run(wanted or 2 * largest, progress)
     for note in notes(state):
         if note.warning:
             warnings.warn(note.text, GloraWarning, stacklevel=2)
     return state
 
 
+def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `aggregate` among `settings` that are neither clients nor per client.
+
+    As plain numbers, so that a state can be saved; raises `GloraError` for the first that is none.
+    """
+    out = dict(settings)
+    for name, least in _INTEGERS.items():
+        if name in out and not (name == "rank" and out[name] in (None, "auto")):
+            out[name] = _integer(name, out[name], least)
+    for name, (holds, expected) in _NUMBERS.items():
+        if name in out:
+            value = _number(out[name])
+            require(value is not None and holds(value), name, repr(out[name]), expected)
+            out[name] = value
+    for name, choices in (("basis", schemas.BASES), ("missing", MISSING)):
+        if name in out:
+            require(out[name] in choices, name, repr(out[name]), f"one of {choices}")
+    return out
+
+
+_INTEGERS = {"rank": 1, "oversample": 1, "power_iters": -1, "seed": -(2**63), "max_bytes": 1}
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "captured": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
+    "tau_rel": (lambda x: 0 <= x < math.inf, "a finite fraction ≥ 0"),
+    "anchor": (lambda x: 0 <= x < math.inf, "a finite weight ≥ 0"),
+    "tol": (lambda x: 0 < x < math.inf, "a positive fraction"),
+}
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    number = None
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        with suppress(TypeError):  # a tensor of several numbers has the attribute too
+            number = operator.index(value)
+    most = 2**31 if name in ("rank", "oversample", "power_iters") else 2**63
+    also = ', "auto" or None' if name == "rank" else ""
+    require(
+        number is not None and least <= number < most,
+        name,
+        f"{value!r:.80}",
+        f"an integer from {least} to {most - 1}{also}",
+    )
+    return int(number)  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a float; None where it is none, text included."""
+    if isinstance(value, (str, bytes)):
+        return None
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        return float(value)
+    return None
+
+
+def _usable(value: float) -> bool:
+    return value == 0 or LEAST <= abs(value) <= MOST
+
+
+def _kind(value: object) -> str:
+    return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
+
+
+def _sequence(name: str, value: Any, expected: str) -> list[Any]:
+    """`value` as a list, where it is something to go through in order."""
+    ordered = isinstance(value, (Sequence, np.ndarray, Tensor))
+    ordered = ordered and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
+    require(ordered, name, _kind(value), expected)
+    return list(value)
+
+
 def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"client {i}" for i in range(count))
+    names = _sequence("names", names, f"one per client, {count}")
+    require(all(isinstance(name, str) for name in names), "names", names, "text")
     require(len(names) == count, "names", len(names), f"one per client, {count}")
-    require(len(set(names)) == count, "names", list(names), "different names")
+    require(len(set(names)) == count, "names", names, "different names")
     return tuple(names)
 
 
 def check_weights(
-    weights: Sequence[float] | None, names: Sequence[str], normalise: bool, basis: str
+    weights: Sequence[float] | None, names: Sequence[str], settings: Mapping[str, Any]
 ) -> list[float]:
     """Weights as used, one per client; `Refused` with every offender."""
     if weights is None:
-        return [1 / len(names)] * len(names)
+        return [1 / len(names) for _ in names]
+    weights = _sequence("weights", weights, f"one number per client, {len(names)}")
     require(len(weights) == len(names), "weights", len(weights), f"one per client, {len(names)}")
-    signed = basis == "update" and not normalise
+    normalise = settings.get("normalise", True)
+    signed = settings.get("basis") == "update" and not normalise
+    numbers = [_number(w) for w in weights]
     refusals = [
         Refusal(
             "weight cannot be used",
             client=name,
-            found=str(w),
+            found=repr(given) if w is None else str(w),
             expected="a finite number" if signed else "a finite number ≥ 0",
-            remedy=""
-            if signed
-            else "negative votes do not exist: task arithmetic needs basis='update', "
-            "normalise=False",
+            remedy="negative votes do not exist; task arithmetic needs basis='update' and "
+            "normalise=False (--basis update --no-normalise)"
+            if w is not None and w < 0 and not signed
+            else "",
         )
-        for name, w in zip(names, weights, strict=True)
-        if not math.isfinite(w) or (w < 0 and not signed)
+        for name, given, w in zip(names, weights, numbers, strict=True)
+        if w is None or not math.isfinite(w) or (w < 0 and not signed)
     ]
     if refusals:
         raise Refused(refusals)
-    total = float(sum(weights))
+    used = [w for w in numbers if w is not None]
+    total = sum(used)
     require(
-        any(w != 0 for w in weights) and (not normalise or total > 0),
+        any(w != 0 for w in used) and (not normalise or total > 0),
         "weights",
-        f"{list(weights)[:8]} with sum {total}",
+        f"{used[:8]} with sum {total}",
         "at least one above zero",
     )
-    return [float(w) / total if normalise else float(w) for w in weights]
+    if normalise:
+        require(math.isfinite(total), "weights", f"{used[:8]}", "a finite sum", "divide them all")
+        return [w / total for w in used]
+    require(all(map(_usable, used)), "weights", f"{used[:8]}", f"0 or of modulus {LEAST} to {MOST}")
+    require(
+        settings.get("missing") != "renormalise" or min(used) >= 0,
+        "missing",
+        "'renormalise'",
+        "'zero' with signed weights",
+        "weights whose signs cancel cannot be renormalised",
+    )
+    return used
+
+
+def _factors(clients: Sequence[Client], names: Sequence[str]) -> list[dict[str, Factors]]:
+    """Every client as a mapping of tensor pairs; what is neither tensor nor array is refused."""
+    refusals = []
+    out: list[dict[str, Factors]] = []
+    for name, client in zip(names, clients, strict=True):
+        pairs: dict[str, Factors] = {}
+        for module, pair in (client if isinstance(client, Mapping) else {UNNAMED: client}).items():
+            whole = isinstance(pair, (tuple, list)) and len(pair) == 2
+            b, a = (_tensor(x) for x in pair) if whole else (None, None)
+            if b is None or a is None or not isinstance(module, str):
+                found = ", ".join(type(x).__name__ for x in pair) if whole else _kind(pair)
+                refusals.append(
+                    Refusal(
+                        "not a factor pair",
+                        client=name,
+                        tensor=str(module) or None,
+                        found=found,
+                        expected="(B, A), tensors or NumPy arrays of fp32, bf16, fp16 or fp64, "
+                        "under a module name that is text",
+                        remedy="pass lora_B.weight and lora_A.weight themselves",
+                    )
+                )
+            else:
+                pairs[module] = (b, a)
+        out.append(pairs)
+    if refusals:
+        raise Refused(refusals)
+    return out
+
+
+def _tensor(x: object) -> Tensor | None:
+    if isinstance(x, np.ndarray):
+        # A copy: arrays may be read-only, reversed, or in the other byte order.
+        try:
+            x = torch.from_numpy(np.array(x, dtype=x.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            return None
+    return x if isinstance(x, Tensor) and x.dtype in FLOATS else None
 
 
 def _scalings(
@@ -213,30 +332,34 @@ def _scalings(
 ) -> list[dict[str, float]]:
     if scalings is None:
         scalings = [1.0] * len(clients)
+    scalings = _sequence("scalings", scalings, f"one per client, {len(clients)}")
     require(
         len(scalings) == len(clients), "scalings", len(scalings), f"one per client, {len(clients)}"
     )
-    lacking = [
-        Refusal("no scaling for a module of the client", client=name, tensor=m,
-                expected="alpha/r of every module, or one number for all")
-        for s, client, name in zip(scalings, clients, names, strict=True)
-        if isinstance(s, Mapping)
-        for m in client
-        if m not in s
-    ]  # fmt: skip
-    if lacking:
-        raise Refused(lacking)
-    out = [
-        {m: float(s[m] if isinstance(s, Mapping) else s) for m in client}
-        for s, client in zip(scalings, clients, strict=True)
-    ]
-    refusals = [
-        Refusal("scaling is not finite", client=name, tensor=module, found=str(s),
-                expected="alpha/r, a finite number")
-        for name, per_module in zip(names, out, strict=True)
-        for module, s in per_module.items()
-        if not math.isfinite(s)
-    ]  # fmt: skip
+    refusals = []
+    out: list[dict[str, float]] = []
+    for given, client, name in zip(scalings, clients, names, strict=True):
+        out.append({})
+        for m in client:
+            s = given.get(m) if isinstance(given, Mapping) else given
+            number = _number(s)
+            if number is None or not _usable(number):
+                lacking = isinstance(given, Mapping) and m not in given
+                refusals.append(
+                    Refusal(
+                        "no scaling for a module of the client"
+                        if lacking
+                        else "scaling cannot be used",
+                        client=name,
+                        tensor=m or None,
+                        found="" if lacking else repr(s),
+                        expected="alpha/r of every module, or one number for all"
+                        if lacking
+                        else f"alpha/r, 0 or of modulus {LEAST} to {MOST}",
+                    )
+                )
+            else:
+                out[-1][m] = number
     if refusals:
         raise Refused(refusals)
     return out
@@ -273,22 +396,35 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
                     )
                 )
             for side, x in (("B", b), ("A", a)):
-                if bool(torch.isfinite(x.detach().sum(dtype=torch.float64))):
-                    continue
-                bad = (~torch.isfinite(x)).nonzero()
-                if len(bad):
+                fault = _fault(x.detach())
+                if fault:
+                    problem, found, expected = fault
                     refusals.append(
                         Refusal(
-                            "value is not finite",
+                            problem,
                             client=name,
                             tensor=f"{module}.{side}" if module else side,
-                            found=f"{len(bad)} of {x.numel()}, the first at {bad[0].tolist()}",
-                            expected="finite numbers",
+                            found=found,
+                            expected=expected,
                             remedy="leave the client out, or find out why its training diverged",
                         )
                     )
     if refusals:
         raise Refused(refusals)
+
+
+def _fault(x: Tensor) -> tuple[str, str, str] | None:
+    """(problem, found, expected) of values that cannot be computed with."""
+    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
+        bad = (~torch.isfinite(x)).nonzero()
+        if len(bad):
+            found = f"{len(bad)} of {x.numel()}, the first at {bad[0].tolist()}"
+            return "value is not finite", found, "finite numbers"
+    if x.dtype == torch.float64:  # no other dtype reaches where squares over- or underflow
+        peak = float(x.abs().max())
+        if peak != 0 and not 1e-40 <= peak <= 1e40:
+            return "values are too large or too small", f"{peak:.3g}", "moduli of 1e-40 to 1e40"
+    return None
 
 
 def _run(
@@ -365,7 +501,6 @@ def _smallest_rank(
     progress: Progress | None,
 ) -> State:
     """Double the rank until the target is held, then bisect; the table of tries is recorded."""
-    require(0 < captured <= 1, "captured", captured, "a fraction in (0, 1]")
     modules = {m for c in clients for m in c}
     ceiling = max(sum(c[m][1].shape[0] for c in clients if m in c) for m in modules)
     target = min(captured, 1 - 1e-6)  # what fp32 factors can certify
@@ -379,9 +514,10 @@ def _smallest_rank(
     while high < ceiling and not holds(high):
         low, high = high, min(2 * high, ceiling)
     if high not in tried and not holds(high):
-        raise GloraError(
-            f"captured: got {captured}, expected at most {tried[high].captured:.6f}, what rank "
-            f"{high} (all directions of all clients) holds"
+        raise unfit(
+            "captured",
+            captured,
+            f"at most {tried[high].captured:.6f}, what rank {high} holds: all directions there are",
         )
     while high - low > 1:
         middle = (low + high) // 2

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["GloraError", "GloraWarning", "Refusal", "Refused", "require"]
+__all__ = ["GloraError", "GloraWarning", "Refusal", "Refused", "listing", "require", "unfit"]
 
 
 class GloraError(ValueError):
-    """Base of every error glora raises on purpose."""
+    """Base of every error glora raises on purpose.
+
+    Attributes
+    ----------
+    refusals : tuple of Refusal
+        What was wrong, in fields; one entry unless several things were (`Refused`).
+    """
+
+    def __init__(self, message: str, refusal: Refusal | None = None) -> None:
+        super().__init__(message)
+        self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
 
 
 class GloraWarning(UserWarning):
@@ -62,20 +73,45 @@ class Refusal:
 
 
 class Refused(GloraError):
-    """Inputs were refused; every reason that could be found is listed at once.
-
-    Attributes
-    ----------
-    refusals : tuple of Refusal
-    """
+    """Inputs were refused; every reason that could be found is listed at once, in `refusals`."""
 
     def __init__(self, refusals: Iterable[Refusal]) -> None:
-        self.refusals = tuple(refusals)
-        super().__init__("\n".join(str(r) for r in self.refusals))
+        refusals = tuple(refusals)
+        super().__init__("\n".join(str(r) for r in refusals))
+        self.refusals = refusals
 
 
-def require(condition: bool, name: str, got: object, expected: str, remedy: str = "") -> None:
-    """Raise `GloraError` naming the argument, its value, what was expected and the remedy."""
+@contextmanager
+def listing(refusals: list[Refusal]) -> Iterator[None]:
+    """Add what is refused in the block to `refusals`, to be raised with the rest."""
+    try:
+        yield
+    except GloraError as error:
+        refusals += error.refusals
+
+
+def unfit(
+    name: str,
+    got: object,
+    expected: str,
+    remedy: str = "",
+    *,
+    file: str | None = None,
+    tensor: str | None = None,
+) -> GloraError:
+    """The error for an argument: its name, its value, what was expected and the remedy.
+
+    `file` and `tensor` say where the value stands, as far as it stands in one.
+    """
+    return GloraError(
+        f"{name}: got {got}, expected {expected}" + (f"; {remedy}" if remedy else ""),
+        Refusal(f"{name} cannot be used", None, file, tensor, str(got), expected, remedy),
+    )
+
+
+def require(
+    condition: bool, name: str, got: object, expected: str, remedy: str = "", **where: str | None
+) -> None:
+    """Raise `unfit` unless `condition` holds."""
     if not condition:
-        tail = f"; {remedy}" if remedy else ""
-        raise GloraError(f"{name}: got {got}, expected {expected}{tail}")
+        raise unfit(name, got, expected, remedy, **where)

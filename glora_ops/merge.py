@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from torch import Tensor
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.modules import PREFIX
 from .adapters.read import MAX_BYTES, TENSORS_NAME, Adapter, check_values, inspect_adapter
-from .api import aggregate, check_weights
-from .errors import GloraWarning, Refusal, Refused, require
+from .api import aggregate, check_settings, check_weights
+from .errors import GloraWarning, Refusal, Refused, listing, require
 from .state import State
 
-__all__ = ["aggregate_adapters"]
+__all__ = ["aggregate_adapters", "merge"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,6 +85,26 @@ def aggregate_adapters(
     GloraError
         If an argument is none of the above.
     """
+    return merge(
+        folders, weights, rank=rank, basis=basis, missing=missing, dense=dense,
+        on_bad_client=on_bad_client, base=base, captured=captured, max_file_bytes=max_file_bytes,
+        progress=progress, **settings,
+    )  # fmt: skip
+
+
+def merge(
+    folders: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None,
+    *,
+    dense: str = "mean",
+    on_bad_client: str = "refuse",
+    base: str | None = None,
+    max_file_bytes: int = MAX_BYTES,
+    progress: Progress | None = None,
+    known: Sequence[Refusal] = (),
+    **settings: Any,
+) -> State:
+    """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest."""
     require(
         not isinstance(folders, (str, os.PathLike)),
         "folders",
@@ -91,20 +112,23 @@ def aggregate_adapters(
         "a list of folders",
         "put the one folder into a list",
     )
-    require(dense in ("mean", "refuse"), "dense", repr(dense), "'mean' or 'refuse'")
-    require(
-        on_bad_client in ("refuse", "skip"),
-        "on_bad_client",
-        repr(on_bad_client),
-        "'refuse' or 'skip'",
-    )
-    require(
-        weights is None or len(weights) == len(folders),
-        "weights",
-        f"{0 if weights is None else len(weights)} of them",
-        f"one for each of the {len(folders)} folders",
-    )
     tell: Progress = progress or (lambda step, done, total: None)
+
+    # What no client is to blame for cannot be skipped with one.
+    common = list(known)
+    with listing(common):
+        require(dense in ("mean", "refuse"), "dense", repr(dense), "'mean' or 'refuse'")
+    with listing(common):
+        require(
+            on_bad_client in ("refuse", "skip"),
+            "on_bad_client",
+            repr(on_bad_client),
+            "'refuse' or 'skip'",
+        )
+    with listing(common):
+        check_settings(settings)
+    with listing(common):
+        check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
 
     refused: dict[int, list[Refusal]] = defaultdict(list)
     clients: dict[int, Adapter] = {}
@@ -119,57 +143,50 @@ def aggregate_adapters(
         _note(refused, clients, incompatible(list(clients.values()), base))
     if dense == "refuse":
         _note(refused, clients, _with_dense(list(clients.values())))
-    try:
-        if weights is not None:
-            names = [Path(folder).name for folder in folders]
-            check_weights(weights, names, settings.get("normalise", True), basis)
-    except Refused as bad:  # listed with the rest, before anything large is read
-        reasons = [refusal for i in sorted(refused) for refusal in refused[i]]
-        raise Refused([*reasons, *bad.refusals]) from None
-    clients = _settle(clients, refused, on_bad_client)
+    good = {i: adapter for i, adapter in clients.items() if not refused[i]}
+    if good and not common:
+        voices, _ = _voices(good, weights)
+        with listing(common):
+            check_weights(voices, [adapter.name for adapter in good.values()], settings)
+        common += _without_mean(list(good.values()), voices)
+    clients = _settle(clients, refused, on_bad_client, common)
 
     for done, (i, adapter) in enumerate(clients.items(), start=1):
         refused[i] += check_values(adapter)
         tell("values", done, len(clients))
     _note(refused, clients, check_base_copies(list(clients.values())))
-    clients = _settle(clients, refused, on_bad_client)
+    clients = _settle(clients, refused, on_bad_client, [])
     skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
     if skipped:
-        warnings.warn("left out:\n" + "\n".join(skipped), GloraWarning, stacklevel=2)
+        warnings.warn("left out:\n" + "\n".join(skipped), GloraWarning, stacklevel=3)
 
     adapters = list(clients.values())
-    counts = [adapter.num_examples for adapter in adapters]
-    voices: list[float] | None = None
-    if weights is not None:
-        voices, weights_from = [float(weights[i]) for i in clients], "given"
-    elif None not in counts:
-        voices, weights_from = [float(n) for n in counts if n is not None], "num_examples"
-    else:
-        weights_from = "equal"
+    voices, weights_from = _voices(clients, weights)
     names = [adapter.name for adapter in adapters]
     holders = _dense_holders(adapters)
-    return aggregate(
+    means = _dense_means(adapters, holders, voices, tell)
+    state = aggregate(
         [{name: adapter.factors(name) for name in adapter.modules} for adapter in adapters],
         voices,
         [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
-        rank,
-        basis=basis,
-        missing=missing,
-        captured=captured,
         names=names,
-        layout=adapter_layout(adapters, base),
-        dense=_dense_means(adapters, holders, voices or [1.0] * len(adapters), tell),
-        recorded={
-            "weights_from": weights_from,
-            "skipped": skipped,
-            "dense_from": {
-                name: [names[i] for i in having]
-                for name, having in holders.items()
-                if len(having) < len(adapters)
-            },
-        },
         progress=lambda done, total: tell("modules", done, total),
         **settings,
+    )
+    recorded = {
+        "weights_from": weights_from,
+        "skipped": skipped,
+        "dense_from": {
+            name: [names[i] for i in having]
+            for name, having in holders.items()
+            if len(having) < len(adapters)
+        },
+    }
+    return replace(
+        state,
+        settings=state.settings | recorded,
+        dense=means,
+        layout=adapter_layout(adapters, base),
     )
 
 
@@ -185,14 +202,17 @@ def _note(
 
 
 def _settle(
-    clients: dict[int, Adapter], refused: dict[int, list[Refusal]], on_bad_client: str
+    clients: dict[int, Adapter],
+    refused: dict[int, list[Refusal]],
+    on_bad_client: str,
+    common: Sequence[Refusal],
 ) -> dict[int, Adapter]:
     """The clients nothing is held against; raises where the caller, or the lack of any, says so."""
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
-    reasons = [refusal for i in sorted(refused) for refusal in refused[i]]
+    reasons = [*common, *(refusal for i in sorted(refused) for refusal in refused[i])]
     if not good:
         raise Refused([*reasons, *check_compatible([])])
-    if reasons and on_bad_client == "refuse":
+    if common or (reasons and on_bad_client == "refuse"):
         raise Refused(reasons)
     return good
 
@@ -207,13 +227,44 @@ def _with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
                 TENSORS_NAME,
                 PREFIX + next(iter(adapter.dense)),
                 f"{len(adapter.dense)} such tensors",
-                "factor pairs only, because dense='refuse'",
-                "average them with dense='mean'",
+                "factor pairs only, because dense='refuse' (--dense refuse)",
+                "average them with dense='mean' (--dense mean)",
             ),
         )
         for i, adapter in enumerate(adapters)
         if adapter.dense
     ]
+
+
+def _voices(
+    clients: Mapping[int, Adapter], weights: Sequence[float] | None
+) -> tuple[list[float], str]:
+    """One weight per client, not normalised, and where they come from."""
+    if weights is not None:
+        return [float(weights[i]) for i in clients], "given"
+    counts = [adapter.num_examples for adapter in clients.values()]
+    if None not in counts:
+        return [float(n) for n in counts if n is not None], "num_examples"
+    return [1.0] * len(clients), "equal"
+
+
+def _without_mean(adapters: Sequence[Adapter], voices: Sequence[float]) -> list[Refusal]:
+    """Weights saved in full whose holders' weights allow no mean."""
+    refusals: list[Refusal] = []
+    for name, having in _dense_holders(adapters).items():
+        held = [voices[i] for i in having]
+        with listing(refusals):
+            require(sum(held) > 0 and min(held) >= 0, *_no_mean(name, held))
+    return refusals
+
+
+def _no_mean(name: str, voices: Sequence[float]) -> tuple[str, str, str, str]:
+    return (
+        f"weights of the clients with {name}",
+        str(voices),
+        "none negative, not all zero",
+        "weights saved in full can only be averaged",
+    )
 
 
 def _dense_holders(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
@@ -235,13 +286,7 @@ def _dense_means(
     for done, (name, having) in enumerate(holders.items(), start=1):
         voices = [weights[i] for i in having]
         total = math.fsum(voices)
-        require(
-            total > 0 and min(voices) >= 0,
-            f"weights of the clients with {name}",
-            str(voices),
-            "none negative, not all zero",
-            "weights saved in full can only be averaged",
-        )
+        require(total > 0, *_no_mean(name, voices))
         infos = [adapters[i].dense[name] for i in having]
         mean = torch.zeros(infos[0].shape, dtype=torch.float64)
         for i, voice in zip(having, voices, strict=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import GloraError, require
+from .errors import require, unfit
 from .state import State
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise GloraError(
-            f"a picture needs matplotlib, which cannot be imported ({error}): "
-            "pip install 'glora[plot]'"
+        raise unfit(
+            "plot",
+            f"no matplotlib ({error})",
+            "matplotlib for a picture",
+            "pip install 'glora[plot]'",
         ) from error
 
 

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .certificates import CLIENT_STATS, STATS
-from .errors import GloraError, require
+from .errors import require, unfit
 
 __all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
 
 FORMAT_VERSION = 1
 Factors = tuple[Tensor, Tensor]
+
+_STATE_FILE = "a server.safetensors"
+_WRITES = "glora aggregate writes one, and State.save"
 
 #: Name of the module of a state that was made from bare factor pairs.
 UNNAMED = ""
@@ -208,19 +211,16 @@ class State:
             Not a safetensors file, not a glora state, or of a format this version cannot read.
         """
         path = Path(path)
-        require(path.is_file(), "state", path, "an existing file", "glora aggregate writes one")
+        require(path.is_file(), "state", path, "an existing file", _WRITES, file=str(path))
         try:
             with safe_open(path, framework="pt") as file:
                 return cls._read(path, file, (file.metadata() or {}).get("glora"))
         except SafetensorError as error:
-            raise GloraError(
-                f"state: {path} is not a readable safetensors file ({error}); expected a "
-                "server.safetensors as `glora aggregate` writes it"
-            ) from error
+            found = f"{path}, not a readable safetensors file ({error})"
+            raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from error
 
     @classmethod
     def _read(cls, path: Path, file: Any, described: str | None) -> State:
-        remedy = "expected a server.safetensors as `glora aggregate` writes it"
         try:
             about: Mapping[str, Any] = json.loads(described or "")
             version = about["format_version"]
@@ -228,13 +228,15 @@ class State:
                 about["clients"]
             ) == len(about["weights"])
         except (ValueError, TypeError, KeyError):
-            raise GloraError(f"state: {path} carries no glora metadata; {remedy}") from None
+            found = f"{path}, which carries no glora metadata"
+            raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
         require(
             version == FORMAT_VERSION,
             "format_version",
             f"{version} in {path}",
             f"{FORMAT_VERSION}",
             "read it with the glora that wrote it",
+            file=str(path),
         )
         require(
             complete and "layout" in about,
@@ -242,15 +244,19 @@ class State:
             f"{path} with settings {sorted(about['settings'])} and {len(about['clients'])} clients",
             "settings with basis, missing and rank, one weight per client, and the layout",
             "the file is damaged: write it again",
+            file=str(path),
         )
         keys = set(file.keys())
         wanted = {f"modules/{name}/{part}" for name in about["modules"] for part in _TENSORS}
+        lacking = sorted(wanted - keys)
         require(
-            wanted <= keys and bool(wanted),
+            bool(wanted) and not lacking,
             "tensors",
-            f"{path} without {', '.join(sorted(wanted - keys)[:3]) or 'any module'}",
+            f"{path} without {', '.join(lacking[:3]) or 'any module'}",
             "all tensors of every module it lists",
             "the file is incomplete: write it again",
+            file=str(path),
+            tensor=lacking[0] if lacking else None,
         )
         modules = {
             name: ModuleState(*(file.get_tensor(f"modules/{name}/{part}") for part in _TENSORS))
@@ -271,6 +277,8 @@ class State:
                 f"u {tuple(m.u.shape)}, s {tuple(m.s.shape)}, v {tuple(m.v.shape)} in {path}",
                 "finite u (d_out, R), s (R,), v (d_in, R) and one row of statistics per client",
                 "the file is damaged: write it again",
+                file=str(path),
+                tensor=f"modules/{name}/u",
             )
         return cls(
             modules,
@@ -300,9 +308,11 @@ class State:
         from .adapters import write_adapter
 
         if self.layout is None:
-            raise GloraError(
-                "layout: got None, expected a state made from PEFT folders; use readout() and "
-                "save the factors as your framework stores them"
+            raise unfit(
+                "layout",
+                None,
+                "a state made from PEFT folders",
+                "use readout() in Python and save the factors as your framework stores them",
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)

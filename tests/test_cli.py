@@ -229,6 +229,14 @@ def spoil(work: Path) -> None:
     edit_config(work / "bob", bias="all")
 
 
+SPOILT = [
+    ("ann", "DoRA's update is not linear in B·A"),
+    ("bob", "biases of the base were trained"),
+    ("bob", "the tensors are pickled, and unpickling runs whatever code the file contains"),
+    ("dan", "no such folder"),
+]
+
+
 def test_all_refusals_at_once_and_nothing_left_behind(work: Path) -> None:
     spoil(work)
     before = everything(work)
@@ -240,6 +248,160 @@ def test_all_refusals_at_once_and_nothing_left_behind(work: Path) -> None:
     for heading in ("client", "file", "found", "expected", "remedy"):
         assert re.search(rf"^  {heading}", said, re.MULTILINE)
     assert everything(work) == before
+
+
+def test_one_list_of_everything_that_headers_and_arguments_tell(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT that exists, a bad weights file, bad folders, no matplotlib: together, nothing read."""
+
+    def read(*_: object) -> None:
+        raise AssertionError("tensors were read")
+
+    monkeypatch.setattr("glora_ops.merge.check_values", read)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    spoil(work)
+    (work / "out").mkdir()
+    (work / "w.json").write_text('{"ann": -1, "bob": NaN, "eve": 1, "cyd": "3"}')
+    before = everything(work)
+    arguments = ["aggregate", *CLIENTS, "dan", "-o", "out", "--weights", "w.json", "--plot"]
+    refused = glora_json(*arguments, code=1)["refused"]
+    found = [(r["client"], r["problem"]) for r in refused]
+    assert found == [
+        (None, "plot cannot be used"),
+        (None, "folder cannot be used"),
+        ("dan", "the client has no weight"),
+        (None, "the weight is for no client"),
+        ("cyd", "the weight is no number"),
+        ("ann", "weight cannot be used"),
+        ("bob", "weight cannot be used"),
+        *SPOILT,
+    ]
+    assert all(r["found"] and r["expected"] for r in refused)
+    said = glora(*arguments, code=1).stderr
+    assert "11 problems; nothing was written" in said
+    assert "--overwrite" in said
+    assert everything(work) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_a_weights_file_that_cannot_be_read_is_listed_with_the_rest(
+    work: Path, content: str | None
+) -> None:
+    if content is not None:
+        (work / "w.json").write_text(content)
+    edit_config(work / "ann", use_dora=True)
+    refused = glora_json("aggregate", *CLIENTS, "-o", "ann/x/../../ann", "--weights", "w.json",
+                         code=1)["refused"]  # fmt: skip
+    assert len(refused) == 3
+    folder, file, client = refused
+    assert "ann" in folder["found"]
+    assert "overwrite" in folder["remedy"]
+    assert file["file"] == "w.json"
+    assert all(file[name] for name in ("problem", "found", "expected", "remedy"))
+    assert client["client"] == "ann"
+
+
+def test_a_place_that_cannot_hold_a_folder_is_listed_with_the_rest(work: Path) -> None:
+    (work / "file").write_text("precious")
+    edit_config(work / "ann", use_dora=True)
+    folder, client = glora_json("aggregate", *CLIENTS, "-o", "file/out", code=1)["refused"]
+    assert folder["file"] == str(work / "file")
+    assert client["client"] == "ann"
+
+
+def test_arguments_refused_before_tensors_are_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("tensors were read")
+
+    monkeypatch.setattr("glora_ops.merge.check_values", read)
+    (work / "ann" / "glora.json").write_text('{"num_examples": 0}')
+    for arguments, needle in (
+        (["--rank", "auto", "--captured", 0], "captured cannot be used"),
+        (["--seed", 2**70], "seed cannot be used"),
+        (["--weights", "0,0,0"], "weights cannot be used"),
+        (["--weights", "1,-1,nan"], "2 problems"),
+        (["--weights", "1,-1,1", "--basis", "update"], "--no-normalise"),
+        (
+            ["--weights", "1,-1,1", "--basis", "update", "--no-normalise", "--missing",
+             "renormalise"],
+            "missing cannot be used",
+        ),
+    ):  # fmt: skip
+        assert needle in glora("aggregate", *CLIENTS, "-o", "out", *arguments, code=1).stderr
+    for name in CLIENTS:
+        (work / name / "glora.json").write_text('{"num_examples": 0}')
+    said = glora("aggregate", *CLIENTS, "-o", "out", code=1).stderr
+    assert "weights cannot be used" in said
+
+
+def test_every_field_of_a_single_refusal_is_filled_in_json(work: Path) -> None:
+    (work / "out").mkdir()
+    glora("aggregate", *CLIENTS, "-o", "whole")
+    (work / "bad.safetensors").write_bytes(b"nothing of the kind")
+    foreign = "ann/adapter_model.safetensors"
+    for arguments, file in (
+        (["aggregate", "ann", "-o", "out"], "out"),
+        (["readout", "whole", "-r", 2, "-o", "out"], "out"),
+        (["readout", foreign, "-r", 2, "-o", "x"], foreign),
+        (["readout", "bad.safetensors", "-r", 2, "-o", "x"], "bad.safetensors"),
+        (["inspect", "bad.safetensors"], "bad.safetensors"),
+        (["inspect", foreign], foreign),
+    ):
+        (refusal,) = glora_json(*arguments, code=1)["refused"]
+        assert refusal["file"].endswith(file)
+        for name in ("problem", "found", "expected", "remedy"):
+            assert refusal[name], (arguments, name)
+
+
+def test_only_commands_that_write_say_that_nothing_was_written(work: Path) -> None:
+    edit_config(work / "ann", use_dora=True)
+    for arguments, writes in (
+        (["inspect", "ann"], False),
+        (["inspect", "ann", "--plot", "p.png"], True),
+        (["compare", *CLIENTS], False),
+        (["compare", *CLIENTS, "--plot", "p.png"], True),
+        (["aggregate", *CLIENTS, "-o", "out"], True),
+        (["readout", "ann", "-r", 2, "-o", "out"], True),
+    ):
+        said = glora(*arguments, code=1).stderr
+        assert "1 problem" in said
+        assert ("nothing was written" in said) == writes
+
+
+def test_unrelated_models_need_a_voucher(work: Path) -> None:
+    save_client(work / "dan", mixed, seed=4, r=2, lora_alpha=2, target_modules=["first", "last"])
+    for name in ("ann", "bob", "dan"):
+        edit_config(work / name, base_model_name_or_path=None)
+    (refusal,) = glora_json("aggregate", "ann", "bob", "dan", "-o", "out", code=1)["refused"]
+    assert refusal["client"] == "dan"
+    assert "block.first, block.last, first" in refusal["found"]
+    assert "'ann'" in refusal["expected"]
+    assert "transformer.h.0.attn.c_attn" in refusal["expected"]
+    assert "--base NAME" in refusal["remedy"]
+    facts = glora_json("aggregate", "ann", "bob", "dan", "-o", "out", "--base", "both")
+    assert len(facts["certificates"]) == 6 + 3
+
+
+def test_task_arithmetic(work: Path) -> None:
+    """Signed weights, not normalised, on the update basis: ann + ½ bob − cyd."""
+    weights = [1, 0.5, -1]
+    arguments = ["--weights", "1,0.5,-1", "--basis", "update", "--no-normalise", "--rank", UNION]
+    facts = glora_json("aggregate", *CLIENTS, "-o", "out", *arguments, "--readout", UNION)
+    assert list(facts["weights"].values()) == weights
+    merged = peft_update(gpt2, work / "out/r9")
+    clients = [peft_update(gpt2, work / name) for name in CLIENTS]
+    for name, update in merged.items():
+        total = sum(w * client[name] for w, client in zip(weights, clients, strict=True))
+        assert (update - total).norm() <= 1e-5 * total.norm()
+    (work / "w.json").write_text('{"ann": 1, "bob": 0.5, "cyd": -1}')
+    again = glora_json("aggregate", *CLIENTS, "-o", "out2", "--weights", "w.json", *arguments[2:])
+    assert again["weights"] == facts["weights"]
+    for refused in (arguments[:2], [*arguments[:2], "--no-normalise"]):
+        said = glora("aggregate", *CLIENTS, "-o", "no", *refused, code=1).stderr
+        assert "--basis update --no-normalise" in said
 
 
 def test_refusals_as_json(work: Path) -> None:
@@ -569,10 +731,13 @@ def test_loud_and_odd_clients_are_pointed_out(work: Path) -> None:
 
 def test_clients_without_a_common_module(work: Path) -> None:
     save_client(work / "dan", mixed, seed=4, r=2, lora_alpha=2, target_modules=["first", "last"])
-    facts = glora_json("compare", "ann", "dan")
+    for name in ("ann", "dan"):
+        edit_config(work / name, base_model_name_or_path=None)
+    assert "share no module" in glora("compare", "ann", "dan", code=1).stderr
+    facts = glora_json("compare", "ann", "dan", "--base", "mixed")
     assert facts["columns"][0][1] is None
     assert facts["clients"][0]["alignment"] is None
-    assert "–" in glora("compare", "ann", "dan").stdout
+    assert "–" in glora("compare", "ann", "dan", "--base", "mixed").stdout
 
 
 # --- pictures ------------------------------------------------------------------------------------

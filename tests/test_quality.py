@@ -138,8 +138,8 @@ def test_frozen_a_in_a_narrow_space_costs_more():
         for basis, found in errors.items():
             result = Result(clients, 4, basis)
             found.append(distance(result.readout(2), result.w_bar))
-    print("\nfrozen A, r = 2, d = 32, K = 6:",
-          {basis: f"mean {np.mean(e):.3f}, worst {max(e):.3f}" for basis, e in errors.items()})  # fmt: skip
+    worst = {basis: f"mean {np.mean(e):.3f}, worst {max(e):.3f}" for basis, e in errors.items()}
+    print("\nfrozen A, r = 2, d = 32, K = 6:", worst)
     assert bounds.frozen_bound(1.0) < max(errors["consensus"]) < 2 * bounds.frozen_bound(1.0)
     assert np.mean(errors["consensus"]) < bounds.frozen_bound(1.0)
     assert max(errors["update"]) < 1e-6

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import bounds
 import numpy as np
@@ -228,7 +230,7 @@ INF[0, 2] = float("inf")
         ([(B, A)], {"weights": [float("inf")]}, r"client 'client 0'.*inf"),
         ([(B, A)], {"weights": [-1.0]}, r"client 'client 0'.*-1\.0"),
         ([(B, A)], {"scalings": [1.0, 2.0]}, "scalings: got 2"),
-        ([(B, A)], {"scalings": [float("nan")]}, "scaling is not finite"),
+        ([(B, A)], {"scalings": [float("nan")]}, "scaling cannot be used; found nan"),
         ([(B, A)], {"rank": 0}, "rank: got 0"),
         ([(B, A)], {"rank": 2.5}, r"rank: got 2\.5"),
         ([(B, A)], {"rank": "best"}, "rank: got 'best'"),
@@ -244,11 +246,95 @@ INF[0, 2] = float("inf")
         ([(B, A[:1])], {}, "not a factor pair"),
         ([(B[0], A)], {}, "not a factor pair"),
         ([{"q": (B, A)}, {"q": (B, torch.ones(2, 9))}], {}, r"tensor 'q'.*d_in 3"),
+        # Types.
+        (None, {}, "clients: got None of type NoneType, expected a list"),
+        ("ab", {}, "clients: got 'ab' of type str"),
+        ({"q": (B, A)}, {}, "clients: got .* of type dict"),
+        ([B], {}, r"client 'client 0': not a factor pair.*of type Tensor"),
+        ([("B", "A")], {}, r"client 'client 0'.*found str, str"),
+        ([(B, A), (B, A.tolist())], {}, r"client 'client 1'.*found Tensor, list"),
+        ([(B, A, B)], {}, "not a factor pair"),
+        ([(B.int(), A)], {}, "not a factor pair.*fp32"),
+        ([(B.cfloat(), A)], {}, "not a factor pair.*fp32"),
+        ([(np.array([["x"]]), np.ones((1, 3)))], {}, "not a factor pair.*found ndarray, ndarray"),
+        ([{1: (B, A)}], {}, r"tensor '1': not a factor pair.*module name that is text"),
+        ([(B, A)], {"weights": "1"}, "weights: got '1' of type str"),
+        ([(B, A)], {"weights": 1.0}, r"weights: got 1\.0 of type float"),
+        ([(B, A)], {"weights": ["1"]}, r"client 'client 0': weight cannot be used; found '1'"),
+        ([(B, A)], {"weights": [None]}, "weight cannot be used; found None"),
+        ([(B, A)], {"weights": [1j]}, "weight cannot be used; found 1j"),
+        ([(B, A)], {"scalings": 2.0}, r"scalings: got 2\.0 of type float"),
+        ([(B, A)], {"scalings": ["2"]}, "scaling cannot be used; found '2'"),
+        ([(B, A)], {"scalings": [None]}, "scaling cannot be used; found None"),
+        ([(B, A)], {"scalings": [{"q": 1.0}]}, "no scaling for a module"),
+        ([(B, A)], {"names": "a"}, "names: got 'a' of type str"),
+        ([(B, A)], {"names": [1]}, r"names: got \[1\], expected text"),
+        ([(B, A)], {"rank": True}, "rank: got True"),
+        ([(B, A)], {"rank": 2**40}, "rank: got 1099511627776, expected an integer from 1"),
+        ([(B, A)], {"seed": "x"}, "seed: got 'x'"),
+        ([(B, A)], {"seed": 2**64}, "seed: got 18446744073709551616"),
+        ([(B, A)], {"power_iters": 1.5}, r"power_iters: got 1\.5"),
+        ([(B, A)], {"oversample": None}, "oversample: got None"),
+        ([(B, A)], {"max_bytes": 0}, "max_bytes: got 0"),
+        ([(B, A)], {"tau_rel": "0.1"}, r"tau_rel: got '0\.1'"),
+        ([(B, A)], {"tau_rel": float("inf")}, "tau_rel: got inf"),
+        ([(B, A)], {"anchor": float("nan")}, "anchor: got nan"),
+        ([(B, A)], {"tol": None}, "tol: got None"),
+        ([(B, A)], {"basis": 3}, "basis: got 3"),
+        ([(B, A)], {"rank": "auto", "captured": "all"}, "captured: got 'all'"),
+        ([(B, A)], {"warm": "last"}, "warm: got 'last' of type str"),
+        # Sizes that fp64 cannot square, or whose squares it loses.
+        ([(B, A)] * 3, {"weights": [1e308] * 3}, "weights: got .*expected a finite sum"),
+        ([(B, A)], {"weights": [1e31], "normalise": False}, "weights: got .*1e-30 to 1e"),
+        ([(B, A)], {"weights": [1e-200], "normalise": False}, "weights: got .*1e-30 to 1e"),
+        *(
+            (
+                [(B, A)],
+                {"scalings": [s]},
+                rf"scaling cannot be used; found {re.escape(repr(s))}.*1e-30 to",
+            )
+            for s in (1e31, 1e150, 1e155, -1e200, 1e-200, float("inf"))
+        ),
+        ([(1e60 * B.double(), A)], {}, "tensor 'B': values are too large.*1e[+]60.*1e-40 to 1e40"),
+        ([(B, 1e-60 * A.double())], {}, "tensor 'A': values are too large or too small.*1e-60"),
     ],
 )
 def test_what_cannot_be_aggregated_is_refused_by_name(clients, settings, says):
     with pytest.raises(GloraError, match=says):
         glora.aggregate(clients, **settings)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
+def test_the_sizes_that_are_accepted_are_computed_with(basis, size):
+    """Scalings at the ends of their range change the size of the state and nothing else."""
+    clients = [(b.double() * 1e20, a.double() * 1e20) for b, a in pairs()]
+    want = glora.aggregate(clients, rank=4, basis=basis)
+    got = glora.aggregate(clients, scalings=[size] * len(clients), rank=4, basis=basis)
+    assert got.captured == pytest.approx(want.captured, rel=1e-9)
+    for (b, a), (c, d) in ((x.modules[""].update, y.modules[""].update) for x, y in [(got, want)]):
+        assert distance((b @ a).numpy() / size, (c @ d).numpy()) < 1e-9
+
+
+def test_numpy_arrays_are_as_good_as_tensors():
+    clients = [(b.float(), a.float()) for b, a in pairs()]
+    want = glora.aggregate(clients, weights=[3, 1, 2], rank=4)
+    arrays = []
+    for b, a in clients:
+        b, a = b.numpy().copy(), a.numpy()[::-1].copy()[::-1]  # negative strides
+        b.flags.writeable = False
+        arrays.append((b, a.astype(a.dtype.newbyteorder())))
+    weights = np.array([3, 1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", GloraWarning)
+        got = glora.aggregate(
+            arrays, weights=weights, scalings=torch.ones(3), rank=np.int64(4), seed=np.int32(0),
+            tau_rel=np.float64(0.1), tol=np.float64(1e-3),
+        )  # fmt: skip
+    for name in ("u", "s", "v"):
+        assert torch.equal(getattr(got.modules[""], name), getattr(want.modules[""], name))
+    assert json.dumps(got.settings)
 
 
 def test_all_refusals_come_at_once():
@@ -314,9 +400,12 @@ def test_everything_a_state_may_hold_survives(tmp_path):
         rank="auto",
         captured=0.8,
         names=["ann", "bob/x", "c 3"],
+    )
+    state = replace(
+        state,
         dense={"head.weight": torch.randn(3, 4).bfloat16()},
         layout={"base": "m", "modules": {"q": 1}},
-        recorded={"note": [1, None, "x"]},
+        settings=state.settings | {"note": [1, None, "x"]},
     )
     state.save(tmp_path / "s.safetensors")
     same(state, State.load(tmp_path / "s.safetensors"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,16 @@ def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> li
     ----------
     adapters : sequence of Adapter
     base : str, optional
-        Vouches that the base models are the same although their names or revisions differ.
+        Vouches that the base models are the same although their names or revisions differ, or
+        are not given.
 
     Returns
     -------
     list of Refusal
-        Differing bases, task types, module kinds or shapes, dense shapes; clients that occur
-        twice; no clients at all. `fan_in_fan_out` is not compared: PEFT itself sets it by the type
-        of the layer it adapted last, and B A is (d_out, d_in) either way.
+        Differing bases, or none named and no module in common; differing task types, module kinds
+        or shapes, dense shapes; clients that occur twice; no clients at all. `fan_in_fan_out` is
+        not compared: PEFT itself sets it by the type of the layer it adapted last, and B A is
+        (d_out, d_in) either way.
     """
     if not adapters:
         return [
@@ -51,7 +53,7 @@ def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> li
 def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[int, Refusal]]:
     """`check_compatible` of at least one adapter, each refusal with the index it speaks of."""
     problems = [
-        *([] if base is not None else _other_bases(adapters)),
+        *([] if base is not None else [*_other_bases(adapters), *_strangers(adapters)]),
         *_other_tasks(adapters),
         *_other_modules(adapters),
         *_other_dense(adapters),
@@ -129,6 +131,9 @@ def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict
     }
 
 
+_VOUCH = "vouch for it with base=NAME (--base NAME)"
+
+
 def _usual(values: Sequence[Hashable]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
@@ -146,9 +151,46 @@ def _other_bases(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
                     CONFIG_NAME,
                     found=f"base_model_name_or_path, revision = {found}",
                     expected=f"{usual} like the other clients",
-                    remedy="if these are names of one model, vouch for it with base=NAME",
+                    remedy="if these are names of one model, " + _VOUCH,
                 ),
             )
+
+
+def _strangers(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Clients that name no base and share no module, directly or through others, with most.
+
+    Nothing says then that they adapt one model, and the mean would be of unrelated updates.
+    """
+    circles: list[list[int]] = []
+    for i, adapter in enumerate(adapters):
+        if adapter.base_model is None:
+            kin = [
+                circle
+                for circle in circles
+                if any(adapter.modules.keys() & adapters[j].modules for j in circle)
+            ]
+            joined = sorted([i, *(j for circle in kin for j in circle)])
+            circles = [*(circle for circle in circles if circle not in kin), joined]
+    usual = max(circles, key=lambda circle: (len(circle), -circle[0]), default=[])
+    for i in sorted(i for circle in circles if circle is not usual for i in circle):
+        other = adapters[usual[0]]
+        yield (
+            i,
+            Refusal(
+                "nothing says that the clients adapt one model: they name no base and share no "
+                "module",
+                adapters[i].name,
+                CONFIG_NAME,
+                found=f"modules {_some(adapters[i].modules)}",
+                expected=f"a module of client {other.name!r}, {_some(other.modules)}, or the name "
+                "of the base in both",
+                remedy="if they do, " + _VOUCH,
+            ),
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _other_tasks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:

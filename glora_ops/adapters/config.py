@@ -176,6 +176,11 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1.7e308
 
 
+def _alpha(value: float) -> bool:
+    """Beyond these, squares of the update leave fp64's range."""
+    return value == 0 or 1e-20 <= abs(value) <= 1e20
+
+
 def _text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
@@ -186,7 +191,11 @@ def _flag(value: Any) -> bool:
 
 _VALUES = (
     ("r", "an integer ≥ 1", lambda v: type(v) is int and v >= 1),
-    ("lora_alpha", "a finite number", _finite),
+    (
+        "lora_alpha",
+        "a finite number, 0 or of modulus 1e-20 to 1e20",
+        lambda v: _finite(v) and _alpha(v),
+    ),
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
     ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
@@ -206,8 +215,14 @@ def _pattern_fault(patterns: Any) -> tuple[str, str, str] | None:
     remedy = "name the modules in full instead of by a pattern"
     if patterns is None:
         return None
-    if not isinstance(patterns, dict) or not all(_finite(value) for value in patterns.values()):
-        return "the value is malformed", "patterns mapped to finite numbers", remedy
+    if not isinstance(patterns, dict) or not all(
+        _finite(v) and _alpha(v) for v in patterns.values()
+    ):
+        return (
+            "the value is malformed",
+            "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20",
+            remedy,
+        )
     for pattern in patterns:
         if not _tame(pattern):
             return f"the pattern {pattern[:80]!r} could run for ever", "a simple pattern", remedy

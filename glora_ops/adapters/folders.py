@@ -13,7 +13,38 @@ from pathlib import Path
 
 from ..errors import require
 
-__all__ = ["new_folder"]
+__all__ = ["check_free", "new_folder"]
+
+
+def check_free(target: str | os.PathLike[str], *, overwrite: bool, marker: str) -> None:
+    """Raise `GloraError` where `new_folder` could not put a folder at `target`."""
+    final = Path(target).resolve()
+    if os.path.lexists(final):
+        require(
+            overwrite,
+            "folder",
+            f"the existing {str(final)!r}",
+            "a new one",
+            "choose another, or replace it with overwrite=True (--overwrite)",
+            file=str(final),
+        )
+        require(
+            final.is_dir() and (not any(final.iterdir()) or (final / marker).is_file()),
+            "folder",
+            f"{str(final)!r}, which holds other things",
+            f"an empty folder or one with a {marker}, to be overwritten",
+            "choose another folder",
+            file=str(final),
+        )
+    above = next(parent for parent in final.parents if os.path.lexists(parent))
+    require(
+        above.is_dir() and os.access(above, os.W_OK | os.X_OK),
+        "folder",
+        f"{str(final)!r} below {str(above)!r}",
+        "a place in a folder that can be written to",
+        "choose another folder",
+        file=str(above),
+    )
 
 
 @contextmanager
@@ -41,16 +72,8 @@ def new_folder(
     GloraError
         If `target` exists and may not be replaced; before anything is written.
     """
+    check_free(target, overwrite=overwrite, marker=marker)
     final = Path(target).resolve()
-    if os.path.lexists(final):
-        require(overwrite, "folder", f"the existing {str(final)!r}", "a new one", "or overwrite")
-        require(
-            final.is_dir() and (not any(final.iterdir()) or (final / marker).is_file()),
-            "folder",
-            f"{str(final)!r}, which holds other things",
-            f"an empty folder or one with a {marker}, to be overwritten",
-            "choose another folder",
-        )
     final.parent.mkdir(parents=True, exist_ok=True)
     unique = secrets.token_hex(4)
     building = final.with_name(f".{final.name}.{unique}.new")

@@ -72,7 +72,7 @@ def read_header(
                 "the file is too large",
                 f"{size} bytes",
                 f"at most {max_bytes} bytes",
-                "raise max_bytes if this client is trusted",
+                "have the client send less, or raise the limit in Python (max_file_bytes)",
             )
         ]
     with path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..errors import GloraWarning, Refusal, Refused
+from ..errors import GloraWarning, Refusal, Refused, listing
 from .options import Base, Clients, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
 
@@ -67,6 +66,14 @@ def aggregate(
             "otherwise equal.",
         ),
     ] = None,
+    normalise: Annotated[
+        bool,
+        typer.Option(
+            "--normalise/--no-normalise",
+            help="Divide the weights by their sum; or take them as they are, with --basis update "
+            "signed ones too (task arithmetic).",
+        ),
+    ] = True,
     missing: Annotated[
         Literal["zero", "renormalise"],
         typer.Option(
@@ -109,31 +116,37 @@ def aggregate(
     readouts = _readouts(readout)
     given = None if weights is None or _is_file(weights) else _numbers(weights, len(clients))
 
-    with answering(as_json):
-        from ..adapters.folders import new_folder
-        from ..merge import aggregate_adapters
+    with answering(as_json, writes=True):
+        from ..adapters.folders import check_free, new_folder
+        from ..merge import merge
         from .facts import STATE_NAME, padding_note, print_state, state_facts
 
+        refusals: list[Refusal] = []
         if plot:
             from ..plots import plot_state, require_matplotlib
 
-            require_matplotlib()
+            with listing(refusals):
+                require_matplotlib()
+        with listing(refusals):
+            check_free(out, overwrite=overwrite, marker=STATE_NAME)
         if weights is not None and _is_file(weights):
-            given = _from_file(Path(weights), clients)
+            with listing(refusals):
+                given = _from_file(Path(weights), clients, normalise, basis)
+        # What warnings would say is in the state's notes and settings, and shown from there.
+        with warnings.catch_warnings(), progress() as report:
+            warnings.simplefilter("ignore", GloraWarning)
+            state = merge(
+                clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
+                normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
+                captured=DEFAULT_CAPTURED if captured is None else captured,
+                progress=report, known=refusals,
+            )  # fmt: skip
+        facts = state_facts(state)
+        _add_what_was_stored(facts, clients)
         with (
             _parents_restored(out),
             new_folder(out, overwrite=overwrite, marker=STATE_NAME) as building,
         ):
-            # What warnings would say is in the state's notes and settings, and shown from there.
-            with warnings.catch_warnings(), progress() as report:
-                warnings.simplefilter("ignore", GloraWarning)
-                state = aggregate_adapters(
-                    clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
-                    on_bad_client=on_bad_client, base=base, seed=seed, progress=report,
-                    captured=DEFAULT_CAPTURED if captured is None else captured,
-                )  # fmt: skip
-            facts = state_facts(state)
-            _add_what_was_stored(facts, clients)
             state.save(building / STATE_NAME)
             for r in readouts:
                 state.write_adapter(building / f"r{r}", r, pad=pad, seed=seed)
@@ -159,18 +172,22 @@ def aggregate(
 def _rank(text: str | None) -> int | str | None:
     if text in (None, "auto"):
         return text
-    if not text.isdecimal() or int(text) < 1:
+    if not _is_rank(text):
         raise typer.BadParameter(
-            f"{text!r} is neither an integer ≥ 1 nor auto", param_hint="--rank"
+            f"{text[:40]!r} is neither an integer ≥ 1 nor auto", param_hint="--rank"
         )
     return int(text)
 
 
+def _is_rank(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10 and int(text) >= 1
+
+
 def _readouts(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+    if not all(map(_is_rank, parts)):
         raise typer.BadParameter(
-            f"{text!r} is no list of ranks ≥ 1 such as 4,8,16", param_hint="--readout"
+            f"{text[:40]!r} is no list of ranks ≥ 1 such as 4,8,16", param_hint="--readout"
         )
     return sorted({int(part) for part in parts})
 
@@ -193,36 +210,56 @@ def _numbers(text: str, clients: int) -> list[float]:
     return numbers
 
 
-def _from_file(path: Path, clients: Sequence[Path]) -> list[float]:
+def _from_file(
+    path: Path, clients: Sequence[Path], normalise: bool, basis: str
+) -> list[float] | None:
     """Weights by folder name; every name that lacks one or has one for nothing is listed."""
     from ..adapters.files import parse_json_object
+    from ..api import check_weights
 
     wanted = "one number for each client folder, by its name"
+    remedy = 'write {"folder name": number, …}, or give the numbers in order: --weights 3,1,2'
     try:
         content = parse_json_object(path.read_bytes())
-    except ValueError as error:
+    except OSError as error:
+        found = f"{error.strerror}: {str(path)!r}"
         raise Refused(
-            [Refusal("the weights are no JSON object", None, str(path), None, str(error), wanted)]
+            [Refusal("the weights cannot be read", None, str(path), None, found, wanted, remedy)]
         ) from None
-    names = [Path(os.path.abspath(client)).name for client in clients]
+    except ValueError as error:
+        found = str(error)
+        raise Refused(
+            [
+                Refusal(
+                    "the weights are no JSON object", None, str(path), None, found, wanted, remedy
+                )
+            ]
+        ) from None
+    names = list(dict.fromkeys(Path(os.path.abspath(client)).name for client in clients))
     refusals = [
-        Refusal("the client has no weight", name, str(path), None, "no such name", wanted)
-        for name in dict.fromkeys(names)
+        Refusal("the client has no weight", name, str(path), None, "no such name", wanted, remedy)
+        for name in names
         if name not in content
     ]
     refusals += [
-        Refusal("the weight is for no client", None, str(path), None, repr(name), wanted)
+        Refusal("the weight is for no client", None, str(path), None, repr(name), wanted, remedy)
         for name in content
         if name not in names
     ]
+    numbers = {name: value for name, value in content.items() if type(value) in (int, float)}
     refusals += [
-        Refusal("the weight is no number", name, str(path), None, repr(value)[:80], wanted)
+        Refusal("the weight is no number", name, str(path), None, repr(value)[:80], wanted, remedy)
         for name, value in content.items()
-        if type(value) not in (int, float) or not math.isfinite(value)
+        if name not in numbers
     ]
+    known = [name for name in names if name in numbers]
+    if known:
+        with listing(refusals):
+            given = [numbers[name] for name in known]
+            check_weights(given, known, {"normalise": normalise, "basis": basis})
     if refusals:
         raise Refused(refusals)
-    return [float(content[name]) for name in names]
+    return [float(numbers[Path(os.path.abspath(client)).name]) for client in clients]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
     """
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
-    with answering(as_json):
+    with answering(as_json, writes=plot is not None):
         from ..adapters import Adapter, check_compatible, check_values, inspect_adapter
         from .measure import compare_clients
 

@@ -33,7 +33,7 @@ def inspect(
 
     Norms and spectra are those of the update s·B·A, whatever the factors look like.
     """
-    with answering(as_json):
+    with answering(as_json, writes=plot is not None):
         from .facts import find_state
 
         facts = _state(path, plot) if find_state(path) else _adapter(path, plot)

@@ -36,7 +36,7 @@ def readout(
 
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
-    with answering(as_json):
+    with answering(as_json, writes=True):
         from .facts import load_state, padding_note
 
         loaded = load_state(state)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import GloraError, Refusal, Refused
+from ..errors import GloraError, Refusal
 
 __all__ = [
     "answering",
@@ -93,24 +93,38 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def answering(as_json: bool) -> Iterator[None]:
-    """Turn what glora and the file system refuse into a message and exit code 1."""
+def answering(as_json: bool, *, writes: bool) -> Iterator[None]:
+    """Turn what glora and the file system refuse into a message and exit code 1.
+
+    `writes` says whether the command was to write anything, and the message that it did not.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
-    except Refused as error:
-        _refuse(error.refusals, as_json)
     except GloraError as error:
-        _refuse([Refusal(str(error))], as_json)
+        _refuse(error.refusals, as_json, writes)
     except (OSError, SafetensorError) as error:
-        _refuse([Refusal("a file cannot be read or written", found=str(error))], as_json)
+        name = getattr(error, "filename", None)
+        _refuse(
+            [
+                Refusal(
+                    "a file cannot be read or written",
+                    file=None if name is None else str(name),
+                    found=getattr(error, "strerror", None) or str(error),
+                    expected="a readable file, or a place that can be written to",
+                    remedy="check the path, its permissions and the space on the disk",
+                )
+            ],
+            as_json,
+            writes,
+        )
     except KeyboardInterrupt:
-        console(stderr=True).print("interrupted: nothing is half written")
+        console(stderr=True).print("interrupted" + ": nothing is half written" * writes)
         raise
 
 
-def _refuse(refusals: Sequence[Refusal], as_json: bool) -> None:
+def _refuse(refusals: Sequence[Refusal], as_json: bool, writes: bool) -> None:
     if as_json:
         print_json({"refused": [asdict(refusal) for refusal in refusals]})
     else:
@@ -121,7 +135,7 @@ def _refuse(refusals: Sequence[Refusal], as_json: bool) -> None:
                 if value and name != "problem":
                     to.print(labelled(f"  {name:<9}", "dim", clean(value)), soft_wrap=True)
         count = "1 problem" if len(refusals) == 1 else f"{len(refusals)} problems"
-        to.print(f"{count}; nothing was written")
+        to.print(count + "; nothing was written" * writes)
     raise typer.Exit(1)
 
 
