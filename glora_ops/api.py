@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .bindings import schemas  # registers torch.ops.glora
+from . import bindings  # noqa: F401  # registers torch.ops.glora
+from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
 from .errors import GloraWarning, Refusal, Refused, require, unfit
 from .packing import FLOATS, pack_modules
 from .report import notes
 from .state import UNNAMED, Factors, ModuleState, State
 
-__all__ = ["aggregate", "check_settings", "check_weights"]
+__all__ = ["aggregate"]
 
 Client = Factors | Mapping[str, Factors]
 Progress = Callable[[int, int], None]
-
-MISSING = ("zero", "renormalise")
-#: Moduli of weights and scalings: what they multiply is squared in fp64.
-LEAST, MOST = 1e-30, 1e30
 
 
 def aggregate(
@@ -109,7 +103,7 @@ def aggregate(
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
     """
-    clients = _sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
+    clients = sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
     count = len(clients)
     require(count >= 1, "clients", 0, "at least one client", "pass a list of (B, A) pairs")
     names = _names(names, count)
@@ -122,7 +116,7 @@ def aggregate(
         }
     )  # fmt: skip
     require(
-        warm is None or isinstance(warm, State), "warm", _kind(warm), "a State or None",
+        warm is None or isinstance(warm, State), "warm", kind(warm), "a State or None",
         "glora.State.load reads one",
     )  # fmt: skip
     factor_weights = check_weights(weights, names, settings)
@@ -156,133 +150,14 @@ def aggregate(
     return state
 
 
-def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `aggregate` among `settings` that are neither clients nor per client.
-
-    As plain numbers, so that a state can be saved; raises `GloraError` for the first that is none.
-    """
-    out = dict(settings)
-    for name, least in _INTEGERS.items():
-        if name in out and not (name == "rank" and out[name] in (None, "auto")):
-            out[name] = _integer(name, out[name], least)
-    for name, (holds, expected) in _NUMBERS.items():
-        if name in out:
-            value = _number(out[name])
-            require(value is not None and holds(value), name, repr(out[name]), expected)
-            out[name] = value
-    for name, choices in (("basis", schemas.BASES), ("missing", MISSING)):
-        if name in out:
-            require(out[name] in choices, name, repr(out[name]), f"one of {choices}")
-    return out
-
-
-_INTEGERS = {"rank": 1, "oversample": 1, "power_iters": -1, "seed": -(2**63), "max_bytes": 1}
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "captured": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
-    "tau_rel": (lambda x: 0 <= x < math.inf, "a finite fraction ≥ 0"),
-    "anchor": (lambda x: 0 <= x < math.inf, "a finite weight ≥ 0"),
-    "tol": (lambda x: 0 < x < math.inf, "a positive fraction"),
-}
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    number = None
-    if hasattr(value, "__index__") and not isinstance(value, bool):
-        with suppress(TypeError):  # a tensor of several numbers has the attribute too
-            number = operator.index(value)
-    most = 2**31 if name in ("rank", "oversample", "power_iters") else 2**63
-    also = ', "auto" or None' if name == "rank" else ""
-    require(
-        number is not None and least <= number < most,
-        name,
-        f"{value!r:.80}",
-        f"an integer from {least} to {most - 1}{also}",
-    )
-    return int(number)  # type: ignore[arg-type]
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a float; None where it is none, text included."""
-    if isinstance(value, (str, bytes)):
-        return None
-    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
-        return float(value)
-    return None
-
-
-def _usable(value: float) -> bool:
-    return value == 0 or LEAST <= abs(value) <= MOST
-
-
-def _kind(value: object) -> str:
-    return f"{' '.join(repr(value).split()):.40} of type {type(value).__name__}"
-
-
-def _sequence(name: str, value: Any, expected: str) -> list[Any]:
-    """`value` as a list, where it is something to go through in order."""
-    ordered = isinstance(value, (Sequence, np.ndarray, Tensor))
-    ordered = ordered and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
-    require(ordered, name, _kind(value), expected)
-    return list(value)
-
-
 def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"client {i}" for i in range(count))
-    names = _sequence("names", names, f"one per client, {count}")
+    names = sequence("names", names, f"one per client, {count}")
     require(all(isinstance(name, str) for name in names), "names", names, "text")
     require(len(names) == count, "names", len(names), f"one per client, {count}")
     require(len(set(names)) == count, "names", names, "different names")
     return tuple(names)
-
-
-def check_weights(
-    weights: Sequence[float] | None, names: Sequence[str], settings: Mapping[str, Any]
-) -> list[float]:
-    """Weights as used, one per client; `Refused` with every offender."""
-    if weights is None:
-        return [1 / len(names) for _ in names]
-    weights = _sequence("weights", weights, f"one number per client, {len(names)}")
-    require(len(weights) == len(names), "weights", len(weights), f"one per client, {len(names)}")
-    normalise = settings.get("normalise", True)
-    signed = settings.get("basis") == "update" and not normalise
-    numbers = [_number(w) for w in weights]
-    refusals = [
-        Refusal(
-            "weight cannot be used",
-            client=name,
-            found=repr(given) if w is None else str(w),
-            expected="a finite number" if signed else "a finite number ≥ 0",
-            remedy="negative votes do not exist; task arithmetic needs basis='update' and "
-            "normalise=False (--basis update --no-normalise)"
-            if w is not None and w < 0 and not signed
-            else "",
-        )
-        for name, given, w in zip(names, weights, numbers, strict=True)
-        if w is None or not math.isfinite(w) or (w < 0 and not signed)
-    ]
-    if refusals:
-        raise Refused(refusals)
-    used = [w for w in numbers if w is not None]
-    total = sum(used)
-    require(
-        any(w != 0 for w in used) and (not normalise or total > 0),
-        "weights",
-        f"{used[:8]} with sum {total}",
-        "at least one above zero",
-    )
-    if normalise:
-        require(math.isfinite(total), "weights", f"{used[:8]}", "a finite sum", "divide them all")
-        return [w / total for w in used]
-    require(all(map(_usable, used)), "weights", f"{used[:8]}", f"0 or of modulus {LEAST} to {MOST}")
-    require(
-        settings.get("missing") != "renormalise" or min(used) >= 0,
-        "missing",
-        "'renormalise'",
-        "'zero' with signed weights",
-        "weights whose signs cancel cannot be renormalised",
-    )
-    return used
 
 
 def _factors(clients: Sequence[Client], names: Sequence[str]) -> list[dict[str, Factors]]:
@@ -295,7 +170,7 @@ def _factors(clients: Sequence[Client], names: Sequence[str]) -> list[dict[str, 
             whole = isinstance(pair, (tuple, list)) and len(pair) == 2
             b, a = (_tensor(x) for x in pair) if whole else (None, None)
             if b is None or a is None or not isinstance(module, str):
-                found = ", ".join(type(x).__name__ for x in pair) if whole else _kind(pair)
+                found = ", ".join(type(x).__name__ for x in pair) if whole else kind(pair)
                 refusals.append(
                     Refusal(
                         "not a factor pair",
@@ -332,7 +207,7 @@ def _scalings(
 ) -> list[dict[str, float]]:
     if scalings is None:
         scalings = [1.0] * len(clients)
-    scalings = _sequence("scalings", scalings, f"one per client, {len(clients)}")
+    scalings = sequence("scalings", scalings, f"one per client, {len(clients)}")
     require(
         len(scalings) == len(clients), "scalings", len(scalings), f"one per client, {len(clients)}"
     )
@@ -342,8 +217,8 @@ def _scalings(
         out.append({})
         for m in client:
             s = given.get(m) if isinstance(given, Mapping) else given
-            number = _number(s)
-            if number is None or not _usable(number):
+            value = number(s)
+            if value is None or not usable(value):
                 lacking = isinstance(given, Mapping) and m not in given
                 refusals.append(
                     Refusal(
@@ -359,7 +234,7 @@ def _scalings(
                     )
                 )
             else:
-                out[-1][m] = number
+                out[-1][m] = value
     if refusals:
         raise Refused(refusals)
     return out

@@ -18,7 +18,8 @@ from torch import Tensor
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.modules import PREFIX
 from .adapters.read import MAX_BYTES, TENSORS_NAME, Adapter, check_values, inspect_adapter
-from .api import aggregate, check_settings, check_weights
+from .api import aggregate
+from .arguments import check_settings, check_weights
 from .errors import GloraWarning, Refusal, Refused, listing, require
 from .state import State
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import integer, number
 from .certificates import CLIENT_STATS, STATS
 from .errors import require, unfit
 
@@ -160,8 +161,11 @@ class State:
         return out[UNNAMED] if tuple(out) == (UNNAMED,) else out
 
     def _readouts(self, rank: int, scaling: float, pad: str, seed: int) -> dict[str, Factors]:
+        rank, seed, factor = integer("rank", rank, 1), integer("seed", seed), number(scaling)
+        require(factor is not None, "scaling", repr(scaling), "alpha/r, a number above zero")
+        require(isinstance(pad, str), "pad", repr(pad), "'zero' or 'trainable'")
         return {
-            name: torch.ops.glora.readout(m.u, m.s, m.v, rank, scaling, pad, seed)
+            name: torch.ops.glora.readout(m.u, m.s, m.v, rank, factor, pad, seed)
             for name, m in self.modules.items()
         }
 

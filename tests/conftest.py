@@ -1,8 +1,11 @@
-"""Profiles of hypothesis, one thread per worker, and the tally of what was drawn."""
+"""Profiles of hypothesis, one thread per worker, the tally of what was drawn, adapter folders."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +44,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("drawn cases of the accuracy contract")
     for name, number in sorted(TALLY.items(), key=lambda item: (item[0] != "drawn", item[0])):
         terminalreporter.write_line(f"{number:8d}  {name}")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the client `name` of CLIENTS, saved once by PEFT; not to be changed."""
+    import peft_models  # slow to import: only where it is needed
+    from adapter_folders import CLIENTS
+
+    root = tmp_path_factory.mktemp("clients")
+
+    def get(name: str) -> Path:
+        if not (root / name).exists():
+            base, config = CLIENTS[name]
+            peft_models.save_client(root / name, base, **config)
+        return root / name
+
+    return get
+
+
+@pytest.fixture
+def client(saved: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A sound adapter of the mixed model, to be spoilt."""
+    return shutil.copytree(saved("alpha"), tmp_path / "client-7")

@@ -304,6 +304,23 @@ def test_what_cannot_be_aggregated_is_refused_by_name(clients, settings, says):
         glora.aggregate(clients, **settings)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"rank": 2.5}, r"rank: got 2\.5"),
+        ({"rank": "2"}, "rank: got '2'"),
+        ({"rank": 2, "scaling": "1"}, "scaling: got '1'"),
+        ({"rank": 2, "scaling": float("inf")}, "scaling: got inf"),
+        ({"rank": 2, "scaling": None}, "scaling: got None"),
+        ({"rank": 2, "pad": None}, "pad: got None"),
+        ({"rank": 2, "seed": 1.5}, r"seed: got 1\.5"),
+    ],
+)
+def test_what_cannot_be_read_out_is_refused_by_name(state, arguments, says):
+    with pytest.raises(GloraError, match=says):
+        state.readout(**arguments)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 def test_the_sizes_that_are_accepted_are_computed_with(basis, size):

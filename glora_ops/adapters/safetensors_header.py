@@ -72,7 +72,7 @@ def read_header(
                 "the file is too large",
                 f"{size} bytes",
                 f"at most {max_bytes} bytes",
-                "have the client send less, or raise the limit in Python (max_file_bytes)",
+                "have the client send less, or raise max_bytes (max_file_bytes) in Python",
             )
         ]
     with path.open("rb") as file:

@@ -215,7 +215,7 @@ def _from_file(
 ) -> list[float] | None:
     """Weights by folder name; every name that lacks one or has one for nothing is listed."""
     from ..adapters.files import parse_json_object
-    from ..api import check_weights
+    from ..arguments import check_weights
 
     wanted = "one number for each client folder, by its name"
     remedy = 'write {"folder name": number, …}, or give the numbers in order: --weights 3,1,2'
