@@ -86,7 +86,7 @@ def notes(state: State) -> list[Note]:
             Note(
                 f"the cut at rank {state.rank} falls into a tie in {len(tied)} of "
                 f"{len(state.modules)} modules{_some(tied)}: rounding decides which of several "
-                "equally good directions are kept; another rank, or basis='update', avoids it",
+                'equally good directions are kept; another rank, or the basis "update", avoids it',
                 warning=True,
             )
         )
@@ -96,7 +96,7 @@ def notes(state: State) -> list[Note]:
                 f"the state holds {state.captured:.3f} of the mean update's energy where rank "
                 f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
                 "basis serves directions that cancel or carry little; a larger rank or "
-                "basis='update' holds more",
+                'basis "update" holds more',
                 warning=True,
             )
         )

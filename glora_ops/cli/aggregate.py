@@ -210,9 +210,7 @@ def _numbers(text: str, clients: int) -> list[float]:
     return numbers
 
 
-def _from_file(
-    path: Path, clients: Sequence[Path], normalise: bool, basis: str
-) -> list[float] | None:
+def _from_file(path: Path, clients: Sequence[Path], normalise: bool, basis: str) -> list[float]:
     """Weights by folder name; every name that lacks one or has one for nothing is listed."""
     from ..adapters.files import parse_json_object
     from ..arguments import check_weights
