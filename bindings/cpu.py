@@ -16,8 +16,8 @@ __all__ = ["CpuVocabulary"]
 
 # Entries within 2^40 (fp32) or 2^300 (fp64) leave every product in range as they are.
 SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**300}
-# Elements converted to fp64 at a time: 4 MiB, so that they are still in cache when multiplied.
-CHUNK = 2**19
+# Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
+CHUNK = 2**17
 # Multiply-adds from which a product is worth more than one thread.
 LARGE = 2**22
 
@@ -59,6 +59,10 @@ def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
 ONEDNN = _onednn()
 # Multiply-adds from which oneDNN beats the BLAS by more than its call costs.
 ONEDNN_FROM = 2**21
+
+
+# Rows of a strip of x xᵀ: wide enough for full speed, narrow enough to skip half of the square.
+OUTER = 128
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:
@@ -110,20 +114,48 @@ class CpuVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return _linear(rows, omega.mT.to(rows.dtype)).double()
 
+    def fold(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        with _threads(t.numel() * rows.shape[-1]):
+            return ragged.unpad(ragged.pad(t).mT.to(rows.dtype) @ ragged.pad(rows))
+
+    def outer(self, rows: Tensor) -> Tensor:
+        n = rows.shape[-2]
+        out = rows.new_empty(*rows.shape[:-1], n)
+        for start in range(0, n, OUTER):  # the lower triangle by strips; the rest is its mirror
+            here = slice(start, min(start + OUTER, n))
+            strip = _linear(rows[:, start:], rows[:, here])
+            out[:, start:, here] = strip
+            out[:, here, here.stop :] = strip[:, here.stop - start :].mT
+        return out
+
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         return _linear(c.mT.to(y.dtype), y).mT
 
+    def without(self, basis: Tensor, w: Tensor) -> Tensor:
+        return w - self.lift(basis.mT, self.times(basis.mT, w))
+
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
-        with _threads(y.numel() * z.shape[-1]):
-            left = y.double()
-            return left.mT @ (left if z is y else z.double())
+        modules, d, k = y.shape
+        m = z.shape[-1]
+        if y.dtype == z.dtype == torch.float64:
+            with _threads(modules * d * k * m):
+                return y.mT @ z
+        out = y.new_zeros(modules, k, m, dtype=torch.float64)
+        width = max(256, CHUNK // (modules * (k + (z is not y) * m) or 1))
+        with _threads(modules * d * k * m):
+            for start in range(0, d, width):
+                left = y[:, start : start + width].mT.double()
+                right = left if z is y else z[:, start : start + width].mT.double()
+                out.baddbmm_(left, right.mT)
+        return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         lam, vec = torch.linalg.eigh(g)
-        return lam.flip(-1).clamp_(min=0), vec.flip(-1)
+        # LAPACK's columns keep their strides in a flip, and MKL is five times slower on those.
+        return lam.flip(-1).clamp_(min=0), vec.flip(-1).contiguous()
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, s, yh = torch.linalg.svd(c)

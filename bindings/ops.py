@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glora_ops import algorithm
 from glora_ops.isolation import exact_products, one_thread
-from glora_ops.krylov_route import Iteration
+from glora_ops.krylov import Iteration
 from glora_ops.packing import pack
 from glora_ops.ragged import Ragged
 from glora_ops.solver import Coordinates, Side, fill, gram_route_limit

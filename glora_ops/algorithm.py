@@ -6,18 +6,29 @@ are whose, weights and scaling are (L, K) fp64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from .canonical import balance, canonical_forms, factor_coordinates, soft_votes
+from .canonical import factor_coordinates
 from .certificates import STATS, U32, Cut, certify, information_vote
-from .gram_route import GramRoute, principal_gram
-from .krylov_route import Iteration, KrylovRoute, principal_krylov
+from .clients import Clients, canonicalize
+from .dual_route import DualRoute
+from .gram_route import GramRoute, principal_gram, whole_gram
+from .krylov import Iteration
+from .krylov_route import KrylovRoute, principal_krylov
 from .ragged import Ragged
 from .signs import sign_matrix
-from .solver import Coordinates, Principal, Route, Side, Triplets, fill, gram_route_limit
+from .solver import (
+    Coordinates,
+    Mean,
+    Principal,
+    Route,
+    Side,
+    Triplets,
+    dual_route_limit,
+    fill,
+    gram_route_limit,
+)
 from .vocabulary import Vocabulary
 
 __all__ = [
@@ -32,63 +43,6 @@ __all__ = [
 ]
 
 ANCHOR_EPSILON = 0.02
-
-
-@dataclass(frozen=True)
-class Clients:
-    """Canonical forms of all clients, ΔW_i = Q_i Σ_i Z_iᵀ, and what was learnt on the way.
-
-    Attributes
-    ----------
-    t_u, t_v : Tensor (L, N, r_max) fp64
-    sigma, f : Tensor (L, N) fp64
-        Singular values (times |s_i|) and soft votes, descending within a client.
-    size : Tensor (L, K)
-        |s_i|‖B_i‖_F‖A_i‖_F after balancing.
-    noise, tau : Tensor (L, K)
-        Information limit ½·u_in·size, and τ_i.
-    """
-
-    t_u: Tensor
-    t_v: Tensor
-    sigma: Tensor
-    f: Tensor
-    size: Tensor
-    noise: Tensor
-    tau: Tensor
-
-
-def canonicalize(
-    v: Vocabulary,
-    gram_b: Tensor,
-    gram_a: Tensor,
-    ragged: Ragged,
-    scaling: Tensor,
-    tau_rel: float,
-    roundoff: float,
-) -> Clients:
-    """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
-    pair = balance(gram_b, gram_a)
-    forms = canonical_forms(pair, v.eigh)
-    sigma = forms.sigma * scaling.abs()[..., None]
-    voting = (sigma > 0)[..., None, :]
-    size = scaling.abs() * pair.size
-    noise = 0.5 * roundoff * size
-    tau = torch.maximum(tau_rel * sigma[..., 0], noise)
-    signed = forms.t_v * torch.where(scaling < 0, -1.0, 1.0)[..., None, None]
-
-    def rows(blocks: Tensor) -> Tensor:
-        return ragged.unpad(blocks[..., None])[..., 0]
-
-    return Clients(
-        ragged.unpad(forms.t_u * voting),
-        ragged.unpad(signed * voting),
-        rows(sigma),
-        rows(soft_votes(sigma, tau)),
-        size,
-        noise,
-        tau,
-    )
 
 
 def factor_voters(v: Vocabulary, side: Side) -> Tensor:
@@ -114,8 +68,7 @@ def projector_svd(
 ) -> Principal:
     """Leading eigenpairs of Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i + extra extraᵀ, by either route."""
     if side.ragged.rows <= gram_route_limit(rank):
-        whole = Ragged.whole(side.ragged.rows, side.rows.device)
-        return principal_gram(v, side, v.gram(side.rows, whole)[:, 0], voters, rank)
+        return principal_gram(v, side, whole_gram(v, side), voters, rank)
     return principal_krylov(v, side, voters, rank, how, warm)
 
 
@@ -153,7 +106,7 @@ def anchor_columns(
         1 / norm.where(heard, 1.0) + ANCHOR_EPSILON / mean_norm.where(mean_norm > 0, 1.0),
         0.0,
     )
-    lead = route.triplets(ragged.spread(votes * scaling * voice), rank, warm)
+    lead = route.triplets(Mean.of(ragged, votes * voice, scaling), rank, warm)
     size = votes * voice * clients.size
     floor = 8 * U32 * size.sum(-1)
     head = lead.sigma[..., :rank]
@@ -185,46 +138,58 @@ def aggregate(
     b, a, _ = v.pair(b, a)
     left, right = Side("left", b, ragged), Side("right", a, ragged)
     exact = ragged.rows <= gram_route_limit(rank)
-    route: Route = GramRoute(v, left, right) if exact else KrylovRoute(v, left, right, how)
-    clients = canonicalize(v, *route.client_grams(), ragged, scaling, tau_rel, roundoff)
+    route: Route
+    if exact:
+        route = GramRoute(v, left, right)
+        grams = route.client_grams()
+    else:
+        grams = v.gram(b, ragged), v.gram(a, ragged)
+    clients = canonicalize(v, *grams, ragged, scaling, tau_rel, roundoff)
+    if not exact:
+        dual = basis != "update" and ragged.rows <= dual_route_limit(rank, b.shape[-1], a.shape[-1])
+        route = (
+            DualRoute(v, left, right, clients, how)
+            if dual
+            else KrylovRoute(v, left, right, grams, how)
+        )
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)
     # Powers of two keep W̄ near one inside, whatever its size; they return at the end.
     unit = torch.exp2(torch.frexp(scale).exponent.double())
-    scale, coef = scale / unit, ragged.spread(weights / unit[..., None] * scaling)
+    scale, mean = scale / unit, Mean.of(ragged, weights / unit[..., None], scaling)
     count = rank + how.oversample
     one = torch.ones_like(scale)
     cut = Cut(one, one, one, 0 * one, 0 * one)
 
     if basis == "update":
-        mean = route.triplets(coef, rank, warm_v)
-        u, w, sigma, norm = mean.x, mean.y, mean.sigma, mean.norm
+        best = route.triplets(mean, rank, warm_v)
+        u, w, sigma, norm = best.x, best.y, best.sigma, best.norm
         eig_u = fill(sigma * unit[..., None], count)
         eig_v = eig_u.clone()
         cut = cut.of_update(sigma, rank, 8 * U32 * scale)
-        steps = mean.steps
+        steps = best.steps
     else:
-        sigma, norm = route.spectrum(coef, rank)
         soft = basis == "consensus"
         hard = clients.sigma > 8 * ragged.spread(clients.noise)
         row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
-        extra_u, extra_v, steps = b[:, :0].mT, a[:, :0].mT, 0
+        extra_u, extra_v, steps, similar = b[:, :0].mT, a[:, :0].mT, 0, None
         if soft and anchor > 0:
             extra_u, extra_v, lead, floor = anchor_columns(
                 route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
             )
-            cut, steps = cut.of_update(lead.sigma, rank, floor), lead.steps
+            cut, steps, similar = cut.of_update(lead.sigma, rank, floor), lead.steps, lead.y
+        sigma, norm = route.spectrum(mean, rank, similar)
         voters_u = Coordinates(clients.t_u, row_votes, extra_u)
         voters_v = Coordinates(clients.t_v, row_votes, extra_v)
-        pu = route.principal(left, right, voters_u, rank, coef, warm_u)
-        pv = route.principal(right, left, voters_v, rank, coef, warm_v)
+        pu = route.principal(left, right, voters_u, rank, mean, warm_u)
+        pv = route.principal(right, left, voters_v, rank, mean, warm_v)
         u, w = pu.basis, pv.basis
         eig_u, eig_v = fill(pu.eigenvalues, count), fill(pv.eigenvalues, count)
         noise = information_vote(votes, clients.noise, clients.tau) if soft else 0 * one
         cut = cut.of_projectors(pu, pv, rank, noise, norm)
         steps = max(steps, pu.steps, pv.steps)
 
-    c, z_u, z_v = core(v, u, w, b, a, coef)
+    c, z_u, z_v = core(v, u, w, b, a, mean.coef)
     x, s, y = v.svd(c)
     s = torch.where(s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True), s, 0.0)
     u_out, v_out = _signed(v.combine(u, x), v.combine(w, y), s)
@@ -241,7 +206,7 @@ def aggregate(
         power_iters=steps * one,
         krylov=(0 if exact else 1) * one,
     )  # fmt: skip
-    client_stats = _client_stats(ragged, clients, c * present[..., None, None], z_u, z_v, coef)
+    client_stats = _client_stats(ragged, clients, c * present[..., None, None], z_u, z_v, mean.coef)
     for name in ("norm", "storage_scale"):
         stats[..., STATS.index(name)] *= unit
     return u_out, s * unit[..., None], v_out, eig_u, eig_v, stats, client_stats

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .canonical import U64, Balanced, balance, canonical_forms, singular_values
 from .ragged import Ragged
-from .solver import Coordinates, Principal, Side, Triplets, fill
+from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise
 from .vocabulary import Vocabulary
 
-__all__ = ["GramRoute", "principal_gram"]
+__all__ = ["GramRoute", "principal_gram", "whole_gram"]
 
 
 class GramRoute:
@@ -23,8 +23,7 @@ class GramRoute:
     def __init__(self, v: Vocabulary, left: Side, right: Side) -> None:
         self.v = v
         self.left, self.right = left, right
-        whole = Ragged.whole(left.ragged.rows, left.rows.device)
-        self.grams = {side.name: v.gram(side.rows, whole)[:, 0] for side in (left, right)}
+        self.grams = {side.name: whole_gram(v, side) for side in (left, right)}
 
     def client_grams(self) -> tuple[Tensor, Tensor]:
         ragged = self.left.ragged
@@ -33,8 +32,8 @@ class GramRoute:
             ragged.diagonal_blocks(self.grams["right"]),
         )
 
-    def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        pair, norm = self._whole(coef)
+    def spectrum(self, mean: Mean, rank: int, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pair, norm = self._whole(mean.coef)
         return fill(singular_values(pair, self.v.eigh), rank + 1), norm
 
     def _whole(self, coef: Tensor) -> tuple[Balanced, Tensor]:
@@ -44,10 +43,10 @@ class GramRoute:
         norm2 = (gram_b * gram_a).sum((-2, -1)).clamp(min=0)
         return balance(gram_b, gram_a), norm2.sqrt()
 
-    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
-        pair, norm = self._whole(coef)
+    def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+        pair, norm = self._whole(mean.coef)
         forms = canonical_forms(pair, self.v.eigh)
-        t_u = coef[..., :, None] * forms.t_u[..., :rank]
+        t_u = mean.coef[..., :, None] * forms.t_u[..., :rank]
         x = lifted(self.v, self.left.rows, t_u)
         y = lifted(self.v, self.right.rows, forms.t_v[..., :rank])
         return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm, 0)
@@ -58,12 +57,17 @@ class GramRoute:
         other: Side,
         voters: Coordinates,
         rank: int,
-        coef: Tensor,
+        mean: Mean,
         warm: Tensor | None = None,
     ) -> Principal:
         return principal_gram(
-            self.v, side, self.grams[side.name], voters, rank, coef, self.grams[other.name]
+            self.v, side, self.grams[side.name], voters, rank, mean.coef, self.grams[other.name]
         )
+
+
+def whole_gram(v: Vocabulary, side: Side) -> Tensor:
+    """(L, N, N) fp64: x xᵀ of the whole stack."""
+    return v.gram(side.rows, Ragged.whole(side.ragged.rows, side.rows.device))[:, 0]
 
 
 def lifted(v: Vocabulary, rows: Tensor, z: Tensor, extra: Tensor | float = 0.0) -> Tensor:

@@ -1,7 +1,8 @@
-"""What the algorithm asks of a solver, and the two routes that answer.
+"""What the algorithm asks of a solver, and which of the three routes answers.
 
-`GramRoute` works on N × N Gram matrices in fp64 and is exact; `KrylovRoute` works on tall blocks
-and never forms anything N × N. `gram_route_limit` picks by the number of rows.
+`GramRoute` solves N × N eigenproblems in fp64 and is exact. `DualRoute` iterates in N-space, on
+Gram matrices of the clients' orthonormal bases; `KrylovRoute` iterates on tall blocks and never
+forms anything N × N. `gram_route_limit` and `dual_route_limit` pick by the number of rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from .ragged import Ragged
 
-__all__ = ["Coordinates", "Principal", "Route", "Side", "Triplets", "fill", "gram_route_limit"]
+__all__ = [
+    "Coordinates",
+    "Mean",
+    "Principal",
+    "Route",
+    "Side",
+    "Triplets",
+    "dual_route_limit",
+    "fill",
+    "gram_route_limit",
+]
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,35 @@ class Coordinates:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean Σ_i p_i ΔW_i of the clients' updates.
+
+    Attributes
+    ----------
+    share : Tensor (L, N) fp64
+        p_i at each row of client i.
+    coef : Tensor (L, N) fp64
+        p_i s_i: the mean is Σ_j coef_j b_j a_jᵀ over the factor rows.
+    """
+
+    share: Tensor
+    coef: Tensor
+
+    @classmethod
+    def of(cls, ragged: Ragged, p: Tensor, scaling: Tensor) -> Mean:
+        """From p and scaling (L, K)."""
+        return cls(ragged.spread(p), ragged.spread(p * scaling))
+
+
+@dataclass(frozen=True)
 class Triplets:
-    """Leading singular triplets of Σ_j coef_j b_j a_jᵀ.
+    """Leading singular triplets of a mean.
 
     Attributes
     ----------
     x, y : Tensor (L, d_out, R), (L, d_in, R)
-        Orthonormal, or zero where the rank ends.
+        Orthonormal, or zero where the rank ends. `DualRoute` gives coordinates (L, N, R) in its
+        stacks instead: good for `extra` columns of its own `principal`, and nothing else.
     sigma : Tensor (L, ≥ R + 1) fp64
         Leading singular values, more than R of them where they exist, zero beyond the rank.
     norm : Tensor (L,) fp64
@@ -114,16 +147,15 @@ class Principal:
 class Route(Protocol):
     """A way to find consensus bases and leading triplets."""
 
-    def client_grams(self) -> tuple[Tensor, Tensor]:
-        """(L, K, r, r) fp64 each: the clients' own Gram matrices of b and a."""
+    def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        """σ (L, R + 1) and Frobenius norm (L,) of a mean, for certificates.
+
+        known: right singular vectors of a similar mean, as `triplets` gave them.
+        """
         ...
 
-    def spectrum(self, coef: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """σ (L, R + 1) and Frobenius norm (L,) of Σ_j coef_j b_j a_jᵀ, for certificates."""
-        ...
-
-    def triplets(self, coef: Tensor, rank: int, warm: Tensor | None) -> Triplets:
-        """Leading triplets of Σ_j coef_j b_j a_jᵀ; coef (L, N) fp64."""
+    def triplets(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
+        """Leading triplets of a mean."""
         ...
 
     def principal(
@@ -132,16 +164,25 @@ class Route(Protocol):
         other: Side,
         voters: Coordinates,
         rank: int,
-        coef: Tensor,
+        mean: Mean,
         warm: Tensor | None,
     ) -> Principal:
-        """Leading eigenpairs of the mean projector of one side."""
+        """Leading eigenpairs of the mean projector of one side, and the mean's energy in each."""
         ...
 
 
 def gram_route_limit(rank: int) -> int:
     """Largest N for which N × N eigenproblems are taken on the CPU."""
     return max(256, 8 * (rank + 16))
+
+
+def dual_route_limit(rank: int, d_out: int, d_in: int) -> int:
+    """Largest N for which N × N Gram matrices cost less than the passes they save.
+
+    Gram matrices of both sides cost as much as N/(2(R + 16)) pairs of passes over the stacks;
+    the four problems of a consensus take about ten. A stack wider than long has nothing to gain.
+    """
+    return min(20 * (rank + 16), d_out, d_in)
 
 
 def fill(x: Tensor, columns: int) -> Tensor:

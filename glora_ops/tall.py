@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from .vocabulary import Vocabulary
-
-__all__ = ["orthonormalise", "whiten"]
+__all__ = ["Space", "orthonormalise", "whiten"]
 
 
-def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
+class Space(Protocol):
+    """Where blocks of columns live: tall vectors (a `Vocabulary`), or coordinates with a metric."""
+
+    def inner(self, y: Tensor, z: Tensor) -> Tensor:
+        """(L, k, m) fp64: inner products of the columns."""
+        ...
+
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        """y c for a small fp64 c (L, k, m)."""
+        ...
+
+    def without(self, basis: Tensor, w: Tensor) -> Tensor:
+        """w less its component in the span of an orthonormal basis."""
+        ...
+
+    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenpairs of a small PSD matrix, as the vocabulary's."""
+        ...
+
+
+def orthonormalise(space: Space, y: Tensor) -> Tensor:
     """Gram–Schmidt in column order by CholeskyQR with fp64 Gram matrices.
 
     Leading columns are not touched by later ones; zero columns stay zero, and a column that
@@ -19,28 +39,28 @@ def orthonormalise(v: Vocabulary, y: Tensor) -> Tensor:
     takes over.
     """
     for _ in range(4):
-        gram = v.inner(y, y)
+        gram = space.inner(y, y)
         norm2 = gram.diagonal(dim1=-2, dim2=-1)
         alive = norm2 > 0
         scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
         unit = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(~alive * 1.0)
         r, info = torch.linalg.cholesky_ex(unit, upper=True)
         if bool(info.any()):
-            return whiten(v, y, 1e-12)
+            return whiten(space, y, 1e-12)
         dependent = r.diagonal(dim1=-2, dim2=-1) < 1e-6
         if bool(dependent.any()):
             y = y * ~dependent[..., None, :]
             continue
         identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
         inverse = torch.linalg.solve_triangular(r, identity, upper=True)
-        y = v.combine(y, scale[..., :, None] * inverse)
+        y = space.combine(y, scale[..., :, None] * inverse)
         if bool(((unit - identity).abs() < 1e-2).all()):
             break
     return y
 
 
 def whiten(
-    v: Vocabulary, y: Tensor, drop: float, reference: Tensor | None = None, again: bool = True
+    space: Space, y: Tensor, drop: float, reference: Tensor | None = None, again: bool = True
 ) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
 
@@ -54,11 +74,11 @@ def whiten(
     again : bool
         Whether a second pass may follow.
     """
-    lam, vec = v.eigh(v.inner(y, y))
+    lam, vec = space.eigh(space.inner(y, y))
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
     kept = lam > drop * top
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    q = v.combine(y, vec * scale[..., None, :])
+    q = space.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
     well_conditioned = bool((smallest >= 1e-6 * lam[..., 0]).all())
-    return q if well_conditioned or not again else whiten(v, q, drop, again=False)
+    return q if well_conditioned or not again else whiten(space, q, drop, again=False)

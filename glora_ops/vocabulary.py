@@ -35,12 +35,24 @@ class Vocabulary(Protocol):
         """(L, N, k) fp64: x Ω in the working precision."""
         ...
 
+    def fold(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
+        ...
+
+    def outer(self, rows: Tensor) -> Tensor:
+        """(L, N, N): x xᵀ in the working precision."""
+        ...
+
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         """(L, d, k): xᵀ z in the working precision."""
         ...
 
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
+        ...
+
+    def without(self, basis: Tensor, w: Tensor) -> Tensor:
+        """(L, d, k): w less its component in the span of an orthonormal basis (L, d, m)."""
         ...
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from strategies import STATS, distance, norm, orthonormal
 
 from glora_ops import algorithm, pack, reference
-from glora_ops.solver import gram_route_limit
+from glora_ops.solver import dual_route_limit, gram_route_limit
 
 COUNT, RANK, D = 16, 4, 160
 
@@ -274,10 +274,12 @@ def test_the_route_is_chosen_by_the_number_of_rows():
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 @pytest.mark.parametrize("make", [shared, noisy, partly, frozen])
 @pytest.mark.parametrize("rank", [4, 8])
-def test_krylov_keeps_up_with_the_exact_route(make, basis, rank):
+@pytest.mark.parametrize(("m", "n"), [(90, 70), (400, 360)], ids=["tall blocks", "N-space"])
+def test_krylov_keeps_up_with_the_exact_route(make, basis, rank, m, n):
     """N = 320: captured within 1e-3 of the reference's, error ≤ 1.01 × its error + 1e-3·‖W̄‖."""
     rng = np.random.default_rng(0)
-    clients = stored(rng, make(rng, count=80, m=90, n=70))
+    assert (dual_route_limit(rank, m, n) >= 320) == (m == 400)
+    clients = stored(rng, make(rng, count=80, m=m, n=n))
     result = Result(clients, rank, basis)
     assert result.stat("krylov") == 1
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
@@ -298,10 +300,11 @@ def test_krylov_keeps_up_with_the_exact_route(make, basis, rank):
 
 
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
-def test_krylov_is_exact_where_the_rank_holds_everything(basis):
+@pytest.mark.parametrize(("m", "n"), [(90, 70), (400, 360)], ids=["tall blocks", "N-space"])
+def test_krylov_is_exact_where_the_rank_holds_everything(basis, m, n):
     """Spaces of dimension 4 shared by all 80 clients, R = 8: contract (a), exact mode."""
     rng = np.random.default_rng(0)
-    clients = stored(rng, shared(rng, count=80, m=90, n=70))
+    clients = stored(rng, shared(rng, count=80, m=m, n=n))
     result = Result(clients, 8, basis)
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
     limit = bounds.exact_bound(bounds.storage_scale(arrays, np.full(80, 1 / 80), np.ones(80)))

@@ -1,0 +1,158 @@
+"""The dual route: block Krylov iterations in N-space, on orthonormal client bases.
+
+With the clients' canonical bases as stacks, Q (N rows, b's side) and Z (a's side), every mean is
+Q D Zᵀ with a diagonal D, every mean projector Q H Qᵀ, and a tall vector Q z is N coordinates z
+with the metric G = QᵀQ. Two N × N Gram matrices replace all further passes over the stacks.
+Orthonormal columns keep G's entries accurate to the working precision in any gauge, which the
+Gram matrices of raw factors are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .clients import Clients
+from .krylov import Iteration, Operator, Ritz, block_krylov
+from .krylov_route import principal_krylov, start_block
+from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
+from .tall import orthonormalise, whiten
+from .vocabulary import Vocabulary
+
+__all__ = ["DualRoute"]
+
+# An eigenvalue below this fraction of the top is not resolved by fp32 Gram matrices.
+RESOLVED = 1e-5
+# A sum over pairs of clients this small against the clients' own energy may be rounding.
+NOISE = 2.0**-16
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Coordinates z of tall vectors Q z, seen through gram = QᵀQ (L, N, N); None: the identity."""
+
+    v: Vocabulary
+    gram: Tensor | None
+
+    def image(self, z: Tensor) -> Tensor:
+        """(L, N, k) fp64: QᵀQ z."""
+        return z if self.gram is None else self.v.times(self.gram, z)
+
+    def inner(self, y: Tensor, z: Tensor) -> Tensor:
+        return y.mT @ self.image(z)
+
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        return y @ c
+
+    def without(self, basis: Tensor, w: Tensor) -> Tensor:
+        return w - basis @ self.inner(basis, w)
+
+    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self.v.eigh(g)
+
+
+class DualRoute:
+    """N × N products instead of passes; one module at a time.
+
+    Cost per module: 4 N d r + 2 N² d flops a side, then 2 N² k flops a product.
+    """
+
+    def __init__(
+        self, v: Vocabulary, left: Side, right: Side, clients: Clients, how: Iteration
+    ) -> None:
+        self.v, self.how = v, how
+        self.sigma = clients.sigma
+        self.stacks = {
+            side.name: v.fold(side.rows, side.ragged, t)
+            for side, t in ((left, clients.t_u), (right, clients.t_v))
+        }
+        self.grams = {name: v.outer(stack) for name, stack in self.stacks.items()}
+        self.metrics = {name: Metric(v, gram) for name, gram in self.grams.items()}
+        self.sides = {side.name: side for side in (left, right)}
+        self.both = self.grams["left"] * self.grams["right"]
+        self._seen: dict[str, Tensor] = {}
+
+    def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        ritz = self._iterate(mean, rank, known)
+        return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
+
+    def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+        ritz = self._iterate(mean, rank, None)
+        leading = ritz.vectors[..., :rank]
+        x = ritz.basis @ leading
+        y = orthonormalise(self.metrics["right"], ritz.images @ leading)
+        sigma = fill(ritz.theta, rank + 1).sqrt()
+        return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
+
+    def principal(
+        self,
+        side: Side,
+        other: Side,
+        voters: Coordinates,
+        rank: int,
+        mean: Mean,
+        warm: Tensor | None = None,
+    ) -> Principal:
+        v, stack, metric = self.v, self.stacks[side.name], self.metrics[side.name]
+        n, root = stack.shape[-2], voters.votes.sqrt()[..., None]
+        extra = voters.extra if voters.extra.shape[-1] else root[..., :0]
+
+        def fold(g: Tensor) -> Tensor:
+            return torch.cat([root * g, extra.mT @ g], -2)
+
+        def apply(z: Tensor) -> Tensor:
+            return root * z[..., :n, :] + extra @ z[..., n:, :]
+
+        pull = metric.image(extra)
+        trace = (voters.votes * self.grams[side.name].diagonal(dim1=-2, dim2=-1)).sum(-1)
+        trace = trace + (extra * pull).sum((-2, -1))
+        image = fold(self._first(side.name, rank, pull))
+        plain = Metric(v, None)
+        operator = Operator(apply, lambda y: fold(metric.image(y)), metric, plain)
+        ritz = block_krylov(
+            operator,
+            apply(whiten(plain, image, 1e-14)),
+            lambda block, seen: (trace - seen).clamp(min=0),
+            rank,
+            self.how,
+        )
+        pairs = ritz.basis @ ritz.vectors[..., : rank + self.how.oversample]
+        lam = ritz.theta[..., : rank + self.how.oversample]
+        clear = int((lam[..., :rank] > RESOLVED * lam[..., :1]).sum())
+        basis = orthonormalise(v, v.lift(stack, pairs[..., :clear]))
+        if clear < rank:
+            # What ends within the rank must be found to the last digit: tall blocks do that.
+            long = Coordinates(voters.t, voters.votes, v.lift(stack, extra))
+            return principal_krylov(v, side, long, rank, self.how, None, mean.coef, other, basis)
+        strength = (mean.share * self.sigma)[..., None]
+        reach = strength * metric.image(pairs)
+        energies = (reach * self.metrics[other.name].image(reach)).sum(-2)
+        return Principal(basis, lam, energies.clamp(min=0), trace, ritz.steps)
+
+    def _iterate(self, mean: Mean, rank: int, known: Tensor | None) -> Ritz:
+        """Ritz approximation of Q D Zᵀ, D = p σ."""
+        left, right = self.metrics["left"], self.metrics["right"]
+        strength = (mean.share * self.sigma)[..., None]
+        total = (strength * self.v.times(self.both, strength)).sum((-2, -1))
+        # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
+        total = total.where(total > NOISE * strength.square().sum((-2, -1)), 0.0)
+        operator = Operator(
+            lambda z: strength * right.image(z), lambda y: strength * left.image(y), left, right
+        )
+        start = strength * self._first("right", rank, None if known is None else right.image(known))
+        return block_krylov(
+            operator, start, lambda block, seen: (total - seen).clamp(min=0), rank, self.how
+        )
+
+    def _first(self, name: str, rank: int, known: Tensor | None) -> Tensor:
+        """(L, N, k): the stack times known columns (given as that) and seeded signs to fill up."""
+        if name not in self._seen:
+            signs = start_block(self.sides[name], rank, self.how)
+            self._seen[name] = self.v.times(self.stacks[name], signs)
+        signs = self._seen[name]
+        if known is None:
+            return signs
+        known = known[..., : int((known != 0).any(-2).sum())]
+        return torch.cat([known, signs[..., : signs.shape[-1] - known.shape[-1]]], -1)
