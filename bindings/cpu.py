@@ -61,8 +61,10 @@ ONEDNN = _onednn()
 ONEDNN_FROM = 2**21
 
 
-# Rows of a strip of x xᵀ: wide enough for full speed, narrow enough to skip half of the square.
-OUTER = 128
+# Numbers of the stretch of a stack that is projected at a time, and rows of a strip of x xᵀ:
+# wide enough for full speed, narrow enough to stay in cache and to skip half of the square.
+STRETCH = 2**20
+STRIP = 128
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:
@@ -114,18 +116,21 @@ class CpuVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return _linear(rows, omega.mT.to(rows.dtype)).double()
 
-    def fold(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        with _threads(t.numel() * rows.shape[-1]):
-            return ragged.unpad(ragged.pad(t).mT.to(rows.dtype) @ ragged.pad(rows))
-
-    def outer(self, rows: Tensor) -> Tensor:
-        n = rows.shape[-2]
-        out = rows.new_empty(*rows.shape[:-1], n)
-        for start in range(0, n, OUTER):  # the lower triangle by strips; the rest is its mirror
-            here = slice(start, min(start + OUTER, n))
-            strip = _linear(rows[:, start:], rows[:, here])
-            out[:, start:, here] = strip
-            out[:, here, here.stop :] = strip[:, here.stop - start :].mT
+    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        modules, n, d = rows.shape
+        out = rows.new_zeros(modules, n, n)
+        coordinates = ragged.pad(t).mT.to(rows.dtype)
+        width = max(256, STRETCH // (modules * n))
+        for start in range(0, d, width):
+            here = ragged.pad(rows[..., start : start + width])
+            with _threads(t.numel() * width):
+                q = ragged.unpad(coordinates @ here)
+            for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
+                strip = slice(top, top + STRIP)
+                out[:, top:, strip] += _linear(q[:, top:], q[:, strip])
+        for top in range(0, n, STRIP):
+            strip = slice(top, top + STRIP)
+            out[:, strip, top + STRIP :] = out[:, top + STRIP :, strip].mT
         return out
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The dual route: block Krylov iterations in N-space, on orthonormal client bases.
 
-With the clients' canonical bases as stacks, Q (N rows, b's side) and Z (a's side), every mean is
+With the clients' canonical bases side by side, Q = [Q_i] (N columns) and Z = [Z_i], every mean is
 Q D Zᵀ with a diagonal D, every mean projector Q H Qᵀ, and a tall vector Q z is N coordinates z
 with the metric G = QᵀQ. Two N × N Gram matrices replace all further passes over the stacks.
 Orthonormal columns keep G's entries accurate to the working precision in any gauge, which the
@@ -56,7 +56,7 @@ class Metric:
 class DualRoute:
     """N × N products instead of passes; one module at a time.
 
-    Cost per module: 4 N d r + 2 N² d flops a side, then 2 N² k flops a product.
+    Cost per module: 2 N d r + N² d flops a side, then 2 N² k flops a product.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class DualRoute:
     ) -> None:
         self.v, self.how = v, how
         self.sigma = clients.sigma
-        self.stacks = {
-            side.name: v.fold(side.rows, side.ragged, t)
-            for side, t in ((left, clients.t_u), (right, clients.t_v))
-        }
-        self.grams = {name: v.outer(stack) for name, stack in self.stacks.items()}
-        self.metrics = {name: Metric(v, gram) for name, gram in self.grams.items()}
         self.sides = {side.name: side for side in (left, right)}
+        self.t = {"left": clients.t_u, "right": clients.t_v}
+        self.grams = {
+            name: v.overlaps(side.rows, side.ragged, self.t[name])
+            for name, side in self.sides.items()
+        }
+        self.metrics = {name: Metric(v, gram) for name, gram in self.grams.items()}
         self.both = self.grams["left"] * self.grams["right"]
         self._seen: dict[str, Tensor] = {}
 
@@ -95,8 +95,8 @@ class DualRoute:
         mean: Mean,
         warm: Tensor | None = None,
     ) -> Principal:
-        v, stack, metric = self.v, self.stacks[side.name], self.metrics[side.name]
-        n, root = stack.shape[-2], voters.votes.sqrt()[..., None]
+        v, metric = self.v, self.metrics[side.name]
+        n, root = side.ragged.rows, voters.votes.sqrt()[..., None]
         extra = voters.extra if voters.extra.shape[-1] else root[..., :0]
 
         def fold(g: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class DualRoute:
         pairs = ritz.basis @ ritz.vectors[..., : rank + self.how.oversample]
         lam = ritz.theta[..., : rank + self.how.oversample]
         clear = int((lam[..., :rank] > RESOLVED * lam[..., :1]).sum())
-        basis = orthonormalise(v, v.lift(stack, pairs[..., :clear]))
+        basis = orthonormalise(v, self._lift(side, pairs[..., :clear]))
         if clear < rank:
             # What ends within the rank must be found to the last digit: tall blocks do that.
-            long = Coordinates(voters.t, voters.votes, v.lift(stack, extra))
+            long = Coordinates(voters.t, voters.votes, self._lift(side, extra))
             return principal_krylov(v, side, long, rank, self.how, None, mean.coef, other, basis)
         strength = (mean.share * self.sigma)[..., None]
         reach = strength * metric.image(pairs)
@@ -147,12 +147,18 @@ class DualRoute:
         )
 
     def _first(self, name: str, rank: int, known: Tensor | None) -> Tensor:
-        """(L, N, k): the stack times known columns (given as that) and seeded signs to fill up."""
+        """(L, N, k): Qᵀ times known columns (given as that) and seeded signs to fill up."""
         if name not in self._seen:
-            signs = start_block(self.sides[name], rank, self.how)
-            self._seen[name] = self.v.times(self.stacks[name], signs)
+            side = self.sides[name]
+            ragged, z = side.ragged, self.v.times(side.rows, start_block(side, rank, self.how))
+            self._seen[name] = ragged.unpad(ragged.pad(self.t[name]).mT @ ragged.pad(z))
         signs = self._seen[name]
         if known is None:
             return signs
         known = known[..., : int((known != 0).any(-2).sum())]
         return torch.cat([known, signs[..., : signs.shape[-1] - known.shape[-1]]], -1)
+
+    def _lift(self, side: Side, z: Tensor) -> Tensor:
+        """(L, d, k): the tall vectors of coordinates z."""
+        ragged = side.ragged
+        return self.v.lift(side.rows, ragged.unpad(ragged.pad(self.t[side.name]) @ ragged.pad(z)))

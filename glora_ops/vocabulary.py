@@ -35,12 +35,8 @@ class Vocabulary(Protocol):
         """(L, N, k) fp64: x Ω in the working precision."""
         ...
 
-    def fold(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
-        ...
-
-    def outer(self, rows: Tensor) -> Tensor:
-        """(L, N, N): x xᵀ in the working precision."""
+    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        """(L, N, N): QᵀQ of all clients' Q_i = x_iᵀ T_i in the working precision; t (L, N, r)."""
         ...
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
