@@ -105,7 +105,7 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(safe, t, upper=True, left=False)
 
 
-def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
+def canonical_forms(pair: Balanced, eigh: Eigh, leading: int | None = None) -> Forms:
     """Canonical coordinates of B·A, for the *unbalanced* factors, from their Gram matrices.
 
     eigh(G_A) = V Λ Vᵀ, F = √Λ Vᵀ; eigh(F G_B Fᵀ) = Y σ² Yᵀ; T_U = Fᵀ Y/σ, T_V = G_B T_U/σ.
@@ -115,6 +115,8 @@ def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
     pair : Balanced
     eigh : callable
         The device's eigensolver.
+    leading : int, optional
+        How many columns of T_U and T_V are wanted; all by default. σ is always whole.
 
     Notes
     -----
@@ -122,9 +124,10 @@ def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
     dropped. They are below 1e-7·‖B‖‖A‖, the last digits of fp32 factors.
     """
     f, y, sigma = _singular(pair, eigh)
-    kept = sigma > 0
-    inverse = torch.where(kept, 1 / sigma, 0.0)
-    t_u = f.mT @ y * inverse[..., None, :]
+    head = sigma[..., :leading]
+    kept = head > 0
+    inverse = torch.where(kept, 1 / head, 0.0)
+    t_u = f.mT @ y[..., :leading] * inverse[..., None, :]
     t_v = pair.gram_b @ t_u * inverse[..., None, :]
     t_u = _orthonormal_coordinates(t_u, pair.gram_b, kept)
     t_v = _orthonormal_coordinates(t_v, pair.gram_a, kept)

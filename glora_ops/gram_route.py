@@ -45,10 +45,9 @@ class GramRoute:
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         pair, norm = self._whole(mean.coef)
-        forms = canonical_forms(pair, self.v.eigh)
-        t_u = mean.coef[..., :, None] * forms.t_u[..., :rank]
-        x = lifted(self.v, self.left.rows, t_u)
-        y = lifted(self.v, self.right.rows, forms.t_v[..., :rank])
+        forms = canonical_forms(pair, self.v.eigh, rank)
+        x = lifted(self.v, self.left.rows, mean.coef[..., :, None] * forms.t_u)
+        y = lifted(self.v, self.right.rows, forms.t_v)
         return Triplets(fill(x, rank), fill(y, rank), fill(forms.sigma, rank + 1), norm, 0)
 
     def principal(
