@@ -79,6 +79,19 @@ def _linear(x: Tensor, w: Tensor) -> Tensor:
         return parts[0] if modules == 1 else torch.cat(parts)
 
 
+def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
+    """(L, N, d): turn_i x_i of every client, turn (L, K, r, r) in the rows' dtype."""
+    out = None if len(ragged.groups) == 1 else torch.zeros_like(rows)
+    for group in ragged.groups:
+        x = rows[:, group.rows].unflatten(1, (-1, group.rank))
+        with _threads(x.numel() * group.rank):
+            y = (turn[:, group.clients, : group.rank, : group.rank] @ x).flatten(1, 2)
+        if out is None:
+            return y
+        out[:, group.rows] = y
+    return torch.zeros_like(rows) if out is None else out
+
+
 class CpuVocabulary:
     """Implements `glora_ops.vocabulary.Vocabulary`."""
 
@@ -101,16 +114,20 @@ class CpuVocabulary:
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         modules, _, d = rows.shape
-        shape = (modules, ragged.clients, ragged.max_rank)
-        out = torch.zeros(*shape, ragged.max_rank, dtype=torch.float64)
-        flat = out.flatten(0, 1)
-        width = min(d, max(256, CHUNK // math.prod(shape)))
-        buffer = torch.empty(*shape, width, dtype=torch.float64)
-        with _threads(math.prod(shape) * ragged.max_rank * d):
-            for start in range(0, d, width):
-                here = ragged.pad(rows[..., start : start + width])
-                x = buffer[..., : here.shape[-1]].copy_(here).flatten(0, 1)
-                flat.baddbmm_(x, x.mT)
+        widest = ragged.max_rank
+        out = torch.zeros(modules, ragged.clients, widest, widest, dtype=torch.float64)
+        for group in ragged.groups:
+            blocks = modules * group.clients.numel()
+            g = torch.zeros(blocks, group.rank, group.rank, dtype=torch.float64)
+            width = min(d, max(256, CHUNK // (blocks * group.rank)))
+            buffer = torch.empty(blocks * group.rank * width, dtype=torch.float64)
+            with _threads(g.numel() * d):
+                for start in range(0, d, width):
+                    here = rows[:, group.rows, start : start + width]
+                    x = buffer[: here.numel()].view(here.shape).copy_(here)
+                    x = x.view(blocks, group.rank, -1)
+                    g.baddbmm_(x, x.mT)
+            out[:, group.clients, : group.rank, : group.rank] = g.view(modules, -1, *g.shape[1:])
         return out
 
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
@@ -119,12 +136,9 @@ class CpuVocabulary:
     def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         modules, n, d = rows.shape
         out = rows.new_zeros(modules, n, n)
-        coordinates = ragged.pad(t).mT.to(rows.dtype)
-        width = max(256, STRETCH // (modules * n))
-        for start in range(0, d, width):
-            here = ragged.pad(rows[..., start : start + width])
-            with _threads(t.numel() * width):
-                q = ragged.unpad(coordinates @ here)
+        turn = ragged.pad(t).mT.to(rows.dtype)
+        for stretch in rows.tensor_split(math.ceil(modules * n * d / STRETCH), -1):
+            q = _turned(stretch, ragged, turn)
             for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
                 strip = slice(top, top + STRIP)
                 out[:, top:, strip] += _linear(q[:, top:], q[:, strip])

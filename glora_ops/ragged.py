@@ -14,7 +14,24 @@ from torch import Tensor
 
 from .errors import require
 
-__all__ = ["Ragged"]
+__all__ = ["Group", "Ragged"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The clients of one rank.
+
+    Attributes
+    ----------
+    clients : Tensor (n,) int64
+    rows : slice or Tensor (n · rank,) int64
+        Their rows of the stack, client by client; a slice where they stand together.
+    rank : int
+    """
+
+    clients: Tensor
+    rows: slice | Tensor
+    rank: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +124,20 @@ class Ragged:
         """(K, max_rank) int64: the row at each place, any valid row where none exists."""
         first = self.offsets[:-1].to(self.device)[:, None]
         return (first + torch.arange(self.max_rank, device=self.device)).clamp_(max=self.rows - 1)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Clients by rank, those without rows left out: blocks of one shape, without padding."""
+        groups = []
+        for rank in self.ranks.unique().tolist():
+            if rank == 0:
+                continue
+            clients = (self.ranks == rank).nonzero()[:, 0]
+            rows = self.index[clients, :rank].flatten()
+            first, last = int(rows[0]), int(rows[-1])
+            together = last - first + 1 == rows.numel()
+            groups.append(Group(clients, slice(first, last + 1) if together else rows, rank))
+        return groups
 
     def pad(self, x: Tensor) -> Tensor:
         """(…, N, c) → (…, K, max_rank, c), zero where a client has no row; a view if uniform."""
