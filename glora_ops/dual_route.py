@@ -75,11 +75,14 @@ class DualRoute:
         self._seen: dict[str, Tensor] = {}
 
     def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        ritz = self._iterate(mean, rank, known)
+        ritz = self._iterate(
+            mean, rank, None if known is None else self.metrics["right"].image(known)
+        )
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
-        ritz = self._iterate(mean, rank, None)
+        known = None if warm is None else self._pull(self.sides["right"], warm)
+        ritz = self._iterate(mean, rank, known)
         leading = ritz.vectors[..., :rank]
         x = ritz.basis @ leading
         y = orthonormalise(self.metrics["right"], ritz.images @ leading)
@@ -108,7 +111,8 @@ class DualRoute:
         pull = metric.image(extra)
         trace = (voters.votes * self.grams[side.name].diagonal(dim1=-2, dim2=-1)).sum(-1)
         trace = trace + (extra * pull).sum((-2, -1))
-        image = fold(self._first(side.name, rank, pull))
+        known = pull if warm is None else torch.cat([pull, self._pull(side, warm)], -1)
+        image = fold(self._first(side, rank, known))
         plain = Metric(v, None)
         operator = Operator(apply, lambda y: fold(metric.image(y)), metric, plain)
         ritz = block_krylov(
@@ -132,7 +136,7 @@ class DualRoute:
         return Principal(basis, lam, energies.clamp(min=0), trace, ritz.steps)
 
     def _iterate(self, mean: Mean, rank: int, known: Tensor | None) -> Ritz:
-        """Ritz approximation of Q D Zᵀ, D = p σ."""
+        """Ritz approximation of Q D Zᵀ, D = p σ; known: Zᵀ y of columns y to start from."""
         left, right = self.metrics["left"], self.metrics["right"]
         strength = (mean.share * self.sigma)[..., None]
         total = (strength * self.v.times(self.both, strength)).sum((-2, -1))
@@ -141,24 +145,28 @@ class DualRoute:
         operator = Operator(
             lambda z: strength * right.image(z), lambda y: strength * left.image(y), left, right
         )
-        start = strength * self._first("right", rank, None if known is None else right.image(known))
+        start = strength * self._first(self.sides["right"], rank, known)
         return block_krylov(
             operator, start, lambda block, seen: (total - seen).clamp(min=0), rank, self.how
         )
 
-    def _first(self, name: str, rank: int, known: Tensor | None) -> Tensor:
+    def _first(self, side: Side, rank: int, known: Tensor | None) -> Tensor:
         """(L, N, k): Qᵀ times known columns (given as that) and seeded signs to fill up."""
-        if name not in self._seen:
-            side = self.sides[name]
-            ragged, z = side.ragged, self.v.times(side.rows, start_block(side, rank, self.how))
-            self._seen[name] = ragged.unpad(ragged.pad(self.t[name]).mT @ ragged.pad(z))
-        signs = self._seen[name]
+        if side.name not in self._seen:
+            self._seen[side.name] = self._pull(side, start_block(side, rank, self.how))
+        signs = self._seen[side.name]
         if known is None:
             return signs
         known = known[..., : int((known != 0).any(-2).sum())]
-        return torch.cat([known, signs[..., : signs.shape[-1] - known.shape[-1]]], -1)
+        count = max(signs.shape[-1] - known.shape[-1], self.how.oversample)
+        return torch.cat([known, signs[..., :count]], -1)
+
+    def _pull(self, side: Side, x: Tensor) -> Tensor:
+        """(L, N, k): Qᵀ x of tall vectors x."""
+        ragged, z = side.ragged, self.v.times(side.rows, x)
+        return ragged.unpad(ragged.pad(self.t[side.name]).mT @ ragged.pad(z))
 
     def _lift(self, side: Side, z: Tensor) -> Tensor:
-        """(L, d, k): the tall vectors of coordinates z."""
+        """(L, d, k): the tall vectors Q z."""
         ragged = side.ragged
         return self.v.lift(side.rows, ragged.unpad(ragged.pad(self.t[side.name]) @ ragged.pad(z)))
