@@ -117,17 +117,19 @@ class CpuVocabulary:
         widest = ragged.max_rank
         out = torch.zeros(modules, ragged.clients, widest, widest, dtype=torch.float64)
         for group in ragged.groups:
-            blocks = modules * group.clients.numel()
-            g = torch.zeros(blocks, group.rank, group.rank, dtype=torch.float64)
-            width = min(d, max(256, CHUNK // (blocks * group.rank)))
-            buffer = torch.empty(blocks * group.rank * width, dtype=torch.float64)
+            rank = group.rank
+            blocks = rows[:, group.rows].unflatten(1, (-1, rank)).flatten(0, 1)
+            g = torch.zeros(len(blocks), rank, rank, dtype=torch.float64)
+            width = min(d, max(256, CHUNK // rank))
+            step = max(1, CHUNK // (rank * width))
+            buffer = torch.empty(step * rank * width, dtype=torch.float64)
             with _threads(g.numel() * d):
-                for start in range(0, d, width):
-                    here = rows[:, group.rows, start : start + width]
-                    x = buffer[: here.numel()].view(here.shape).copy_(here)
-                    x = x.view(blocks, group.rank, -1)
-                    g.baddbmm_(x, x.mT)
-            out[:, group.clients, : group.rank, : group.rank] = g.view(modules, -1, *g.shape[1:])
+                for first in range(0, len(blocks), step):
+                    for start in range(0, d, width):
+                        here = blocks[first : first + step, :, start : start + width]
+                        x = buffer[: here.numel()].view(here.shape).copy_(here)
+                        g[first : first + step].baddbmm_(x, x.mT)
+            out[:, group.clients, :rank, :rank] = g.view(modules, -1, rank, rank)
         return out
 
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
@@ -163,12 +165,16 @@ class CpuVocabulary:
             with _threads(modules * d * k * m):
                 return y.mT @ z
         out = y.new_zeros(modules, k, m, dtype=torch.float64)
-        width = max(256, CHUNK // (modules * (k + (z is not y) * m) or 1))
+        columns = k + (z is not y) * m or 1
+        width = max(256, CHUNK // columns)
+        step = max(1, CHUNK // (columns * min(d, width)))
         with _threads(modules * d * k * m):
-            for start in range(0, d, width):
-                left = y[:, start : start + width].mT.double()
-                right = left if z is y else z[:, start : start + width].mT.double()
-                out.baddbmm_(left, right.mT)
+            for first in range(0, modules, step):
+                for start in range(0, d, width):
+                    here = slice(first, first + step), slice(start, start + width)
+                    left = y[here].mT.double()
+                    right = left if z is y else z[here].mT.double()
+                    out[here[0]].baddbmm_(left, right.mT)
         return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
