@@ -1,0 +1,1 @@
+"""Compile-only cases of the kernels that read or write the long dimension."""

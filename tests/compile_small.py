@@ -1,0 +1,1 @@
+"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD."""
