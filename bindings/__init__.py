@@ -3,4 +3,4 @@
 from . import ops as _ops
 from .cpu import CpuVocabulary
 
-_ops.register(CpuVocabulary(), "CPU")
+_ops.register(_ops.Ops(CpuVocabulary()), "CPU")

@@ -15,7 +15,7 @@ from glora_ops.krylov_route import Iteration
 from glora_ops.packing import pack
 from glora_ops.ragged import Ragged
 from glora_ops.solver import Coordinates, Side, fill, gram_route_limit
-from glora_ops.vocabulary import Vocabulary
+from glora_ops.vocabulary import Vocabulary, working
 
 from . import schemas
 
@@ -24,9 +24,8 @@ __all__ = ["register"]
 Tensors = tuple[Tensor, ...]
 
 
-def register(v: Vocabulary, key: str) -> None:
+def register(ops: Ops, key: str) -> None:
     """Bind every op to a dispatch key, run in isolation, outputs contiguous."""
-    ops = Ops(v)
     for name in schemas.NAMES:
         schemas.LIBRARY.impl(name, _isolated(getattr(ops, name.replace(".", "_"))), key)
 
@@ -68,10 +67,17 @@ def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
 
 
 class Ops:
-    """Bodies of ``torch.ops.glora.*`` over one vocabulary; names and arguments as the schemas'."""
+    """Bodies of ``torch.ops.glora.*`` over one vocabulary; names and arguments as the schemas'.
 
-    def __init__(self, v: Vocabulary) -> None:
+    Parameters
+    ----------
+    captured : bool
+        Whether `aggregate` with a fixed number of power steps takes the captured route.
+    """
+
+    def __init__(self, v: Vocabulary, captured: bool = False) -> None:
         self.v = v
+        self.captured = captured
 
     def canonicalize(
         self,
@@ -204,6 +210,7 @@ class Ops:
         modules = rows_b.shape[0]
         w, s = _per_client(weights, modules), _per_client(scaling, modules)
         start_u, start_v = (None if x is None else _modules(x) for x in (warm_u, warm_v))
+        captured = self.captured and power_iters >= 0
 
         def run(here: slice) -> Tensors:
             return algorithm.aggregate(
@@ -221,10 +228,11 @@ class Ops:
                 None if start_u is None else start_u[here],
                 None if start_v is None else start_v[here],
                 _roundoff(b, a),
+                captured,
             )
 
-        exact = ragged.rows <= gram_route_limit(rank)
-        return _like(b.dim() == 3, *(run(slice(None)) if exact else _by_module(run, modules)))
+        together = captured or ragged.rows <= gram_route_limit(rank)
+        return _like(b.dim() == 3, *(run(slice(None)) if together else _by_module(run, modules)))
 
     def aggregate_list(
         self,
@@ -253,7 +261,9 @@ class Ops:
         batched = u.dim() == 3
         return _like(
             batched,
-            *algorithm.readout(_modules(u), _modules(s, 2), _modules(v), rank, scaling, pad, seed),
+            *algorithm.readout(
+                self.v, _modules(u), _modules(s, 2), _modules(v), rank, scaling, pad, seed
+            ),
         )
 
     # --- shared parts ------------------------------------------------------------------------
@@ -313,7 +323,5 @@ class Ops:
 
 
 def _extra(extra: Tensor | None, side: Side) -> Tensor:
-    """Further columns in the rows' dtype; none where the caller gave none."""
-    if extra is None:
-        return side.rows[:, :0].mT
-    return _modules(extra).to(side.rows.dtype)
+    """Further columns in the working precision; none where the caller gave none."""
+    return (side.rows[:, :0].mT if extra is None else _modules(extra)).to(working(side.rows.dtype))

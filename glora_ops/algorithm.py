@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .canonical import balance, canonical_forms, factor_coordinates, soft_votes
+from .canonical import balance, factor_coordinates, soft_votes
+from .captured_route import CapturedRoute
 from .certificates import STATS, U32, Cut, certify, information_vote
 from .gram_route import GramRoute, principal_gram
 from .krylov_route import Iteration, KrylovRoute, principal_krylov
 from .ragged import Ragged
 from .signs import sign_matrix
 from .solver import Coordinates, Principal, Route, Side, Triplets, fill, gram_route_limit
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = [
     "Clients",
@@ -69,7 +70,7 @@ def canonicalize(
 ) -> Clients:
     """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
     pair = balance(gram_b, gram_a)
-    forms = canonical_forms(pair, v.eigh)
+    forms = v.canonical(pair)
     sigma = forms.sigma * scaling.abs()[..., None]
     voting = (sigma > 0)[..., None, :]
     size = scaling.abs() * pair.size
@@ -98,10 +99,8 @@ def factor_voters(v: Vocabulary, side: Side) -> Tensor:
 
 def projector_matmul(v: Vocabulary, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
     """y = Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i Ω, (L, d, k): neither projector nor basis is formed."""
-    ragged = side.ragged
-    folded = ragged.unpad(ragged.pad(voters.t).mT @ ragged.pad(v.times(side.rows, omega)))
-    weighted = ragged.pad(voters.votes[..., None] * folded)
-    return v.lift(side.rows, ragged.unpad(ragged.pad(voters.t) @ weighted))
+    folded = v.vote(voters.t, voters.votes, side.ragged, v.times(side.rows, omega))
+    return v.lift(side.rows, folded)
 
 
 def projector_svd(
@@ -123,8 +122,7 @@ def core(
     v: Vocabulary, u: Tensor, w: Tensor, b: Tensor, a: Tensor, coef: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """C = Σ_j coef_j (Uᵀb_j)(a_jᵀV) (L, R, R), with the projections Z_U = bU and Z_V = aV."""
-    z_u, z_v = v.times(b, u), v.times(a, w)
-    return z_u.mT @ (coef[..., None] * z_v), z_u, z_v
+    return v.core(b, a, u, w, coef)
 
 
 def anchor_columns(
@@ -180,12 +178,20 @@ def aggregate(
     warm_u: Tensor | None,
     warm_v: Tensor | None,
     roundoff: float,
+    captured: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The whole server step for L modules of one shape; see the op of the same name."""
+    """The whole server step for L modules of one shape; see the op of the same name.
+
+    With `captured` the steps are fixed beforehand and no value is looked at.
+    """
     b, a, _ = v.pair(b, a)
     left, right = Side("left", b, ragged), Side("right", a, ragged)
-    exact = ragged.rows <= gram_route_limit(rank)
-    route: Route = GramRoute(v, left, right) if exact else KrylovRoute(v, left, right, how)
+    exact = not captured and ragged.rows <= gram_route_limit(rank)
+    route: Route
+    if captured:
+        route = CapturedRoute(v, left, right, rank, how)
+    else:
+        route = GramRoute(v, left, right) if exact else KrylovRoute(v, left, right, how)
     clients = canonicalize(v, *route.client_grams(), ragged, scaling, tau_rel, roundoff)
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)
@@ -208,7 +214,8 @@ def aggregate(
         soft = basis == "consensus"
         hard = clients.sigma > 8 * ragged.spread(clients.noise)
         row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
-        extra_u, extra_v, steps = b[:, :0].mT, a[:, :0].mT, 0
+        extra_u, extra_v = (x[:, :0].mT.to(working(x.dtype)) for x in (b, a))
+        steps = 0
         if soft and anchor > 0:
             extra_u, extra_v, lead, floor = anchor_columns(
                 route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
@@ -233,7 +240,7 @@ def aggregate(
     loudest = ragged.pad(clients.sigma[..., None])[..., 0, 0]
     heard = (weights != 0) & (loudest > 0)
     stats = certify(
-        cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(b.dtype).eps / 2,
+        cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(working(b.dtype)).eps / 2,
         voices=heard.sum(-1),
         rho_max=torch.where(heard, clients.size / _positive(loudest), 0.0).amax(-1),
         info_limited=(heard & (clients.noise > tau_rel * loudest)).sum(-1),
@@ -275,7 +282,14 @@ def _client_stats(
 
 
 def readout(
-    u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pad: str, seed: int
+    words: Vocabulary,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    rank: int,
+    scaling: float,
+    pad: str,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in).
 
@@ -284,10 +298,9 @@ def readout(
     """
     real = s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
     root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
-    b = fill(u * root[..., None, :], rank).contiguous()
-    a = fill(v * root[..., None, :], rank)
+    b, a = words.readout(u, v, root, rank)
     if pad == "trainable":
-        a = a.clone()
+        columns = a.mT
         orthonormal = fill(v * real[..., None, :].to(v.dtype), rank)
         empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
         fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
@@ -301,5 +314,5 @@ def readout(
             orthonormal[..., j] = torch.where(
                 empty[..., j, None], column[..., 0], orthonormal[..., j]
             )
-            a[..., j] = torch.where(empty[..., j, None], column[..., 0], a[..., j])
-    return b, a.mT.contiguous()
+            columns[..., j] = torch.where(empty[..., j, None], column[..., 0], columns[..., j])
+    return b, a

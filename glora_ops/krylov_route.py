@@ -17,7 +17,7 @@ from torch import Tensor
 from .signs import sign_matrix
 from .solver import Coordinates, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = ["Iteration", "KrylovRoute", "principal_krylov"]
 
@@ -193,7 +193,7 @@ class KrylovRoute:
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
     def triplets(self, coef: Tensor, rank: int, warm: Tensor | None = None) -> Triplets:
-        v, dtype = self.v, self.left.rows.dtype
+        v, dtype = self.v, working(self.left.rows.dtype)
         ritz = self._iterate(coef, rank, warm, self.how)
         leading = ritz.vectors[..., :rank]
         x = orthonormalise(v, v.combine(ritz.basis, leading))

@@ -77,9 +77,14 @@ class Ragged:
         return int(self.offsets[-1])
 
     @cached_property
+    def marks(self) -> Tensor:
+        """(K + 1,) int64: the offsets where the rows are."""
+        return self.offsets.to(self.device)
+
+    @cached_property
     def ranks(self) -> Tensor:
         """(K,) int64: rows of each client."""
-        return self.offsets.diff().to(self.device)
+        return self.marks.diff()
 
     @cached_property
     def uniform(self) -> bool:
@@ -94,7 +99,7 @@ class Ragged:
     @cached_property
     def within(self) -> Tensor:
         """(N,) int64: position of each row among its client's rows."""
-        first = self.offsets[:-1].to(self.device)
+        first = self.marks[:-1]
         return torch.arange(self.rows, device=self.device) - first[self.owner]
 
     @cached_property
@@ -105,7 +110,7 @@ class Ragged:
     @cached_property
     def index(self) -> Tensor:
         """(K, max_rank) int64: the row at each place, any valid row where none exists."""
-        first = self.offsets[:-1].to(self.device)[:, None]
+        first = self.marks[:-1, None]
         return (first + torch.arange(self.max_rank, device=self.device)).clamp_(max=self.rows - 1)
 
     def pad(self, x: Tensor) -> Tensor:

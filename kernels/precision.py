@@ -1,14 +1,14 @@
-"""Which arithmetic each step uses, by the dtype of the factors and the target. README.md: why.
+"""Which arithmetic a product uses, by what meets what and where. README.md justifies each row.
 
-| step | factors | sm_80, sm_90 | sm_100 | gfx942 |
-| --- | --- | --- | --- | --- |
-| Gram, inner | any | fp64 tensor cores | fp64 FMA | fp64 FMA |
-| times, lift, core | bf16 | bf16 × 3 exact bf16 terms | the same | the same |
-| times, lift, core | fp16, fp32 | tf32x3 | tf32x3 | fp32 (mfma) |
-| combine | fp32 | tf32x3 | tf32x3 | fp32 (mfma) |
+| x | w | NVIDIA | AMD, interpreter |
+| --- | --- | --- | --- |
+| bf16 or fp16 | the same (signs) | ``half``: one dot, products exact in fp32 | ``ieee`` |
+| bf16 | fp32 | ``split w``: w as three bf16 terms, exactly; three dots | ``split w``, ``ieee`` |
+| fp16 or fp32 | fp32 | ``tf32x3``: three tf32 dots, error 2⁻²² of a product | ``ieee`` |
+| any | any, if one is fp64 | ``double``: fp64 throughout | ``double`` |
 
-Every sum is fp32 within a block and fp64 between blocks, or fp64 throughout. Triton's interpreter
-multiplies bf16 wrongly and knows one precision: there every product is fp32 or fp64.
+Sums are fp32 except in ``double``; Gram matrices are always fp64. Nothing is left to Triton's
+default. The interpreter multiplies bf16 wrongly and knows one precision, so it up-casts.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 
 from .launching import interpreted
 
-__all__ = ["SPLIT", "TERMS", "assumed_target", "double_dot", "exact_product", "target_of"]
+__all__ = ["assumed_target", "product_mode", "target_of"]
 
-# How an fp32-exact product is taken; names of the constexpr MODE of `blocks.exact_dot`.
-SPLIT, TERMS, FULL = "bf16 terms", "tf32x3", "ieee"
+HALVES = (torch.bfloat16, torch.float16)
 
 _assumed = "sm_90"
 
@@ -51,16 +50,15 @@ def target_of(x: torch.Tensor) -> str:
     return f"sm_{major}{minor}"
 
 
-def exact_product(x: torch.Tensor) -> str:
-    """How x (of any input dtype) meets fp32 operands."""
+def product_mode(x: torch.Tensor, w: torch.Tensor) -> str:
+    """The constexpr MODE of `blocks.product` for operands of these dtypes."""
+    if torch.float64 in (x.dtype, w.dtype):
+        return "double"
     target = target_of(x)
     if target == "interpreter":
-        return FULL
+        return "ieee"
+    if x.dtype == w.dtype and x.dtype in HALVES:
+        return "half"
     if x.dtype == torch.bfloat16:
-        return SPLIT
-    return TERMS if target.startswith("sm_") else FULL
-
-
-def double_dot(x: torch.Tensor) -> bool:
-    """Whether fp64 products are `tl.dot`; otherwise sums of outer products, plain fp64 FMA."""
-    return target_of(x) in ("interpreter", "sm_80", "sm_90")
+        return "split w"
+    return "tf32x3" if target.startswith("sm_") else "ieee"

@@ -21,6 +21,7 @@ LAYERS = [
     {"vocabulary"},
     {"canonical", "tall", "solver"},
     {"gram_route", "krylov_route"},
+    {"captured_route"},
     {"algorithm"},
     {"bindings"},
     {"adapters", "report"},
