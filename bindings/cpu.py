@@ -119,7 +119,7 @@ class CpuVocabulary:
         grams = [self.gram(rows, ragged) for rows in stacks]
         return grams, [self.times(x, w) for x, w in zip(stacks, omegas, strict=True)]
 
-    def canonical(self, pair: Balanced) -> Forms:
+    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
         return canonical_forms(pair, self.eigh)
 
     def vote(self, t: Tensor, votes: Tensor, ragged: Ragged, z: Tensor) -> Tensor:

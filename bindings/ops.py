@@ -24,17 +24,20 @@ __all__ = ["register"]
 Tensors = tuple[Tensor, ...]
 
 
-def register(ops: Ops, key: str) -> None:
-    """Bind every op to a dispatch key, run in isolation, outputs contiguous."""
+def register(ops: Callable[[], Ops], key: str) -> None:
+    """Bind every op to a dispatch key, run in isolation, outputs contiguous.
+
+    `ops` is called when an op is: a device's imports wait for its first tensor.
+    """
     for name in schemas.NAMES:
-        schemas.LIBRARY.impl(name, _isolated(getattr(ops, name.replace(".", "_"))), key)
+        schemas.LIBRARY.impl(name, _isolated(ops, name.replace(".", "_")), key)
 
 
-def _isolated(body: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(body)
+def _isolated(ops: Callable[[], Ops], name: str) -> Callable[..., Any]:
+    @wraps(getattr(Ops, name))
     def run(*args: Any, **kwargs: Any) -> Any:
         with exact_products(), one_thread():
-            out = body(*args, **kwargs)
+            out = getattr(ops(), name)(*args, **kwargs)
         if isinstance(out, Tensor):
             return out.contiguous()
         return tuple(x.contiguous() for x in out)
@@ -52,8 +55,8 @@ def _modules(x: Tensor, dim: int = 3) -> Tensor:
     return x if x.dim() == dim else x[None]
 
 
-def _per_client(x: Tensor, modules: int) -> Tensor:
-    return x.double().expand(modules, -1)
+def _per_client(x: Tensor, stack: Tensor) -> Tensor:
+    return x.to(stack.device, torch.float64).expand(stack.shape[0], -1)
 
 
 def _like(batched: bool, *outputs: Tensor) -> Tensors:
@@ -98,7 +101,7 @@ class Ops:
             self.v.gram(rows_b, ragged),
             self.v.gram(rows_a, ragged),
             ragged,
-            _per_client(scaling, rows_b.shape[0]),
+            _per_client(scaling, rows_b),
             tau_rel,
             _roundoff(b, a),
         )
@@ -176,8 +179,7 @@ class Ops:
         schemas.check_clients("scaling", scaling, offsets, b)
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
-        modules = rows_b.shape[0]
-        coef = ragged.spread(_per_client(weights, modules) * _per_client(scaling, modules))
+        coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b))
         c, _, _ = algorithm.core(self.v, _modules(u), _modules(v), rows_b, rows_a, coef)
         return c if b.dim() == 3 else c[0]
 
@@ -208,7 +210,7 @@ class Ops:
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a = _modules(b), _modules(a)
         modules = rows_b.shape[0]
-        w, s = _per_client(weights, modules), _per_client(scaling, modules)
+        w, s = _per_client(weights, rows_b), _per_client(scaling, rows_b)
         start_u, start_v = (None if x is None else _modules(x) for x in (warm_u, warm_v))
         captured = self.captured and power_iters >= 0
 
@@ -293,7 +295,7 @@ class Ops:
         schemas.check_offsets(offsets)
         schemas.check_clients("weights", weights, offsets, x)
         side, _ = self._side(x, offsets)
-        votes = side.ragged.spread(_per_client(weights, side.rows.shape[0]))
+        votes = side.ragged.spread(_per_client(weights, side.rows))
         t = algorithm.factor_voters(self.v, side)
         return side, Coordinates(t, votes, _extra(extra, side))
 

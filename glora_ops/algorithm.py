@@ -70,7 +70,7 @@ def canonicalize(
 ) -> Clients:
     """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
     pair = balance(gram_b, gram_a)
-    forms = v.canonical(pair)
+    forms = v.canonical(pair, ragged)
     sigma = forms.sigma * scaling.abs()[..., None]
     voting = (sigma > 0)[..., None, :]
     size = scaling.abs() * pair.size

@@ -51,7 +51,7 @@ class Vocabulary(Protocol):
         """`gram` and `times` of both stacks, every row read once."""
         ...
 
-    def canonical(self, pair: Balanced) -> Forms:
+    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
         """Canonical coordinates of every client's pair, as `canonical.canonical_forms`."""
         ...
 

@@ -20,9 +20,9 @@ from .launching import launch
 from .precision import product_mode
 from .product import FILL
 
-__all__ = ["MAX_RANK", "SketchConfig", "launch_sketch"]
+__all__ = ["MAX_COLUMNS", "MAX_RANK", "SketchConfig", "launch_sketch"]
 
-MAX_RANK = 64
+MAX_RANK, MAX_COLUMNS = 64, 128
 
 
 @dataclass(frozen=True)
