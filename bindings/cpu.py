@@ -122,10 +122,11 @@ class CpuVocabulary:
     def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
         return canonical_forms(pair, self.eigh)
 
-    def vote(self, t: Tensor, votes: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
-        blocks = ragged.pad(t)
-        weighted = ragged.pad(votes[..., None] * ragged.unpad(blocks.mT @ ragged.pad(z)))
-        return ragged.unpad(blocks @ weighted)
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return scale[..., None] * ragged.unpad(ragged.pad(t).mT @ ragged.pad(z))
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return ragged.unpad(ragged.pad(t) @ ragged.pad(scale[..., None] * z))
 
     def core(
         self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor

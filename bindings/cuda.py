@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular, vote
+from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
 from glora_ops.kernels.eigh import launch_eigh
+from glora_ops.kernels.fold import launch_fold
 from glora_ops.kernels.product import launch_accumulate, launch_inner, launch_times
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
@@ -69,12 +70,11 @@ class CudaVocabulary:
         )
         return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
 
-    def vote(self, t: Tensor, votes: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
-        if t.shape[-1] > vote.MAX_RANK:
-            blocks = ragged.pad(t)
-            weighted = ragged.pad(votes[..., None] * ragged.unpad(blocks.mT @ ragged.pad(z)))
-            return ragged.unpad(blocks @ weighted)
-        return vote.launch_vote(t, votes, z, ragged.marks)
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return launch_fold(t, scale, z, ragged.marks, ragged.max_rank, back=False)
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return launch_fold(t, scale, z, ragged.marks, ragged.max_rank, back=True)
 
     def core(
         self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor

@@ -99,8 +99,9 @@ def factor_voters(v: Vocabulary, side: Side) -> Tensor:
 
 def projector_matmul(v: Vocabulary, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
     """y = Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i Ω, (L, d, k): neither projector nor basis is formed."""
-    folded = v.vote(voters.t, voters.votes, side.ragged, v.times(side.rows, omega))
-    return v.lift(side.rows, folded)
+    t, c, ragged = voters.t, voters.votes, side.ragged
+    folded = v.fold(t, c, ragged, v.times(side.rows, omega))
+    return v.lift(side.rows, v.unfold(t, torch.ones_like(c), ragged, folded))
 
 
 def projector_svd(

@@ -94,15 +94,16 @@ class CapturedRoute:
         if warm is not None:
             starts.insert(1, v.times(a, warm))
         y = v.lift(b, weight * torch.cat(starts, -1))
-        y, image = y.split([y.shape[-1] - PROBES, PROBES], -1)
-        for _ in range(steps):
-            y = gram_schmidt(v, y)
-            y = v.lift(b, weight * v.times(a, v.lift(a, weight * v.times(b, y))))
+        probes = self._probes.shape[-1]
+        y, image = y.split([y.shape[-1] - probes, probes], -1)
+        for _ in range(steps):  # a basis after each half: W Wᵀ in fp32 ends at σ₁/4000, W at u32 σ₁
+            y = gram_schmidt(v, v.lift(a, weight * v.times(b, gram_schmidt(v, y))))
+            y = v.lift(b, weight * v.times(a, y))
         basis = gram_schmidt(v, y, passes=2)
         images = v.lift(a, weight * v.times(b, basis))
         theta, vectors = v.eigh(v.inner(images, images))
         missed = image - v.combine(basis, v.inner(basis, image))
-        outside = missed.double().square().sum((-2, -1)) / PROBES
+        outside = missed.double().square().sum((-2, -1)) / probes
         return Ritz(basis, images, theta, vectors, theta.sum(-1) + outside)
 
     def principal(
@@ -119,13 +120,19 @@ class CapturedRoute:
         Columns of the anchor that are zero leave their place to more of Ω.
         """
         v, rows, ragged, extra = self.v, side.rows, side.ragged, voters.extra
+        root = voters.votes.sqrt()
 
-        def apply(y: Tensor, z: Tensor) -> Tensor:
-            votes = v.vote(voters.t, voters.votes, ragged, z)
-            return v.lift(rows, votes) + v.combine(extra, v.inner(extra, y))
+        def apply(z: Tensor) -> Tensor:
+            in_rows, in_extra = z.split([ragged.rows, extra.shape[-1]], -2)
+            return v.lift(rows, v.unfold(voters.t, root, ragged, in_rows)) + v.combine(
+                extra, in_extra
+            )
 
-        omega = self._signs(side, side.name, self.columns)
-        y = apply(omega.expand(rows.shape[0], -1, -1), self._first[1][side.name])
+        def apply_t(y: Tensor, reached: Tensor) -> Tensor:
+            return torch.cat([v.fold(voters.t, root, ragged, reached), v.inner(extra, y)], -2)
+
+        omega = self._signs(side, side.name, self.columns).expand(rows.shape[0], -1, -1)
+        y = apply(gram_schmidt(v, apply_t(omega, self._first[1][side.name])))
         known = min(extra.shape[-1], y.shape[-1])
         rest, spare = y.split([y.shape[-1] - known, known], -1)
         anchor = extra[..., :known]
@@ -134,12 +141,11 @@ class CapturedRoute:
         y = torch.cat(starts if warm is None else [*starts, warm.to(y.dtype)], -1)
         for _ in range(self.steps):
             y = gram_schmidt(v, y)
-            y = apply(y, v.times(rows, y))
+            y = apply(gram_schmidt(v, apply_t(y, v.times(rows, y))))
         y = gram_schmidt(v, y, passes=2)
         z = v.times(rows, y)
-        edge = v.inner(extra, y)
-        h = v.inner(z, v.vote(voters.t, voters.votes, ragged, z)) + edge.mT @ edge
-        lam, vectors = v.eigh((h + h.mT) / 2)
+        images = apply_t(y, z)
+        lam, vectors = v.eigh(v.inner(images, images))
         reach = v.lift(other.rows, coef[..., None] * (z @ vectors))
         energies = reach.double().square().sum(-2)
         basis = gram_schmidt(v, v.combine(y, vectors[..., :rank]), passes=2)

@@ -55,8 +55,12 @@ class Vocabulary(Protocol):
         """Canonical coordinates of every client's pair, as `canonical.canonical_forms`."""
         ...
 
-    def vote(self, t: Tensor, votes: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
-        """(L, N, k): T_i diag(c_i) T_iᵀ z_i per client."""
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k) fp64: diag(scale_i) T_iᵀ z_i per client."""
+        ...
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k): T_i diag(scale_i) z_i per client."""
         ...
 
     def core(

@@ -98,12 +98,14 @@ def gram_bf16_ragged() -> None:
 
 
 @case(tensor_cores="DMMA")
-def vote_64() -> None:
-    from glora_ops.kernels.vote import launch_vote
+def fold_and_unfold() -> None:
+    from glora_ops.kernels.fold import launch_fold
 
     t = meta(MODULES, ROWS, 64, dtype=torch.float64)
     z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
-    launch_vote(t, meta(MODULES, ROWS, dtype=torch.float64), z, meta(48, dtype=torch.int64))
+    for back in (False, True):
+        scale, marks = meta(MODULES, ROWS, dtype=torch.float64), meta(48, dtype=torch.int64)
+        launch_fold(t, scale, z, marks, 64, back)
 
 
 def core(dtype: torch.dtype) -> None:
