@@ -6,7 +6,7 @@ Index arithmetic only: no numerics, no copies of factors beyond what padding nee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -61,7 +61,7 @@ class Ragged:
             max_rank,
             f"-1 or at least the largest rank, {largest}",
         )
-        return cls(offsets, largest if max_rank < 0 else max_rank, device)
+        return _kept(tuple(marks), largest if max_rank < 0 else max_rank, device)
 
     @classmethod
     def whole(cls, rows: int, device: torch.device) -> Ragged:
@@ -141,3 +141,9 @@ class Ragged:
         blocks = gram[..., self.index[:, :, None], self.index[:, None, :]]
         both = self.exists[:, :, None] & self.exists[:, None, :]
         return blocks.masked_fill_(~both, 0)
+
+
+@lru_cache(maxsize=32)
+def _kept(marks: tuple[int, ...], max_rank: int, device: torch.device) -> Ragged:
+    """One plan per layout, so that a repeated call copies no index to the device."""
+    return Ragged(torch.tensor(marks), max_rank, device)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .launching import launch
+from .precision import target_of
 
 __all__ = ["MAX_COLUMNS", "launch_triangular"]
 
@@ -68,8 +69,9 @@ def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     w = torch.empty_like(g)
     n = g.shape[-1]
     block = max(16, triton.next_power_of_2(n))
+    most = 16 if target_of(g).startswith("gfx") else 32  # 1024 threads a program
     launch(
         triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block,
-        num_warps={16: 1, 32: 2, 64: 8, 128: 32}[block], num_stages=1,
+        num_warps=min({16: 1, 32: 2, 64: 8, 128: 32}[block], most), num_stages=1,
     )  # fmt: skip
     return w

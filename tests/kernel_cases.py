@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+from strategies import DEVICE
 from torch import Tensor
 
 __all__ = ["DEVICE", "DTYPES", "guarded", "poisoned"]
 
-DEVICE = "cuda" if os.environ.get("GLORA_DEVICE") == "cuda" else "cpu"
 # The interpreter multiplies bf16 wrongly; kernels up-cast there, so bf16 *loads* are tested too.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
