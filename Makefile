@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-deep bench lint clean help
+.PHONY: demo test test-kernels test-deep test-gpu bench bench-gpu lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -19,8 +19,18 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## real adapters of different ranks, trained on digits, become one
 	$(BIN)/python examples/digits_demo.py --out demo-out
 
-test: lint  ## the whole test suite, about ten minutes on two cores
+test: lint test-kernels  ## the whole test suite, about fifteen minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+# A process of its own: Triton is either interpreter or compiler (tests/test_compile.py).
+test-kernels: $(READY)  ## the kernels in Triton's interpreter
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_kernel_*.py
+
+GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+NO_GPU := echo "no GPU (torch.cuda.is_available() is False): skipped, nothing was tried"
+
+test-gpu: $(READY)  ## kernels, accuracy contract and graphs on the device; skips without one
+	@if $(GPU); then GLORA_DEVICE=cuda $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_gpu.py tests/test_aggregate.py tests/test_invariance.py; else $(NO_GPU); fi
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,8 +40,11 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=deep tests/test_aggregate.py tests/test_invariance.py
 
 bench: $(READY)  ## glora beside its peers, interleaved; JSON, table and picture
-	$(BIN)/python -m pytest bench --benchmark-json bench/results/cpu.json
+	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json
 	$(BIN)/python bench/report.py bench/results/cpu.json
+
+bench-gpu: $(READY)  ## the same question on a GPU, with events, graphs and floors; skips without one
+	@if $(GPU); then $(BIN)/python -m pytest bench/test_gpu.py --benchmark-json bench/results/gpu.json; else $(NO_GPU); fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

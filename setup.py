@@ -1,4 +1,4 @@
-"""Lays the top-level folder bindings/ into the package as glora_ops.bindings.
+"""Lays the folders bindings/ and kernels/ into the package: glora_ops.bindings, glora_ops.kernels.
 
 Nothing else lives here: metadata is in pyproject.toml.
 """
@@ -11,7 +11,8 @@ setup(
         "glora_ops.adapters",
         "glora_ops.bindings",
         "glora_ops.cli",
+        "glora_ops.kernels",
     ],
-    package_dir={"glora_ops.bindings": "bindings"},
+    package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
     package_data={"glora_ops": ["py.typed"]},
 )

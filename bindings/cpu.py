@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from glora_ops import tall
+from glora_ops.canonical import Balanced, Forms, canonical_forms
 from glora_ops.isolation import all_threads
 from glora_ops.ragged import Ragged
+from glora_ops.solver import fill
 
 __all__ = ["CpuVocabulary"]
 
@@ -148,6 +151,34 @@ class CpuVocabulary:
             strip = slice(top, top + STRIP)
             out[:, strip, top + STRIP :] = out[:, top + STRIP :, strip].mT
         return out
+
+    def sketch(
+        self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        grams = [self.gram(rows, ragged) for rows in stacks]
+        return grams, [self.times(x, w) for x, w in zip(stacks, omegas, strict=True)]
+
+    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
+        return canonical_forms(pair, self.eigh)
+
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return scale[..., None] * ragged.unpad(ragged.pad(t).mT @ ragged.pad(z))
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return ragged.unpad(ragged.pad(t) @ ragged.pad(scale[..., None] * z))
+
+    def core(
+        self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z_u, z_w = self.times(b, u), self.times(a, w)
+        return z_u.mT @ (coef[..., None] * z_w), z_u, z_w
+
+    def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        scaled = [fill(x * root[..., None, :], rank) for x in (u, w)]
+        return scaled[0].contiguous(), scaled[1].mT.contiguous()
+
+    def triangular(self, g: Tensor, drop: float) -> Tensor:
+        return tall.triangular(g, drop)
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT

@@ -15,7 +15,7 @@ from glora_ops.krylov import Iteration
 from glora_ops.packing import pack
 from glora_ops.ragged import Ragged
 from glora_ops.solver import Coordinates, Side, fill, gram_route_limit
-from glora_ops.vocabulary import Vocabulary
+from glora_ops.vocabulary import Vocabulary, working
 
 from . import schemas
 
@@ -24,18 +24,20 @@ __all__ = ["register"]
 Tensors = tuple[Tensor, ...]
 
 
-def register(v: Vocabulary, key: str) -> None:
-    """Bind every op to a dispatch key, run in isolation, outputs contiguous."""
-    ops = Ops(v)
+def register(ops: Callable[[], Ops], key: str) -> None:
+    """Bind every op to a dispatch key, run in isolation, outputs contiguous.
+
+    `ops` is called when an op is: a device's imports wait for its first tensor.
+    """
     for name in schemas.NAMES:
-        schemas.LIBRARY.impl(name, _isolated(getattr(ops, name.replace(".", "_"))), key)
+        schemas.LIBRARY.impl(name, _isolated(ops, name.replace(".", "_")), key)
 
 
-def _isolated(body: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(body)
+def _isolated(ops: Callable[[], Ops], name: str) -> Callable[..., Any]:
+    @wraps(getattr(Ops, name))
     def run(*args: Any, **kwargs: Any) -> Any:
         with exact_products(), one_thread():
-            out = body(*args, **kwargs)
+            out = getattr(ops(), name)(*args, **kwargs)
         if isinstance(out, Tensor):
             return out.contiguous()
         return tuple(x.contiguous() for x in out)
@@ -53,8 +55,8 @@ def _modules(x: Tensor, dim: int = 3) -> Tensor:
     return x if x.dim() == dim else x[None]
 
 
-def _per_client(x: Tensor, modules: int) -> Tensor:
-    return x.double().expand(modules, -1)
+def _per_client(x: Tensor, stack: Tensor) -> Tensor:
+    return x.to(stack.device, torch.float64).expand(stack.shape[0], -1)
 
 
 def _like(batched: bool, *outputs: Tensor) -> Tensors:
@@ -68,10 +70,17 @@ def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
 
 
 class Ops:
-    """Bodies of ``torch.ops.glora.*`` over one vocabulary; names and arguments as the schemas'."""
+    """Bodies of ``torch.ops.glora.*`` over one vocabulary; names and arguments as the schemas'.
 
-    def __init__(self, v: Vocabulary) -> None:
+    Parameters
+    ----------
+    captured : bool
+        Whether `aggregate` with a fixed number of power steps takes the captured route.
+    """
+
+    def __init__(self, v: Vocabulary, captured: bool = False) -> None:
         self.v = v
+        self.captured = captured
 
     def canonicalize(
         self,
@@ -90,7 +99,7 @@ class Ops:
             self.v.gram(rows_b, ragged),
             self.v.gram(rows_a, ragged),
             ragged,
-            _per_client(scaling, rows_b.shape[0]),
+            _per_client(scaling, rows_b),
             tau_rel,
             _roundoff(b, a),
         )
@@ -165,8 +174,7 @@ class Ops:
         schemas.check_core(u, v, b, a, offsets, weights, scaling)
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
-        modules = rows_b.shape[0]
-        coef = ragged.spread(_per_client(weights, modules) * _per_client(scaling, modules))
+        coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b))
         c, _, _ = algorithm.core(self.v, _modules(u), _modules(v), rows_b, rows_a, coef)
         return c if b.dim() == 3 else c[0]
 
@@ -193,8 +201,9 @@ class Ops:
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a = _modules(b), _modules(a)
         modules = rows_b.shape[0]
-        w, s = _per_client(weights, modules), _per_client(scaling, modules)
+        w, s = _per_client(weights, rows_b), _per_client(scaling, rows_b)
         start_u, start_v = (None if x is None else _modules(x) for x in (warm_u, warm_v))
+        captured = self.captured and power_iters >= 0
 
         def run(here: slice) -> Tensors:
             return algorithm.aggregate(
@@ -212,10 +221,11 @@ class Ops:
                 None if start_u is None else start_u[here],
                 None if start_v is None else start_v[here],
                 _roundoff(b, a),
+                captured,
             )
 
-        exact = ragged.rows <= gram_route_limit(rank)
-        return _like(b.dim() == 3, *(run(slice(None)) if exact else _by_module(run, modules)))
+        together = captured or ragged.rows <= gram_route_limit(rank)
+        return _like(b.dim() == 3, *(run(slice(None)) if together else _by_module(run, modules)))
 
     def aggregate_list(
         self,
@@ -255,7 +265,9 @@ class Ops:
         batched = u.dim() == 3
         return _like(
             batched,
-            *algorithm.readout(_modules(u), _modules(s, 2), _modules(v), rank, scaling, pad, seed),
+            *algorithm.readout(
+                self.v, _modules(u), _modules(s, 2), _modules(v), rank, scaling, pad, seed
+            ),
         )
 
     # --- shared parts ------------------------------------------------------------------------
@@ -281,7 +293,7 @@ class Ops:
         self, x: Tensor, offsets: Tensor, weights: Tensor, extra: Tensor | None = None
     ) -> tuple[Side, Coordinates]:
         side, _ = self._side(x, offsets)
-        votes = side.ragged.spread(_per_client(weights, side.rows.shape[0]))
+        votes = side.ragged.spread(_per_client(weights, side.rows))
         t = algorithm.factor_voters(self.v, side)
         return side, Coordinates(t, votes, _extra(extra, side))
 
@@ -311,7 +323,5 @@ class Ops:
 
 
 def _extra(extra: Tensor | None, side: Side) -> Tensor:
-    """Further columns in the rows' dtype; none where the caller gave none."""
-    if extra is None:
-        return side.rows[:, :0].mT
-    return _modules(extra).to(side.rows.dtype)
+    """Further columns in the working precision; none where the caller gave none."""
+    return (side.rows[:, :0].mT if extra is None else _modules(extra)).to(working(side.rows.dtype))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .canonical import factor_coordinates
+from .captured_route import CapturedRoute
 from .certificates import STATS, U32, Cut, certify, information_vote
 from .clients import Clients, canonicalize
 from .dual_route import DualRoute
@@ -29,7 +30,7 @@ from .solver import (
     fill,
     gram_route_limit,
 )
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = [
     "Clients",
@@ -52,10 +53,9 @@ def factor_voters(v: Vocabulary, side: Side) -> Tensor:
 
 def projector_matmul(v: Vocabulary, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
     """y = Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i Ω, (L, d, k): neither projector nor basis is formed."""
-    ragged = side.ragged
-    folded = ragged.unpad(ragged.pad(voters.t).mT @ ragged.pad(v.times(side.rows, omega)))
-    weighted = ragged.pad(voters.votes[..., None] * folded)
-    return v.lift(side.rows, ragged.unpad(ragged.pad(voters.t) @ weighted))
+    t, c, ragged = voters.t, voters.votes, side.ragged
+    folded = v.fold(t, c, ragged, v.times(side.rows, omega))
+    return v.lift(side.rows, v.unfold(t, torch.ones_like(c), ragged, folded))
 
 
 def projector_svd(
@@ -76,8 +76,7 @@ def core(
     v: Vocabulary, u: Tensor, w: Tensor, b: Tensor, a: Tensor, coef: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """C = Σ_j coef_j (Uᵀb_j)(a_jᵀV) (L, R, R), with the projections Z_U = bU and Z_V = aV."""
-    z_u, z_v = v.times(b, u), v.times(a, w)
-    return z_u.mT @ (coef[..., None] * z_v), z_u, z_v
+    return v.core(b, a, u, w, coef)
 
 
 def anchor_columns(
@@ -133,19 +132,26 @@ def aggregate(
     warm_u: Tensor | None,
     warm_v: Tensor | None,
     roundoff: float,
+    captured: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The whole server step for L modules of one shape; see the op of the same name."""
+    """The whole server step for L modules of one shape; see the op of the same name.
+
+    With `captured` the steps are fixed beforehand and no value is looked at.
+    """
     b, a, _ = v.pair(b, a)
     left, right = Side("left", b, ragged), Side("right", a, ragged)
-    exact = ragged.rows <= gram_route_limit(rank)
     route: Route
-    if exact:
+    exact = not captured and ragged.rows <= gram_route_limit(rank)
+    if captured:
+        route = CapturedRoute(v, left, right, rank, how)
+        grams = route.client_grams()
+    elif exact:
         route = GramRoute(v, left, right)
         grams = route.client_grams()
     else:
         grams = v.gram(b, ragged), v.gram(a, ragged)
     clients = canonicalize(v, *grams, ragged, scaling, tau_rel, roundoff)
-    if not exact:
+    if not (captured or exact):
         dual = basis != "update" and ragged.rows <= dual_route_limit(rank, b.shape[-1], a.shape[-1])
         route = (
             DualRoute(v, left, right, clients, how)
@@ -172,7 +178,8 @@ def aggregate(
         soft = basis == "consensus"
         hard = clients.sigma > 8 * ragged.spread(clients.noise)
         row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
-        extra_u, extra_v, steps, similar = b[:, :0].mT, a[:, :0].mT, 0, None
+        extra_u, extra_v = (x[:, :0].mT.to(working(x.dtype)) for x in (b, a))
+        steps, similar = 0, None
         if soft and anchor > 0:
             extra_u, extra_v, lead, floor = anchor_columns(
                 route, clients, ragged, votes, scaling, rank, anchor, roundoff, warm_v
@@ -198,7 +205,7 @@ def aggregate(
     loudest = ragged.pad(clients.sigma[..., None])[..., 0, 0]
     heard = (weights != 0) & (loudest > 0)
     stats = certify(
-        cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(b.dtype).eps / 2,
+        cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(working(b.dtype)).eps / 2,
         voices=heard.sum(-1),
         rho_max=torch.where(heard, clients.size / _positive(loudest), 0.0).amax(-1),
         info_limited=(heard & (clients.noise > tau_rel * loudest)).sum(-1),
@@ -240,7 +247,14 @@ def _client_stats(
 
 
 def readout(
-    u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pad: str, seed: int
+    words: Vocabulary,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    rank: int,
+    scaling: float,
+    pad: str,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in).
 
@@ -249,10 +263,9 @@ def readout(
     """
     real = s > 8 * U32 * torch.linalg.vector_norm(s, dim=-1, keepdim=True)
     root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
-    b = fill(u * root[..., None, :], rank).contiguous()
-    a = fill(v * root[..., None, :], rank)
+    b, a = words.readout(u, v, root, rank)
     if pad == "trainable":
-        a = a.clone()
+        columns = a.mT
         orthonormal = fill(v * real[..., None, :].to(v.dtype), rank)
         empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
         fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
@@ -266,5 +279,5 @@ def readout(
             orthonormal[..., j] = torch.where(
                 empty[..., j, None], column[..., 0], orthonormal[..., j]
             )
-            a[..., j] = torch.where(empty[..., j, None], column[..., 0], a[..., j])
-    return b, a.mT.contiguous()
+            columns[..., j] = torch.where(empty[..., j, None], column[..., 0], columns[..., j])
+    return b, a

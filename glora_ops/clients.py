@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .canonical import balance, canonical_forms, soft_votes
+from .canonical import balance, soft_votes
 from .ragged import Ragged
 from .vocabulary import Vocabulary
 
@@ -49,7 +49,7 @@ def canonicalize(
 ) -> Clients:
     """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
     pair = balance(gram_b, gram_a)
-    forms = canonical_forms(pair, v.eigh)
+    forms = v.canonical(pair, ragged)
     sigma = forms.sigma * scaling.abs()[..., None]
     voting = (sigma > 0)[..., None, :]
     size = scaling.abs() * pair.size

@@ -163,10 +163,10 @@ class DualRoute:
 
     def _pull(self, side: Side, x: Tensor) -> Tensor:
         """(L, N, k): Qᵀ x of tall vectors x."""
-        ragged, z = side.ragged, self.v.times(side.rows, x)
-        return ragged.unpad(ragged.pad(self.t[side.name]).mT @ ragged.pad(z))
+        t, z = self.t[side.name], self.v.times(side.rows, x)
+        return self.v.fold(t, torch.ones_like(self.sigma), side.ragged, z)
 
     def _lift(self, side: Side, z: Tensor) -> Tensor:
         """(L, d, k): the tall vectors Q z."""
-        ragged = side.ragged
-        return self.v.lift(side.rows, ragged.unpad(ragged.pad(self.t[side.name]) @ ragged.pad(z)))
+        t, one = self.t[side.name], torch.ones_like(self.sigma)
+        return self.v.lift(side.rows, self.v.unfold(t, one, side.ragged, z))

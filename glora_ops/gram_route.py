@@ -9,7 +9,7 @@ from .canonical import U64, Balanced, balance, canonical_forms, singular_values
 from .ragged import Ragged
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = ["GramRoute", "principal_gram", "whole_gram"]
 
@@ -75,7 +75,7 @@ def lifted(v: Vocabulary, rows: Tensor, z: Tensor, extra: Tensor | float = 0.0) 
     In fp32 the error u32·ρ of one badly stored client would tilt every column, a loud client's
     directions included.
     """
-    return orthonormalise(v, v.inner(rows, z) + extra).to(rows.dtype)
+    return orthonormalise(v, v.inner(rows, z) + extra).to(working(rows.dtype))
 
 
 def principal_gram(

@@ -12,7 +12,7 @@ __all__ = ["all_threads", "exact_products", "one_thread"]
 
 _lock = threading.Lock()
 _inside = 0
-_saved = "none"
+_saved: list[str] = []
 
 
 @contextmanager
@@ -23,20 +23,26 @@ def exact_products() -> Iterator[None]:
     restores it, so that overlapping callers cannot leave it changed.
     """
     global _inside, _saved
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
+    settings = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]  # set at run time
     with _lock:
         if _inside == 0:
-            _saved = matmul.fp32_precision
-            matmul.fp32_precision = "ieee"
+            _saved = [matmul.fp32_precision for matmul in settings]
+            for matmul in settings:
+                matmul.fp32_precision = "ieee"
         _inside += 1
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             yield
     finally:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                matmul.fp32_precision = _saved
+                for matmul, precision in zip(settings, _saved, strict=True):
+                    matmul.fp32_precision = precision
 
 
 _caller = threading.local()

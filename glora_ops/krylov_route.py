@@ -16,7 +16,7 @@ from .krylov import Iteration, Operator, Ritz, block_krylov
 from .signs import sign_matrix
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = ["KrylovRoute", "principal_krylov", "start_block"]
 
@@ -60,7 +60,7 @@ class KrylovRoute:
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
-        v, dtype = self.v, self.left.rows.dtype
+        v, dtype = self.v, working(self.left.rows.dtype)
         ritz = self._iterate(mean.coef, rank, warm, self.how)
         leading = ritz.vectors[..., :rank]
         x = orthonormalise(v, v.combine(ritz.basis, leading))

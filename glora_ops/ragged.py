@@ -6,7 +6,7 @@ Index arithmetic only: no numerics, no copies of factors beyond what padding nee
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -78,7 +78,7 @@ class Ragged:
             max_rank,
             f"-1 or at least the largest rank, {largest}",
         )
-        return cls(offsets, largest if max_rank < 0 else max_rank, device)
+        return _kept(tuple(marks), largest if max_rank < 0 else max_rank, device)
 
     @classmethod
     def whole(cls, rows: int, device: torch.device) -> Ragged:
@@ -94,9 +94,14 @@ class Ragged:
         return int(self.offsets[-1])
 
     @cached_property
+    def marks(self) -> Tensor:
+        """(K + 1,) int64: the offsets where the rows are."""
+        return self.offsets.to(self.device)
+
+    @cached_property
     def ranks(self) -> Tensor:
         """(K,) int64: rows of each client."""
-        return self.offsets.diff().to(self.device)
+        return self.marks.diff()
 
     @cached_property
     def uniform(self) -> bool:
@@ -111,7 +116,7 @@ class Ragged:
     @cached_property
     def within(self) -> Tensor:
         """(N,) int64: position of each row among its client's rows."""
-        first = self.offsets[:-1].to(self.device)
+        first = self.marks[:-1]
         return torch.arange(self.rows, device=self.device) - first[self.owner]
 
     @cached_property
@@ -122,7 +127,7 @@ class Ragged:
     @cached_property
     def index(self) -> Tensor:
         """(K, max_rank) int64: the row at each place, any valid row where none exists."""
-        first = self.offsets[:-1].to(self.device)[:, None]
+        first = self.marks[:-1, None]
         return (first + torch.arange(self.max_rank, device=self.device)).clamp_(max=self.rows - 1)
 
     @cached_property
@@ -167,3 +172,9 @@ class Ragged:
         blocks = gram[..., self.index[:, :, None], self.index[:, None, :]]
         both = self.exists[:, :, None] & self.exists[:, None, :]
         return blocks.masked_fill_(~both, 0)
+
+
+@lru_cache(maxsize=32)
+def _kept(marks: tuple[int, ...], max_rank: int, device: torch.device) -> Ragged:
+    """One plan per layout, so that a repeated call copies no index to the device."""
+    return Ragged(torch.tensor(marks), max_rank, device)

@@ -13,7 +13,6 @@ __all__ = ["SIDES", "sign_matrix"]
 SIDES = {"left": 0, "right": 1, "probe": 2, "pad": 3}
 
 
-@lru_cache(maxsize=32)
 def _signs(seed: int, side: str, dim: int, count: int) -> Tensor:
     key = np.array([seed & (2**64 - 1), (SIDES[side] << 48) | dim], dtype=np.uint64)
     words = np.random.Generator(np.random.Philox(key=key)).bytes((count * dim + 7) // 8)
@@ -21,12 +20,14 @@ def _signs(seed: int, side: str, dim: int, count: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.float32) * 2 - 1).view(count, dim).T
 
 
+@lru_cache(maxsize=64)
 def sign_matrix(
     seed: int, side: str, dim: int, count: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Random signs Ω (dim, count), the same bits on every device and for every module.
 
     Philox is counter-based, so column j depends on (seed, side, dim, j) alone and a wider
-    matrix extends a narrower one. Signs are exact in bf16.
+    matrix extends a narrower one. Signs are exact in bf16. Kept, so that a repeated call copies
+    nothing to the device.
     """
     return _signs(seed, side, dim, count).to(device=device, dtype=dtype)

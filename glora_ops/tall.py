@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Space", "orthonormalise", "whiten"]
+from .vocabulary import Vocabulary
+
+__all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
 
 
 class Space(Protocol):
@@ -82,3 +84,42 @@ def whiten(
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
     well_conditioned = bool((smallest >= 1e-6 * lam[..., 0]).all())
     return q if well_conditioned or not again else whiten(space, q, drop, again=False)
+
+
+def gram_schmidt(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
+    """Gram–Schmidt in column order without looking at a value: a fixed number of passes.
+
+    Zero columns stay zero, and a column that depends on earlier ones to 1e-6 becomes zero. One
+    pass loses orthogonality by the roundoff times y's condition; two repair it.
+    """
+    for _ in range(passes):
+        y = v.combine(y, v.triangular(v.inner(y, y), 1e-12))
+    return y
+
+
+def triangular(g: Tensor, drop: float) -> Tensor:
+    """W (…, n, n) upper triangular with Wᵀ g W = 1, column by column, in place.
+
+    Parameters
+    ----------
+    g : Tensor (…, n, n) fp64
+        Positive semidefinite.
+    drop : float
+        What is left of a column's squared length, as a fraction, below which it counts as zero;
+        so does a column 1e-12 times the longest.
+    """
+    norm2 = g.diagonal(dim1=-2, dim2=-1)
+    alive = norm2 > 1e-24 * norm2.amax(-1, keepdim=True)
+    scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
+    x = scale[..., :, None] * g * scale[..., None, :]
+    for j in range(g.shape[-1]):
+        pivot = x[..., j, j, None]
+        kept = pivot > drop
+        pivot = torch.where(kept, pivot, 1.0)
+        row = x[..., j, j + 1 :] / pivot * kept
+        column = x[..., :, j].clone()
+        x[..., :, j + 1 :] -= column[..., :, None] * row[..., None, :]
+        x[..., j, j + 1 :] = -row
+        column[..., j] = 1
+        x[..., :, j] = column * pivot.rsqrt() * kept
+    return scale[..., :, None] * x.triu()

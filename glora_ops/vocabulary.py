@@ -1,19 +1,29 @@
 """The few words the algorithm is written in; a device supplies them, `algorithm` combines them.
 
 Every tensor has a leading module dimension L. `x` is a row stack (L, N, d); "rows" are a stack
-in its working dtype (fp32, or fp64 for fp64 input) and in a range where products are safe. Tall
+in a range where products are safe; a device may keep it in the dtype it came in. Tall
 blocks (L, d, k) are views of (L, k, d) memory, so that products read them without a copy.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from .ragged import Ragged
 
-__all__ = ["Vocabulary"]
+if TYPE_CHECKING:
+    from .canonical import Balanced, Forms
+
+__all__ = ["Vocabulary", "working"]
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The precision of tall blocks: fp32, or fp64 for fp64 rows."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Vocabulary(Protocol):
@@ -37,6 +47,38 @@ class Vocabulary(Protocol):
 
     def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         """(L, N, N): QᵀQ of all clients' Q_i = x_iᵀ T_i in the working precision; t (L, N, r)."""
+        ...
+
+    def sketch(
+        self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`gram` and `times` of both stacks, every row read once."""
+        ...
+
+    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
+        """Canonical coordinates of every client's pair, as `canonical.canonical_forms`."""
+        ...
+
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k) fp64: diag(scale_i) T_iᵀ z_i per client."""
+        ...
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        """(L, N, k): T_i diag(scale_i) z_i per client."""
+        ...
+
+    def core(
+        self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """C = Σ_j coef_j (Uᵀb_j)(a_jᵀW), and the projections b U and a W; all fp64."""
+        ...
+
+    def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """u diag(root) and (w diag(root))ᵀ, contiguous, cut or filled with zeros to `rank`."""
+        ...
+
+    def triangular(self, g: Tensor, drop: float) -> Tensor:
+        """Upper triangular W with y W orthonormal for g = yᵀy, as `tall.triangular`."""
         ...
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:

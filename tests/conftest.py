@@ -17,6 +17,11 @@ COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.differing_executors],
     "print_blob": True,
 }
+# Triton decides at import between interpreter and compiler, so kernels are tested in a process of
+# their own (`make test`), or on a device (`make test-gpu`).
+KERNELS = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("GLORA_DEVICE") == "cuda"
+collect_ignore_glob = [] if KERNELS else ["test_kernel_*.py"]
+
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **COMMON)
 settings.register_profile("deep", max_examples=300, **COMMON)
 settings.load_profile(os.environ.get("GLORA_HYPOTHESIS_PROFILE", "ci"))

@@ -9,6 +9,7 @@ Every contract test reports its draws to `TALLY`, which the end of the session p
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ RANKS = ("1", "dim-1", "dim", "dim+1", "r", "2r", "N", ">d")
 
 #: Counts of what was drawn; see `conftest.py`.
 TALLY: Counter[str] = Counter()
+
+DEVICE = os.environ.get("GLORA_DEVICE", "cpu")
 
 Pair = tuple[Tensor, Tensor]
 
@@ -316,20 +319,19 @@ class Answer:
 
 
 def aggregate(problem: Problem, basis: str, **settings: object) -> Answer:
-    """The op on a problem, weights as given."""
+    """The op on a problem, weights as given; on the device that GLORA_DEVICE names."""
     packed = problem.packed()
-    return Answer(
-        *torch.ops.glora.aggregate(
-            packed.b,
-            packed.a,
-            packed.offsets,
-            torch.from_numpy(problem.weights),
-            torch.from_numpy(problem.scaling),
-            problem.rank,
-            basis,
-            **settings,
-        )
+    out = torch.ops.glora.aggregate(
+        packed.b.to(DEVICE),
+        packed.a.to(DEVICE),
+        packed.offsets,
+        torch.from_numpy(problem.weights).to(DEVICE),
+        torch.from_numpy(problem.scaling).to(DEVICE),
+        problem.rank,
+        basis,
+        **settings,
     )
+    return Answer(*(x.cpu() for x in out))
 
 
 def count(problem: Problem, answer: Answer, what: str) -> None:

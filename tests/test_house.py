@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[1]
 
 # Imports point down this list, never up; modules on one line do not know each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "kernels"},
     {"certificates", "isolation", "ragged", "signs", "packing"},
     {"vocabulary"},
     {"canonical", "tall", "solver"},
     {"clients", "krylov"},
     {"gram_route", "krylov_route"},
-    {"dual_route"},
+    {"dual_route", "captured_route"},
     {"algorithm"},
     {"bindings"},
     {"adapters", "arguments", "report"},
@@ -84,7 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         f"glora_ops/{p.relative_to(ROOT / folder).as_posix()}"
         if folder == "glora_ops"
         else f"glora_ops/{folder}/{p.relative_to(ROOT / folder).as_posix()}"
-        for folder in ("glora_ops", "bindings")
+        for folder in ("glora_ops", "bindings", "kernels")
         for p in (ROOT / folder).rglob("*.py")
     }
     assert files == sources | {"glora_ops/py.typed"}
@@ -135,9 +135,9 @@ import glora_ops
 
 pairs = [(torch.randn(6, r), torch.randn(r, 5)) for r in (1, 2)]
 state = glora_ops.aggregate(pairs, rank=3)
-print(state.captured > 0.999, "glora_ops.reference" in sys.modules)
+print(state.captured > 0.999, "glora_ops.reference" in sys.modules, "triton" in sys.modules)
 """
-    assert run(code).split() == ["True", "False"]
+    assert run(code).split() == ["True", "False", "False"]
 
 
 def test_works_beside_the_other_project_called_kernels(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def modules() -> Iterator[tuple[str, Path]]:
     """(top-level name inside the package, file) of every module."""
     for path in sorted((ROOT / "glora_ops").rglob("*.py")):
         yield path.relative_to(ROOT / "glora_ops").parts[0].removesuffix(".py"), path
-    for path in sorted((ROOT / "bindings").rglob("*.py")):
-        yield "bindings", path
+    for folder in ("bindings", "kernels"):
+        yield from ((folder, path) for path in sorted((ROOT / folder).rglob("*.py")))
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
@@ -201,6 +201,20 @@ def test_imports_point_one_way() -> None:
 def test_every_module_has_its_place() -> None:
     known = set().union(*LAYERS) | {"__init__", "reference"}
     assert {name for name, _ in modules()} == known
+
+
+def test_kernels_know_torch_and_triton_only() -> None:
+    standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "inspect",
+                "itertools", "math", "typing"}  # fmt: skip
+    for name, path in modules():
+        for target in imports(path):
+            if name == "kernels":
+                assert target[0] in {"torch", "triton"} | standard or target[:2] == (
+                    "glora_ops",
+                    "kernels",
+                ), f"{path} imports {'.'.join(target)}"
+            elif name != "bindings":
+                assert target[:2] != ("glora_ops", "kernels"), f"{path} reaches a kernel"
 
 
 def test_reference_stands_alone() -> None:

@@ -1,0 +1,123 @@
+"""The CUDA vocabulary: Triton kernels for what is long or many, the library where it is wide.
+
+Importing this imports Triton; `bindings` does so when the first CUDA tensor arrives. The same
+class runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
+from glora_ops.kernels.eigh import launch_eigh
+from glora_ops.kernels.fold import launch_fold
+from glora_ops.kernels.product import launch_accumulate, launch_inner, launch_times
+from glora_ops.kernels.readout import launch_readout
+from glora_ops.kernels.svd import launch_svd
+from torch import Tensor
+
+from glora_ops import tall
+from glora_ops.canonical import Balanced, Forms, canonical_forms
+from glora_ops.ragged import Ragged
+from glora_ops.vocabulary import working
+
+__all__ = ["CudaVocabulary"]
+
+
+class CudaVocabulary:
+    """Implements `glora_ops.vocabulary.Vocabulary`; factors stay in the dtype they came in.
+
+    Stacks are neither scaled nor looked at: Gram matrices are fp64, and in fp32 or bf16 entries
+    from 2⁻¹⁰⁰ to 2¹⁰⁰ leave every product in range, gauges by powers of two included.
+    """
+
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
+
+    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(b.dtype, a.dtype)
+        return b.to(dtype), a.to(dtype), self.rows(b)[1]
+
+    def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
+        if ragged.max_rank <= sketch.MAX_RANK and rows.dtype != torch.float64:
+            return sketch.launch_sketch([rows], ragged.marks, ragged.max_rank)[0][0]
+        blocks = ragged.pad(rows)
+        flat = blocks.flatten(0, 1).mT
+        return launch_inner(flat, flat).unflatten(0, blocks.shape[:2])
+
+    def times(self, rows: Tensor, omega: Tensor) -> Tensor:
+        return launch_times(rows, omega)
+
+    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        x = rows.to(working(rows.dtype))
+        q = ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
+        return launch_times(q, q.mT).to(x.dtype)
+
+    def sketch(
+        self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if (
+            ragged.max_rank > sketch.MAX_RANK
+            or max(w.shape[-1] for w in omegas) > sketch.MAX_COLUMNS
+            or stacks[0].dtype == torch.float64
+        ):
+            grams = [self.gram(x, ragged) for x in stacks]
+            return grams, [launch_times(x, w) for x, w in zip(stacks, omegas, strict=True)]
+        return sketch.launch_sketch(
+            list(stacks), ragged.marks, ragged.max_rank, [w[0] for w in omegas]
+        )
+
+    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
+        if ragged.max_rank > canonical_solve.MAX_RANK:
+            return canonical_forms(pair, self.eigh)
+        t_u, t_v, sigma, _ = canonical_solve.launch_canonical_solve(
+            pair.gram_b, pair.gram_a, ragged.ranks
+        )
+        return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
+
+    def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return launch_fold(t, scale, z, ragged.marks, ragged.max_rank, back=False)
+
+    def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
+        return launch_fold(t, scale, z, ragged.marks, ragged.max_rank, back=True)
+
+    def core(
+        self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if max(u.shape[-1], w.shape[-1]) > core.MAX_RANK or b.dtype == torch.float64:
+            z_u, z_w = launch_times(b, u), launch_times(a, w)
+            return launch_inner(z_u, coef[..., None] * z_w), z_u, z_w
+        return core.launch_core(b, a, u, w, coef)
+
+    def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        return launch_readout(u, w, root, rank)
+
+    def lift(self, rows: Tensor, z: Tensor) -> Tensor:
+        return launch_accumulate(rows, z)
+
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        return launch_accumulate(y.mT, c)
+
+    def without(self, basis: Tensor, w: Tensor) -> Tensor:
+        return w - self.lift(basis.mT, self.times(basis.mT, w))
+
+    def inner(self, y: Tensor, z: Tensor) -> Tensor:
+        return launch_inner(y, z)
+
+    def triangular(self, g: Tensor, drop: float) -> Tensor:
+        if g.shape[-1] > triangular.MAX_COLUMNS:
+            return tall.triangular(g, drop)
+        return triangular.launch_triangular(g, drop)
+
+    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        if g.shape[-1] > jacobi.MAX_SIZE:
+            lam, vec = torch.linalg.eigh(g)
+            return lam.flip(-1).clamp_(min=0), vec.flip(-1)
+        return launch_eigh(g)
+
+    def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if c.shape[-1] > jacobi.MAX_SIZE:
+            x, s, yh = torch.linalg.svd(c)
+            return x, s, yh.mT
+        return launch_svd(c)

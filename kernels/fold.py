@@ -1,0 +1,94 @@
+"""Between the factors' rows and the clients' own coordinates, r × r per client.
+
+    fold    Z'_i = diag(c_i) T_iᵀ Z_i       of Mᵀ y, with M = [x_iᵀ T_i diag(c_i)]
+    unfold  Z'_i = T_i diag(c_i) Z_i        of M z
+
+stand between two long products: Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i Ω is times, fold, unfold,
+accumulate. Rows of client i hold T_i. One program per (client and 32 of its rows, column tile,
+module) walks the client's rows in tiles of 32; fp64 throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launching import launch
+
+__all__ = ["launch_fold"]
+
+TILE, COLUMNS = 32, 32
+
+
+@triton.jit
+def fold_kernel(
+    T, scale, Z, Y, offsets, rows, rank, k, tiles,
+    BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) // tiles
+    base = tl.program_id(2).to(tl.int64) * rows
+    first, last = tl.load(offsets + i), tl.load(offsets + i + 1)
+    o_j = (tl.program_id(0) % tiles) * R + tl.arange(0, R)  # this program's rows, in the client
+    m_j = first + o_j < last
+    o_k = tl.program_id(1) * BN + tl.arange(0, BN)
+    b_Y = tl.zeros((R, BN), tl.float64)
+    if first + (tl.program_id(0) % tiles) * R < last:
+        for start in range(0, last - first, R):
+            o_n = start + tl.arange(0, R)
+            m_n = first + o_n < last
+            m_Z = m_n[:, None] & (o_k < k)[None, :]
+            o_Z = (base + first + o_n)[:, None] * k + o_k[None, :]
+            b_Z = tl.load(Z + o_Z, mask=m_Z, other=0.0).to(tl.float64)
+            # [R, R]: row n of T holds what client row n has of every direction
+            if BACK:
+                o_T = (base + first + o_j)[:, None] * rank + o_n[None, :]
+                b_T = tl.load(T + o_T, mask=m_j[:, None] & m_n[None, :], other=0.0)
+                b_Z *= tl.load(scale + base + first + o_n, mask=m_n, other=0.0)[:, None]
+            else:
+                o_T = (base + first + o_n)[:, None] * rank + o_j[None, :]
+                b_T = tl.load(T + o_T, mask=m_n[:, None] & m_j[None, :], other=0.0)
+                b_T = tl.trans(b_T)
+            b_Y = tl.dot(b_T, b_Z, b_Y, input_precision="ieee", out_dtype=tl.float64)
+        if not BACK:
+            b_Y *= tl.load(scale + base + first + o_j, mask=m_j, other=0.0)[:, None]
+    o_Y = (base + first + o_j)[:, None] * k + o_k[None, :]
+    tl.store(Y + o_Y, b_Y.to(Y.dtype.element_ty), mask=m_j[:, None] & (o_k < k)[None, :])
+
+
+def launch_fold(
+    t: torch.Tensor,
+    scale: torch.Tensor,
+    z: torch.Tensor,
+    offsets: torch.Tensor,
+    max_rank: int,
+    back: bool,
+) -> torch.Tensor:
+    """diag(c_i) T_iᵀ z_i, or `back`, T_i diag(c_i) z_i.
+
+    Parameters
+    ----------
+    t : Tensor (L, N, r) fp64
+    scale : Tensor (L, N) fp64
+        c_ij at row j of client i.
+    z : Tensor (L, N, k), fp32 or fp64
+    offsets : Tensor (K + 1,) int64 on the device
+    max_rank : int
+        At least the largest rank, at most r.
+
+    Returns
+    -------
+    Tensor (L, N, k) fp64; fp32 where `back`, for `product.launch_accumulate`
+    """
+    modules, rows, rank = t.shape
+    k = z.shape[-1]
+    t, scale, z = t.contiguous(), scale.contiguous(), z.contiguous()
+    dtype = torch.float32 if back else torch.float64
+    y = torch.empty(modules, rows, k, dtype=dtype, device=z.device)
+    tiles = triton.cdiv(max_rank, TILE)
+    launch(
+        fold_kernel, ((offsets.shape[0] - 1) * tiles, triton.cdiv(k, COLUMNS), modules),
+        t, scale, z, y, offsets, rows, rank, k, tiles, BACK=back, R=TILE, BN=COLUMNS,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y

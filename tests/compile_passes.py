@@ -1,0 +1,142 @@
+"""Compile-only cases of the kernels that read or write the long dimension."""
+
+from __future__ import annotations
+
+import torch
+from compile_case import case, meta
+
+HALF = torch.bfloat16
+MODULES, ROWS, WIDTH, COLUMNS = 2, 1600, 4096, 80
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def times_bf16() -> None:
+    from glora_ops.kernels.product import launch_times
+
+    launch_times(meta(MODULES, ROWS, WIDTH, dtype=HALF), meta(MODULES, COLUMNS, WIDTH).mT)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def times_signs_bf16() -> None:
+    from glora_ops.kernels.product import launch_times
+
+    signs = meta(1, COLUMNS, WIDTH, dtype=HALF).mT
+    launch_times(meta(MODULES, ROWS, WIDTH, dtype=HALF), signs)
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def times_fp32() -> None:
+    from glora_ops.kernels.product import launch_times
+
+    launch_times(meta(MODULES, ROWS, WIDTH), meta(MODULES, COLUMNS, WIDTH).mT)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def accumulate_bf16() -> None:
+    from glora_ops.kernels.product import launch_accumulate
+
+    launch_accumulate(meta(MODULES, ROWS, WIDTH, dtype=HALF), meta(MODULES, ROWS, COLUMNS))
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def accumulate_fp32() -> None:
+    from glora_ops.kernels.product import launch_accumulate
+
+    launch_accumulate(meta(MODULES, ROWS, WIDTH), meta(MODULES, ROWS, COLUMNS))
+
+
+@case(tensor_cores="DMMA")
+def accumulate_fp64() -> None:
+    from glora_ops.kernels.product import launch_accumulate
+
+    z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
+    launch_accumulate(meta(MODULES, ROWS, WIDTH, dtype=torch.float64), z)
+
+
+@case(tensor_cores="DMMA")
+def inner_fp32() -> None:
+    from glora_ops.kernels.product import launch_inner
+
+    y = meta(MODULES, COLUMNS, WIDTH).mT
+    launch_inner(y, y)
+
+
+@case(tensor_cores="DMMA")
+def gram_whole_bf16() -> None:
+    from glora_ops.kernels.product import launch_inner
+
+    x = meta(MODULES, 640, WIDTH, dtype=HALF).mT
+    launch_inner(x, x)
+
+
+def sketch(dtype: torch.dtype, max_rank: int, clients: int, columns: int) -> None:
+    from glora_ops.kernels.sketch import launch_sketch
+
+    sides = [meta(MODULES * 16, ROWS, d, dtype=dtype) for d in (WIDTH, 11008)]
+    tests = [meta(columns, d, dtype=dtype).mT for d in (WIDTH, 11008)] if columns else None
+    launch_sketch(sides, meta(clients + 1, dtype=torch.int64), max_rank, tests)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def sketch_bf16_rank_16() -> None:
+    sketch(HALF, 16, 100, COLUMNS)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def sketch_bf16_ragged() -> None:
+    sketch(HALF, 64, 47, COLUMNS)
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def sketch_fp32_ragged() -> None:
+    sketch(torch.float32, 64, 47, COLUMNS)
+
+
+@case(tensor_cores="DMMA")
+def gram_bf16_ragged() -> None:
+    sketch(HALF, 64, 47, 0)
+
+
+@case(tensor_cores="DMMA")
+def fold_and_unfold() -> None:
+    from glora_ops.kernels.fold import launch_fold
+
+    t = meta(MODULES, ROWS, 64, dtype=torch.float64)
+    z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
+    for back in (False, True):
+        scale, marks = meta(MODULES, ROWS, dtype=torch.float64), meta(48, dtype=torch.int64)
+        launch_fold(t, scale, z, marks, 64, back)
+
+
+def core(dtype: torch.dtype) -> None:
+    from glora_ops.kernels.core import launch_core
+
+    b, a = (meta(MODULES, ROWS, d, dtype=dtype) for d in (WIDTH, 11008))
+    u, v = (meta(MODULES, 64, d).mT for d in (WIDTH, 11008))
+    launch_core(b, a, u, v, meta(MODULES, ROWS, dtype=torch.float64))
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def core_bf16() -> None:
+    core(HALF)
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def core_fp32() -> None:
+    core(torch.float32)
+
+
+@case()
+def readout() -> None:
+    from glora_ops.kernels.readout import launch_readout
+
+    u, v = (meta(MODULES, 64, d).mT for d in (WIDTH, 11008))
+    launch_readout(u, v, meta(MODULES, 64), 16)
+
+
+# Not a pass kernel: n × n once per power step; what spills stays in the cache.
+@case(stack={"sm_80": 320, "sm_90": 352})
+def triangular_80() -> None:
+    from glora_ops.kernels.triangular import launch_triangular
+
+    launch_triangular(meta(MODULES, COLUMNS, COLUMNS, dtype=torch.float64), 1e-12)

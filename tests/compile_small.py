@@ -1,0 +1,50 @@
+"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD."""
+
+from __future__ import annotations
+
+import torch
+from compile_case import case, meta
+
+# Above 64 two 128 × 64 blocks of doubles fill half of a processor's registers, at 128 a thread;
+# what a round needs beside them goes to the stack, a few per cent of its instructions.
+WIDE = {"sm_80": 768, "sm_90": 768}
+
+
+def square(n: int) -> torch.Tensor:
+    return meta(4, n, n, dtype=torch.float64)
+
+
+@case(wide_loads=False)
+def canonical_64() -> None:
+    from glora_ops.kernels.canonical_solve import launch_canonical_solve
+
+    grams = meta(2, 10, 64, 64, dtype=torch.float64)
+    launch_canonical_solve(grams, grams, meta(10, dtype=torch.int64))
+
+
+@case(wide_loads=False)
+def eigh_64() -> None:
+    from glora_ops.kernels.eigh import launch_eigh
+
+    launch_eigh(square(64))
+
+
+@case(wide_loads=False, stack=WIDE)
+def eigh_80() -> None:
+    from glora_ops.kernels.eigh import launch_eigh
+
+    launch_eigh(square(80))
+
+
+@case(wide_loads=False)
+def svd_64() -> None:
+    from glora_ops.kernels.svd import launch_svd
+
+    launch_svd(square(64))
+
+
+@case(wide_loads=False, stack=WIDE)
+def svd_128() -> None:
+    from glora_ops.kernels.svd import launch_svd
+
+    launch_svd(square(128))

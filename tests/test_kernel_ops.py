@@ -1,0 +1,227 @@
+"""Whole ops in the CUDA vocabulary: against the reference, counted, and blind where they must be.
+
+In Triton's interpreter, tiny, or on a device. Small eigenproblems are slow to interpret: there
+most cases take LAPACK's (those kernels have tests of their own), one of each route takes all.
+"""
+
+from __future__ import annotations
+
+import bounds
+import numpy as np
+import pytest
+import torch
+from glora_ops.bindings import ops as bindings_ops
+from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.cuda import CudaVocabulary
+from glora_ops.bindings.ops import Ops
+from glora_ops.kernels.launching import Call, observed
+from kernel_cases import DEVICE, poisoned
+from strategies import BASES, Recipe, build, norm
+from test_aggregate import hard_ranks, judge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glora_ops import STATS, algorithm, pack_modules
+
+
+class Quick(CudaVocabulary):
+    """With LAPACK's small problems in the interpreter."""
+
+    if DEVICE == "cpu":
+        eigh, svd, canonical = CpuVocabulary.eigh, CpuVocabulary.svd, CpuVocabulary.canonical
+
+
+OPS, WHOLE = Ops(Quick(), captured=True), Ops(CudaVocabulary(), captured=True)
+CPU = Ops(CpuVocabulary(), captured=True)
+HARD = [
+    Recipe(seed=2, cut="N", ranks=(1, 4), widen=1, dead=True, scaling="negative"),
+    Recipe(seed=3, cut="N", ranks=(2, 3), kind="frozen", condition=100.0, mute=True),
+]
+
+
+def arguments(problem):
+    p = problem.packed()
+    w, s = torch.from_numpy(problem.weights), torch.from_numpy(problem.scaling)
+    return p.b.to(DEVICE), p.a.to(DEVICE), p.offsets, w.to(DEVICE), s.to(DEVICE)
+
+
+def update(out) -> np.ndarray:
+    return ((out[0].double() * out[1][..., None, :]) @ out[2].double().mT).cpu().numpy()
+
+
+@pytest.mark.parametrize(("steps", "dtype"), [(-1, "bfloat16"), (1, "float32")])
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("recipe", HARD, ids=lambda r: r.kind)
+def test_aggregate_against_the_reference(recipe, basis, steps, dtype):
+    """R = N: W̄ itself within 32·u32·S, ragged, dead, deficient and silent clients; no stray NaN."""
+    problem = build(Recipe(**(vars(recipe) | {"dtype": dtype})))
+    if basis == "projector" and not hard_ranks(problem).whole:
+        pytest.skip("the published rule leaves out what it takes for storage noise")
+    with poisoned(), torch.no_grad():
+        out = OPS.aggregate(*arguments(problem), problem.rank, basis, power_iters=steps)
+    truth = judge(problem, basis).w_bar
+    size = bounds.storage_scale(problem.arrays(), problem.weights, problem.scaling)
+    assert norm(update(out) - truth) <= bounds.exact_bound(size)
+    for name, value, same in bounds.wrong_answers(
+        problem.arrays(), problem.weights, problem.scaling, problem.rank, truth
+    ):
+        far = norm(value - truth)
+        assert far > bounds.exact_bound(size) or far <= same, name
+
+
+@pytest.mark.parametrize("steps", [-1, 1])
+def test_every_kernel_together_where_something_is_cut(steps):
+    """Small problems by the kernels too; two modules; the CPU's result to the cut's bound."""
+    many = [build(Recipe(seed=s, ranks=(2, 1), spectrum="linear")).clients for s in (1, 2)]
+    p = pack_modules(many)
+    w, s = torch.tensor([0.7, 0.3]), torch.tensor([1.0, -2.0])
+    on = (p.b.to(DEVICE), p.a.to(DEVICE), p.offsets, w.to(DEVICE), s.to(DEVICE), 2)
+    settings = {"oversample": 2, "power_iters": steps}
+    with poisoned(), torch.no_grad():
+        got = WHOLE.aggregate(*on, **settings)
+    want = CPU.aggregate(p.b, p.a, p.offsets, w, s, 2, **settings)
+    assert norm(update(got) - update(want)) < 1e-5 * norm(update(want))
+    for x, y in zip(got[3:], want[3:], strict=True):
+        assert torch.allclose(x.cpu(), y, rtol=1e-3, atol=1e-5)
+
+
+def test_the_krylov_route_in_these_words(monkeypatch):
+    for module in (algorithm, bindings_ops):
+        monkeypatch.setattr(module, "gram_route_limit", lambda rank: 0)
+    problem = build(Recipe(seed=1, ranks=(3, 2), spectrum="linear", cut="r"))
+    b, a, offsets, w, s = arguments(problem)
+    with poisoned(), torch.no_grad():
+        got = OPS.aggregate(b, a, offsets, w, s, problem.rank, oversample=2)
+    p = problem.packed()
+    want = CPU.aggregate(p.b, p.a, offsets, w.cpu(), s.cpu(), problem.rank, oversample=2)
+    assert float(got[5][STATS.index("krylov")]) == 1
+    assert norm(update(got) - update(want)) < 1e-4 * norm(update(want))
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("steps", [-1, 1])
+def test_gauges_of_powers_of_two_change_no_bit(basis, steps):
+    """2⁻⁸⁰ … 2⁸⁰ on single rows: products stay in range although nothing is scaled."""
+    problem = build(Recipe(seed=7, ranks=(3, 2), cut="r", spectrum="linear"))
+    b, a, *rest = arguments(problem)
+    power = torch.tensor([80, -80, 3, 0, 40], device=DEVICE).double()[:, None].exp2()
+    far = ((b * power).float(), (a / power).float(), *rest)
+    with torch.no_grad():
+        one = OPS.aggregate(b, a, *rest, problem.rank, basis, power_iters=steps)
+        two = OPS.aggregate(*far, problem.rank, basis, power_iters=steps)
+    for x, y in zip(one, two, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_parts_are_the_cpus():
+    problem = build(Recipe(seed=5, ranks=(3, 2, 4)))
+    b, a, offsets, w, s = arguments(problem)
+    (b0, a0), cpu = (problem.packed().b, problem.packed().a), CPU
+    w0, s0 = torch.from_numpy(problem.weights), torch.from_numpy(problem.scaling)
+    with poisoned(), torch.no_grad():
+        got = OPS.canonicalize(b, a, offsets, s)
+        want = cpu.canonicalize(b0, a0, offsets, s0)
+        assert torch.allclose(got[2].cpu(), want[2], rtol=1e-12)
+        omega = torch.randn(b.shape[1], 5)
+        for x, y in (
+            (
+                OPS.projector_matmul(b, offsets, got[0], got[3], omega.to(DEVICE)),
+                cpu.projector_matmul(b0, offsets, want[0], want[3], omega),
+            ),
+            (
+                OPS.projector_matmul_factors(b, offsets, w, omega.to(DEVICE)),
+                cpu.projector_matmul_factors(b0, offsets, w0, omega),
+            ),
+            (
+                OPS.core(b.mT[:, :4], a.mT[:, :4], b, a, offsets, w, s),
+                cpu.core(b0.mT[:, :4], a0.mT[:, :4], b0, a0, offsets, w0, s0),
+            ),
+            (
+                OPS.projector_svd_factors(b, offsets, w, 4)[1],
+                cpu.projector_svd_factors(b0, offsets, w0, 4)[1],
+            ),
+        ):
+            assert norm((x.cpu() - y).numpy()) < 1e-5 * norm(y.numpy())
+        state = cpu.aggregate(b0, a0, offsets, w0, s0, 4)[:3]
+        for pad in ("zero", "trainable"):
+            ours = OPS.readout(*(x.to(DEVICE) for x in state), 6, 0.5, pad)
+            for x, y in zip(ours, cpu.readout(*state, 6, 0.5, pad), strict=True):
+                assert torch.allclose(x.cpu(), y, atol=1e-6)
+
+
+# --- launches ----------------------------------------------------------------------------------
+
+
+def launches(modules: int, ranks: list[int], basis: str, rank: int = 64) -> list[str]:
+    """Kernels of a captured `aggregate` with one step at 4096 × 11008, bf16.
+
+    On meta tensors, which have no values: whatever looked at one would raise.
+    """
+    offsets = torch.tensor([0, *ranks]).cumsum(0)
+    b, a = (
+        torch.empty(modules, sum(ranks), d, dtype=torch.bfloat16, device="meta")
+        for d in (4096, 11008)
+    )
+    one = torch.ones(len(ranks), device="meta")
+    names: list[str] = []
+
+    def record(call: Call) -> bool:
+        names.append(call.name)
+        return False
+
+    with torch.no_grad(), observed(record):
+        out = WHOLE.aggregate(b, a, offsets, one, one, rank, basis, power_iters=1)
+    assert out[0].shape == (modules, 4096, rank)
+    return names
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_launches_do_not_depend_on_modules_or_clients(basis):
+    """The anchor included; the count is the README's."""
+    counts = {
+        tuple(launches(modules, [16] * clients, basis))
+        for modules, clients in ((1, 8), (32, 8), (1, 100), (32, 100))
+    }
+    assert len(counts) == 1
+    (names,) = counts
+    assert len(names) == {"consensus": 135, "projector": 92, "update": 44}[basis]
+    ragged = launches(4, [4, 16, 64] * 30, basis)
+    assert sorted(ragged) == sorted([*names, *["canonical_kernel"] * 2])
+
+
+class Copies(TorchDispatchMode):
+    """Names of calls that turn a CPU tensor into one on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        here = any(isinstance(x, torch.Tensor) and x.is_cpu and x.dim() for x in args)
+        if here and any(x.is_meta for x in torch.utils._pytree.tree_leaves(out) if x is not None):
+            self.found.append(func.__name__)
+        return out
+
+
+def test_a_repeated_call_copies_nothing_to_the_device():
+    """A graph cannot record such a copy: plans and test matrices are kept."""
+    launches(2, [3, 5, 9], "consensus", 7)
+    with Copies() as copies:
+        launches(2, [3, 5, 9], "consensus", 7)
+    assert not copies.found
+    with Copies() as copies:
+        launches(2, [3, 5, 8], "consensus", 7)
+    assert copies.found
+
+
+def test_the_gram_route_makes_as_few():
+    """Both routes' launches on real data, which adaptive routes need; modules and clients apart."""
+    seen = set()
+    for modules, clients in ((1, 2), (2, 2), (1, 4)):
+        b, a = (torch.randn(modules, 2 * clients, d, device=DEVICE) for d in (20, 16))
+        names: list[str] = []
+        one = torch.ones(clients, device=DEVICE)
+        with torch.no_grad(), observed(lambda call, to=names: to.append(call.name) or True):
+            OPS.aggregate(b, a, 2 * torch.arange(clients + 1), one, one, 3)
+        seen.add(len(names))
+    assert len(seen) == 1
