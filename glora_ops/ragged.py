@@ -5,6 +5,7 @@ Index arithmetic only: no numerics, no copies of factors beyond what padding nee
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -133,15 +134,18 @@ class Ragged:
     @cached_property
     def groups(self) -> list[Group]:
         """Clients by rank, those without rows left out: blocks of one shape, without padding."""
+        marks = self.offsets.tolist()
+        members: dict[int, list[int]] = defaultdict(list)
+        for client, (lo, hi) in enumerate(pairwise(marks)):
+            members[hi - lo].append(client)
+        members.pop(0, None)
         groups = []
-        for rank in self.ranks.unique().tolist():
-            if rank == 0:
-                continue
-            clients = (self.ranks == rank).nonzero()[:, 0]
-            rows = self.index[clients, :rank].flatten()
-            first, last = int(rows[0]), int(rows[-1])
-            together = last - first + 1 == rows.numel()
-            groups.append(Group(clients, slice(first, last + 1) if together else rows, rank))
+        for rank, clients in members.items():
+            rows: slice | Tensor = slice(marks[clients[0]], marks[clients[-1] + 1])
+            if marks[clients[-1] + 1] - marks[clients[0]] != rank * len(clients):
+                first = torch.tensor([marks[client] for client in clients])
+                rows = (first[:, None] + torch.arange(rank)).flatten().to(self.device)
+            groups.append(Group(torch.tensor(clients, device=self.device), rows, rank))
         return groups
 
     def pad(self, x: Tensor) -> Tensor:
