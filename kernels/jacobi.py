@@ -5,7 +5,7 @@ column norms are the singular values, normalised columns the left singular vecto
 rounding even where σ is small, since the test |w_p·w_q| > tol‖w_p‖‖w_q‖ is relative. Where W is
 itself the factor of a pivoted triangular factorisation (G = W Wᵀ, or C = Q Wᵀ) its columns are
 graded from the start: 7–10 sweeps, 20 for clusters of width 1e-13 (numpy, n = 16…128), against
-10–30 on G itself. The error is that of a backward stable method, c·n·2⁻⁵³‖G‖ with c ≈ 2.
+7–36 on G itself. The error is that of a backward stable method, c·n·2⁻⁵³‖G‖ with c ≤ 5.
 
 Everything is fp64, on every target: forms of badly conditioned clients need it, and sums and
 rotations are plain FMA (no tensor cores, so no target fails). The rounds wait for one another,
@@ -20,7 +20,8 @@ rounds each has met each and stands where it stood. A sweep without a rotation i
           ↗              ↓
      Q_0 ← Q_1 ← Q_2 ← Q_3
 
-Matrices pass from stage to stage through global memory (the output buffers), rows contiguous.
+Matrices pass from stage to stage through global memory (the output buffers), rows contiguous;
+`tl.debug_barrier` orders that, on gfx942 because the waves of a work-group share one L1.
 """
 
 from __future__ import annotations

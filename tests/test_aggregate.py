@@ -29,7 +29,7 @@ from strategies import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glora_ops import CLIENT_STATS, STATS, pack, pack_modules, reference
+from glora_ops import CLIENT_STATS, STATS, pack, pack_modules, ragged, reference, signs
 
 U32 = bounds.U32
 
@@ -454,6 +454,12 @@ class Watch(TorchDispatchMode):
                 del self.alive[pointer]
 
 
+def forget_plans() -> None:
+    """What a repeated call finds ready would otherwise be missing from its count."""
+    ragged._kept.cache_clear()
+    signs.sign_matrix.cache_clear()
+
+
 def watched(
     ranks: list[int], d_out: int, d_in: int, rank: int, basis: str, **settings: object
 ) -> Watch:
@@ -462,6 +468,7 @@ def watched(
     offsets = torch.tensor([0, *ranks]).cumsum(0)
     w = torch.full((len(ranks),), 1 / len(ranks))
     ops = Ops(CpuVocabulary())
+    forget_plans()
     with torch.no_grad(), Watch() as watch:
         ops.aggregate(b, a, offsets, w, torch.ones(len(ranks)), rank, basis, **settings)
     return watch
@@ -497,6 +504,7 @@ def test_modules_run_together(basis):
     for modules in (2, 9):
         rng = torch.Generator().manual_seed(0)
         b, a = (torch.randn(modules, 12, d, generator=rng) for d in (40, 30))
+        forget_plans()
         with torch.no_grad(), Watch() as watch:
             Ops(CpuVocabulary()).aggregate(
                 b, a, torch.tensor([0, 4, 8, 12]), torch.ones(3) / 3, torch.ones(3), 4, basis

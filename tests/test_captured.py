@@ -12,7 +12,7 @@ import torch
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from strategies import BASES, DTYPES, Recipe, build, norm
-from test_aggregate import hard_ranks, judge
+from test_aggregate import forget_plans, hard_ranks, judge
 from test_quality import disjoint, frozen, noisy, partly, shared, stored
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,6 +158,7 @@ def test_looks_at_no_value_and_makes_the_same_calls_for_any_number_of_clients_an
         rng = torch.Generator().manual_seed(clients)
         b, a = (torch.randn(modules, 3 * clients, d, generator=rng) for d in (40, 30))
         one = torch.ones(clients)
+        forget_plans()
         with torch.no_grad(), Looking() as looking:
             Ops(Blind(), True).aggregate(
                 b, a, 3 * torch.arange(clients + 1), one, one, 4, basis, power_iters=1

@@ -178,6 +178,22 @@ def test_over_parametrised_updates_have_the_true_rank() -> None:
     assert (got.sigma > 0).sum() == 4
 
 
+def test_directions_are_dropped_at_the_level_of_rounding() -> None:
+    """σ² against 16·r·2⁻⁵³: 1e-6 is kept, 3e-8 is not, on the CPU as here."""
+    sigma = np.array([1.0, 1e-3, 1e-6, 3e-8])
+    pair = np.eye(4, D_OUT), sigma[:, None] * np.eye(4, D_IN)
+    (got,) = solve([pair])
+    assert np.allclose(got.sigma, [1, 1e-3, 1e-6, 0], rtol=1e-14, atol=0)
+    assert (on_the_cpu(pair).sigma > 0).tolist() == (got.sigma > 0).tolist()
+
+
+def test_the_clean_up_leaves_rounding_alone() -> None:
+    b, a = plain(11)
+    (got,) = solve([(b, a)])
+    for x in (b.T @ got.t_u, a.T @ got.t_v):
+        assert abs(x.T @ x - np.eye(11)).max() <= 2 * 11 * U64
+
+
 def test_a_dead_pair_changes_nothing() -> None:
     b, a = plain(3)
     alone, beside = solve(

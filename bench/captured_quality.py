@@ -1,0 +1,35 @@
+"""The captured route's error beside the exact route's, for docs/ops.md: a table, no clock.
+
+python bench/captured_quality.py
+"""
+
+from __future__ import annotations
+
+import torch
+from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.ops import Ops
+from populations import KINDS, Case, population
+
+STEPS = (0, 1, 2, 4)
+
+
+def errors(kind: str, basis: str) -> list[float]:
+    """‖Ŵ − W̄‖/‖W̄‖ of the exact route, then of the captured one after each of `STEPS`."""
+    p = population(Case(512, 384, 32, (8,), 16, kind))
+    offsets = 8 * torch.arange(33)
+    mean = p.b.double().mT @ (p.coef * p.a.double())
+    ops = Ops(CpuVocabulary(), captured=True)
+    out = []
+    for steps in (-1, *STEPS):
+        with torch.no_grad():
+            u, s, v, *_ = ops.aggregate(
+                p.b, p.a, offsets, p.weights, p.scaling, 16, basis, power_iters=steps
+            )
+        out.append(float(((u.double() * s) @ v.double().mT - mean).norm() / mean.norm()))
+    return out
+
+
+if __name__ == "__main__":
+    for kind in KINDS:
+        for basis in ("consensus", "projector", "update"):
+            print(f"| {kind} | {basis} |", " | ".join(f"{x:.4f}" for x in errors(kind, basis)), "|")
