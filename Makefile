@@ -13,7 +13,7 @@ help:  ## list the commands
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo,bench]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo,bench,fl]'
 	touch $@
 
 demo: $(READY)  ## real adapters of different ranks, trained on digits, become one

@@ -11,7 +11,10 @@ setup(
         "glora_ops.adapters",
         "glora_ops.bindings",
         "glora_ops.cli",
+        "glora_ops.fl",
+        "glora_ops.fl.methods",
+        "glora_ops.fl.tasks",
     ],
     package_dir={"glora_ops.bindings": "bindings"},
-    package_data={"glora_ops": ["py.typed"]},
+    package_data={"glora_ops": ["py.typed"], "glora_ops.fl": ["configs/*.toml"]},
 )

@@ -28,6 +28,7 @@ LAYERS = [
     {"api"},
     {"merge"},
     {"plots"},
+    {"fl"},
     {"cli"},
 ]
 
@@ -85,7 +86,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for folder in ("glora_ops", "bindings")
         for p in (ROOT / folder).rglob("*.py")
     }
-    assert files == sources | {"glora_ops/py.typed"}
+    configs = {f"glora_ops/fl/configs/{p.name}" for p in (ROOT / "glora_ops/fl/configs").iterdir()}
+    assert files == sources | configs | {"glora_ops/py.typed"}
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
