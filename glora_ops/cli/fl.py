@@ -45,6 +45,10 @@ def run(
         typer.Option(help="In this process, or Flower's simulation with one node per client."),
     ] = "local",
     data_dir: DataDir = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR", help="Base model instead of the configuration's."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
     ] = False,
@@ -63,7 +67,7 @@ def run(
         from ..fl.config import load_config
         from ..fl.experiment import run_experiment
 
-        loaded = load_config(config)
+        loaded = load_config(config, model=model)
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
         with progress() as report:
             results = run_experiment(

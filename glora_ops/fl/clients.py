@@ -75,7 +75,13 @@ class Trainer:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._model: PeftModel = get_peft_model(base, self._config(1, 1.0), "r1")
+            try:
+                self._model: PeftModel = get_peft_model(base, self._config(1, 1.0), "r1")
+            except ValueError as error:
+                raise GloraError(
+                    f"model.targets: got {list(task.targets)}, expected names of linear modules of "
+                    f"the {type(base).__name__} ({error})"
+                ) from None
         self._scaling = {1: 1.0}
         self._layers: dict[str, Any] = {
             name.removeprefix("base_model.model."): layer
@@ -166,7 +172,7 @@ class Trainer:
     def _config(self, rank: int, scaling: float) -> LoraConfig:
         return LoraConfig(
             r=rank, lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT takes floats
-            target_modules=list(self.task.targets),
+            target_modules=list(self.task.targets) or None,
             lora_dropout=self.how.dropout,
         )  # fmt: skip
 
@@ -219,7 +225,8 @@ class Trainer:
                 if train in ("both", side):
                     chosen[f"{module}/{side}"] = part.weight
         for key, parameter in self._dense.items():
-            chosen[f"dense/{key}"] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            chosen[f"dense/{key}"] = parameter
         return chosen
 
     def _tail(self, name: str, keep: int) -> Tensor:

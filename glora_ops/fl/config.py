@@ -229,8 +229,8 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(which: str | Path) -> Config:
-    """Read a TOML file, or a shipped configuration by its name.
+def load_config(which: str | Path, *, model: str | None = None) -> Config:
+    """Read a TOML file, or a shipped configuration by its name; `model` replaces its model.name.
 
     Raises
     ------
@@ -245,7 +245,10 @@ def load_config(which: str | Path) -> Config:
         f"a .toml file or one of {', '.join(shipped())}",
     )
     try:
-        return Config.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        if model is not None:
+            content["model"] = {**content.get("model", {}), "name": model}
+        return Config.model_validate(content)
     except tomllib.TOMLDecodeError as error:
         raise GloraError(f"config: {path} is no TOML ({error})") from None
     except ValidationError as error:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..config import Config
 from .base import Task
-
-if TYPE_CHECKING:
-    from ..config import Config
 
 __all__ = ["build_task"]
 
@@ -19,4 +16,10 @@ def build_task(config: Config, seed: int, data_dir: Path | None = None) -> Task:
         from .digits import Digits
 
         return Digits(seed)
-    raise NotImplementedError(config.task.kind)
+    if config.task.kind == "glue":
+        from .glue import Glue
+
+        return Glue(config, seed, data_dir)
+    from .superni import SuperNI
+
+    return SuperNI(config, seed, data_dir)
