@@ -23,7 +23,7 @@ LAYERS = [
     {"gram_route", "krylov_route"},
     {"algorithm"},
     {"bindings"},
-    {"adapters", "report"},
+    {"adapters", "alignment", "report"},
     {"state"},
     {"api"},
     {"merge"},

@@ -145,6 +145,10 @@ class Evaluation(Section):
     spectra: bool = Field(
         default=True, description="Record spectrum, effective rank and captured energy every round."
     )
+    agreement: Literal["last", "every", "never"] = Field(
+        default="last",
+        description="When to record client-by-client alignment and how far factors are turned.",
+    )
 
 
 class Sweep(Section):

@@ -1,19 +1,21 @@
-"""What a round did to the update: spectrum, effective rank, how much of the exact mean it kept."""
+"""What a round did to the update, and how much the clients that made it agree."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..alignment import align, canonical_bases, mean_over_modules
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
 from .methods.base import shares
 from .methods.flora import stack
 
-__all__ = ["describe", "effective_rank", "spectrum"]
+__all__ = ["alignment", "describe", "effective_rank", "misalignment", "spectrum"]
 
 SHOWN = 64  # leading values that are recorded
 
@@ -56,6 +58,62 @@ def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> 
         "effective_rank": sum(ranks) / len(ranks),
         "spectrum": [round(float(x), 6) for x in energy if x > 1e-7 * energy[0]],
     }
+
+
+def alignment(replies: Sequence[Reply]) -> dict[str, Any]:
+    """Client-by-client alignment of the column and row spaces of ΔW_i, from 0 to 1, lists of lists.
+
+    Of the updates as clients train them; NaN becomes None.
+    """
+    columns, rows, energies = [], [], []
+    for m in replies[0].factors:
+        pairs = [r.factors[m] for r in replies]
+        (q, z), sigma, f = canonical_bases(pairs, [r.sent.scaling for r in replies])
+        energies.append(sigma.square().sum(-1))
+        columns.append(align(q, f))
+        rows.append(align(z, f))
+    energy = torch.stack(energies, 1)
+    return {
+        "clients": [r.client.index for r in replies],
+        "columns": _listed(mean_over_modules(columns, energy)),
+        "rows": _listed(mean_over_modules(rows, energy)),
+    }
+
+
+def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
+    """How far the clients' factors are turned against each other, mean over pairs and modules.
+
+    For two clients R minimises ‖B_i R − B_j‖² + ‖Rᵀ A_i − A_j‖² over orthogonal matrices (the polar
+    factor of B_iᵀB_j + A_i A_jᵀ); clients of different ranks are compared in their first pairs.
+
+    Returns
+    -------
+    dict
+        turn: ‖R − I‖_F/(2√r), 0 for factors that need no turning, 1 for opposite ones; apart and
+        apart_turned: that sum before and after turning, relative to the factors' own squares.
+    """
+    turns, apart, turned = [], [], []
+    for one, other in combinations(replies, 2):
+        for m in one.factors:
+            rank = min(one.factors[m][1].shape[0], other.factors[m][1].shape[0])
+            (b, a), (c, d) = (
+                (x.factors[m][0][:, :rank].double(), x.factors[m][1][:rank].double())
+                for x in (one, other)
+            )
+            u, sigma, vt = torch.linalg.svd(b.mT @ c + a @ d.mT)
+            eye = torch.eye(rank, dtype=u.dtype)
+            own = float(sum(x.square().sum() for x in (a, b, c, d))) or 1.0
+            turns.append(float(torch.linalg.matrix_norm(u @ vt - eye)) / (2 * rank**0.5))
+            apart.append(1 - 2 * float((b * c).sum() + (a * d).sum()) / own)
+            turned.append(1 - 2 * float(sigma.sum()) / own)
+    return {
+        name: sum(values) / len(values) if values else 0.0
+        for name, values in (("turn", turns), ("apart", apart), ("apart_turned", turned))
+    }
+
+
+def _listed(x: Tensor) -> list[list[float | None]]:
+    return [[None if v != v else round(v, 4) for v in row] for row in x.tolist()]
 
 
 def spectrum(pair: Factors) -> Tensor:

@@ -30,12 +30,16 @@ __all__ = ["Answers", "Engine", "LocalEngine"]
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What an engine brings back from a round: replies in client order, failures, payload bytes."""
+    """What an engine brings back from a round: replies in client order, failures, payload bytes.
+
+    `combine_seconds` is filled in by `run_round`: what the server took to aggregate.
+    """
 
     replies: list[Reply]
     failures: list[Failure] = field(default_factory=list)
     bytes_down: int = 0
     bytes_up: int = 0
+    combine_seconds: float = 0.0
 
 
 class Engine(Protocol):

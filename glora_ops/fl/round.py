@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from .engine_local import Answers, Engine
@@ -21,7 +22,9 @@ def run_round(
     answers = engine.train(server.round, work)
     if not answers.replies:
         return replace(server, round=server.round + 1, notes={}), answers
-    return method.combine(server, answers.replies), answers
+    began = time.perf_counter()
+    server = method.combine(server, answers.replies)
+    return server, replace(answers, combine_seconds=time.perf_counter() - began)
 
 
 def participants(server: Server, fraction: float) -> list[Client]:

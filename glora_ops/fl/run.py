@@ -13,7 +13,7 @@ import torch
 
 from .clients import LocalTraining, Trainer, single_thread
 from .config import Config
-from .diagnostics import describe
+from .diagnostics import alignment, describe, misalignment
 from .engine_local import Answers, Engine, LocalEngine
 from .messages import Client
 from .methods import Method
@@ -111,7 +111,7 @@ def run(
             before = server
             asked = participants(server, plan.config.clients.participation)
             server, answers = run_round(plan.method, server, carrier, asked)
-            seconds = {"round": time.perf_counter() - begun}
+            seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
             record.append(_line(plan, server, before, answers, total, seconds))
             # Through the checkpoint's form every round, so that a restart changes no bit.
             server = server_from(server_tensors(server), server_about(server), before)
@@ -144,8 +144,12 @@ def _line(
         "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],
         "notes": server.notes,
     }
-    if before is not None and answers.replies and how.spectra:
-        line["update"] = describe(model, before.merged, answers.replies)
+    if before is not None and answers.replies:
+        if how.spectra:
+            line["update"] = describe(model, before.merged, answers.replies)
+        if how.agreement == "every" or (how.agreement == "last" and last):
+            line["alignment"] = alignment(answers.replies)
+            line["misalignment"] = misalignment(answers.replies)
     begun = time.perf_counter()
     if last or server.round % how.every == 0:
         line["metrics"] = plan.trainer.evaluate(model)
