@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .clients import LocalTraining, Trainer, single_thread
@@ -24,7 +25,7 @@ from .server import Server, Setup
 from .tasks import Task
 from .tasks.build import build_task
 
-__all__ = ["EngineFactory", "Plan", "local_engine", "run"]
+__all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,14 +51,20 @@ class Plan:
                 t.dropout, c.gauge, seed,
             ),
         )  # fmt: skip
-        self.parts = split(
-            self.task.labels, c.partition, c.count, seed, alpha=c.alpha, at_least=c.at_least,
-            shards_per_client=c.shards_per_client,
-        )  # fmt: skip
+        self.parts = partition_of(config, self.task, seed)
         self.setup = Setup(
             self.trainer.shapes, config.ranks, c.scaling, self.trainer.dense,
             c.start == "shared", seed,
         )  # fmt: skip
+
+
+def partition_of(config: Config, task: Task, seed: int) -> list[np.ndarray]:
+    """Rows of each client."""
+    c = config.clients
+    return split(
+        task.labels, c.partition, c.count, seed, alpha=c.alpha, at_least=c.at_least,
+        shards_per_client=c.shards_per_client,
+    )  # fmt: skip
 
 
 EngineFactory = Callable[[Plan], Engine]
@@ -168,6 +175,7 @@ def _about(plan: Plan) -> dict[str, Any]:
         "method": plan.label,
         "seed": plan.seed,
         "lr": plan.lr,
+        "metric": plan.task.metric,
         "parameters": plan.trainer.parameters,
         "examples": [len(rows) for rows in plan.parts],
         "versions": {name: _version(name) for name in ("glora", "torch", "peft", "transformers")},
