@@ -44,6 +44,7 @@ class LocalTraining:
     dropout: float = 0.0
     gauge: float = 1.0
     seed: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ class Trainer:
 
     def __init__(self, task: Task, how: LocalTraining) -> None:
         self.task, self.how = task, how
-        base = task.model()
+        base = task.model().to(how.device)
         # Parameters by name, before PEFT renames them.
         self._dense = {
             name: p
@@ -110,7 +111,7 @@ class Trainer:
     @property
     def dense(self) -> dict[str, Tensor]:
         """The heads as they are now, copied."""
-        return {name: p.detach().clone() for name, p in self._dense.items()}
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._dense.items()}
 
     @property
     def parameters(self) -> int:
@@ -212,7 +213,7 @@ class Trainer:
             for name, (b, a) in pairs.items():
                 weight = self._layers[name].get_base_layer().weight
                 self._frozen.setdefault(name, weight.clone())
-                update = (b @ a).to(weight.dtype)
+                update = (b @ a).to(weight)
                 weight += update.mT if self._layers[name].fan_in_fan_out else update
         self._merged = merged
 
@@ -239,8 +240,8 @@ class Trainer:
     def _factors(self, name: str, sent: Sent) -> Pairs:
         return {
             m: (
-                self._layers[m].lora_B[name].weight.detach().clone(),
-                self._layers[m].lora_A[name].weight.detach().clone(),
+                self._layers[m].lora_B[name].weight.detach().to("cpu", copy=True),
+                self._layers[m].lora_A[name].weight.detach().to("cpu", copy=True),
             )
             for m in sent.factors
         }
@@ -254,7 +255,7 @@ def _optimiser(parameters: list[nn.Parameter], how: LocalTraining) -> torch.opti
 
 def _moments(optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor]) -> ClientState:
     return {
-        f"{key}:{what}": torch.as_tensor(value).clone()
+        f"{key}:{what}": torch.as_tensor(value).to("cpu", copy=True)
         for key, parameter in learning.items()
         for what, value in optimiser.state[parameter].items()
         if value is not None
@@ -266,11 +267,13 @@ def _restore(
 ) -> None:
     """Last round's moments, for parameters whose shape is still the same."""
     for key, parameter in learning.items():
-        own = {k.rpartition(":")[2]: v.clone() for k, v in state.items()
-               if k.rpartition(":")[0] == key}  # fmt: skip
+        own = {k.rpartition(":")[2]: v for k, v in state.items() if k.rpartition(":")[0] == key}
         shapes = {v.shape for v in own.values() if v.dim()}
         if own and shapes <= {parameter.shape}:
-            optimiser.state[parameter] = own
+            optimiser.state[parameter] = {
+                what: v.to(parameter.device if v.dim() else "cpu", copy=True)
+                for what, v in own.items()
+            }
 
 
 @contextmanager

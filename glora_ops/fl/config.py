@@ -43,6 +43,9 @@ class TaskSection(Section):
         description="Evaluate on at most this many held-out examples (per task for "
         "superni); 0: all.",
     )
+    max_tasks: int = Field(
+        default=0, ge=0, description="superni: a seeded sample of the training tasks; 0: all."
+    )
     max_length: int = Field(default=128, ge=8, description="Tokens an input is cut to.")
     max_new_tokens: int = Field(
         default=32, ge=1, description="superni: tokens generated for an answer."
@@ -63,6 +66,10 @@ class ModelSection(Section):
         default=[],
         description="Linear modules to adapt, as PEFT's target_modules; empty: the task's own "
         "(digits) or PEFT's default for the architecture.",
+    )
+    device: str = Field(
+        default="cpu",
+        description="Where clients train, as torch names it; the server uses the CPU.",
     )
     random_weights: bool = Field(
         default=False,

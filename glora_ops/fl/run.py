@@ -48,7 +48,7 @@ class Plan:
             self.task,
             LocalTraining(
                 t.steps, t.batch, lr, t.optimiser, t.optimiser_state, t.weight_decay, t.clip,
-                t.dropout, c.gauge, seed,
+                t.dropout, c.gauge, seed, config.model.device,
             ),
         )  # fmt: skip
         self.parts = partition_of(config, self.task, seed)

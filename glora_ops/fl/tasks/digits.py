@@ -201,12 +201,12 @@ class Digits:
         return model
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
-        part = self.train[rows]
-        return F.cross_entropy(model(part.x), part.y)
+        part, device = self.train[rows], next(model.parameters()).device
+        return F.cross_entropy(model(part.x.to(device)), part.y.to(device))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         with torch.no_grad():
-            logits = model(self.held_out.x)
+            logits = model(self.held_out.x.to(next(model.parameters()).device)).cpu()
         right = (logits.argmax(1) == self.held_out.y).double().mean()
         return {
             "accuracy": float(right),

@@ -15,7 +15,7 @@ from ..config import Config
 from ..seeds import numpy_stream
 from .jsonl import read_jsonl
 from .metrics import classification, correlation
-from .pretrained import batches_by_length, from_pretrained, quiet, tokenizer_of
+from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
 
 __all__ = ["Glue"]
 
@@ -83,7 +83,7 @@ class Glue:
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         logits = self._logits(model, self._x, rows)
-        y = torch.as_tensor(self._y[rows])
+        y = torch.as_tensor(self._y[rows], device=logits.device)
         if self.regression:
             return torch.nn.functional.mse_loss(logits[:, 0], y.to(logits.dtype))
         return torch.nn.functional.cross_entropy(logits, y)
@@ -94,7 +94,7 @@ class Glue:
         lengths = [len(tokens) for tokens in self._dev_x["input_ids"]]
         with torch.no_grad():
             for rows in batches_by_length(lengths, EVALUATION_BATCH):
-                logits[rows] = self._logits(model, self._dev_x, rows)
+                logits[rows] = self._logits(model, self._dev_x, rows).cpu()
         if self.regression:
             return correlation(self._dev_y, logits[:, 0].numpy())
         truth = torch.as_tensor(self._dev_y)
@@ -104,7 +104,8 @@ class Glue:
     def _logits(self, model: nn.Module, x: Mapping[str, Any], rows: np.ndarray) -> Tensor:
         batch = {key: [values[i] for i in rows] for key, values in x.items()}
         with quiet():
-            return model(**self._tokenizer.pad(batch, return_tensors="pt")).logits
+            padded = self._tokenizer.pad(batch, return_tensors="pt")
+        return model(**padded.to(device_of(model))).logits
 
     def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         first = [row["sentence1"] for row in rows]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import GloraError, require
 from ..seeds import number
 
-__all__ = ["batches_by_length", "from_pretrained", "pad", "quiet", "tokenizer_of"]
+__all__ = ["batches_by_length", "device_of", "from_pretrained", "pad", "quiet", "tokenizer_of"]
 
 
 @contextmanager
@@ -71,6 +71,10 @@ def _explained(name: str) -> Iterator[None]:
             f"model.name: cannot load {name!r} ({str(error).splitlines()[0]}); expected a model on "
             "the Hub that can be reached, or a local folder with config.json and weights"
         ) from error
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:

@@ -21,7 +21,7 @@ from ..config import Config
 from .glue import sample
 from .jsonl import read_jsonl
 from .metrics import exact_match, rouge_l
-from .pretrained import batches_by_length, from_pretrained, pad, tokenizer_of
+from .pretrained import batches_by_length, device_of, from_pretrained, pad, tokenizer_of
 
 __all__ = ["SuperNI", "prompt"]
 
@@ -59,6 +59,8 @@ class SuperNI:
         self._tokenizer = tokenizer_of(config.model.name)
         train, held_out = (_read(part, data_dir) for part in ("train", "heldout"))
         t = config.task
+        chosen_tasks = sample(list(train), t.max_tasks, seed, "tasks")
+        train = {name: train[name] for name in chosen_tasks}
         self.label_names = tuple(train)
         self._train: list[Instance] = []
         self._seen: list[Instance] = []
@@ -100,10 +102,11 @@ class SuperNI:
             sources = [x + y for x, y in zip(sources, targets, strict=True)]
         else:
             labels = targets
+        device = device_of(model)
         return model(
-            input_ids=pad(sources, self._tokenizer.pad_token_id),
-            attention_mask=pad([[1] * len(x) for x in sources], 0),
-            labels=pad(labels, IGNORED),
+            input_ids=pad(sources, self._tokenizer.pad_token_id).to(device),
+            attention_mask=pad([[1] * len(x) for x in sources], 0).to(device),
+            labels=pad(labels, IGNORED).to(device),
         ).loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -134,7 +137,8 @@ class SuperNI:
             mask = pad([[1] * len(t) for t in tokens], 0, left=not self._encoder_decoder)
             with torch.no_grad():
                 made = model.generate(  # type: ignore[operator]
-                    input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1,
+                    input_ids=ids.to(device_of(model)), attention_mask=mask.to(device_of(model)),
+                    do_sample=False, num_beams=1,
                     max_new_tokens=self.config.task.max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
