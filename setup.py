@@ -12,6 +12,7 @@ setup(
         "glora_ops.bindings",
         "glora_ops.cli",
         "glora_ops.fl",
+        "glora_ops.fl.flower",
         "glora_ops.fl.methods",
         "glora_ops.fl.tasks",
     ],

@@ -70,15 +70,26 @@ def run(
     """
     with answering(as_json):
         from ..fl.config import load_config
-        from ..fl.experiment import run_experiment
+        from ..fl.experiment import Result, run_experiment
+        from ..fl.run import EngineFactory, local_engine
 
         loaded = load_config(config, model=model)
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
         with progress() as report:
-            results = run_experiment(
-                loaded, out, methods=wanted, seeds=range(seeds), engine=engine,
-                data_dir=data_dir, resume=resume, progress=report,
-            )  # fmt: skip
+
+            def experiment(carrier: EngineFactory) -> list[Result]:
+                return run_experiment(
+                    loaded, out, methods=wanted, seeds=range(seeds), engine=carrier,
+                    data_dir=data_dir, resume=resume, progress=report,
+                )  # fmt: skip
+
+            if engine == "flower":
+                from ..fl.flower import simulate
+
+                nodes, state = loaded.clients.count, out / loaded.name / "nodes"
+                results = simulate(nodes, experiment, state_dir=state, data_dir=data_dir)
+            else:
+                results = experiment(local_engine)
         if as_json:
             print_json({"runs": [str(r.folder) for r in results], "results": [
                 {"method": r.method, "seed": r.seed, **r.metrics} for r in results]})  # fmt: skip

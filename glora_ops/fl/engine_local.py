@@ -16,6 +16,7 @@ from .messages import (
     Failure,
     Reply,
     Sent,
+    held_tensors,
     on_the_wire,
     reply_from,
     reply_tensors,
@@ -25,14 +26,17 @@ from .messages import (
 from .seeds import numpy_stream
 from .traffic import Traffic
 
-__all__ = ["Answers", "Engine", "LocalEngine"]
+__all__ = ["LOST", "Answers", "Engine", "LocalEngine", "lost"]
+
+LOST = "the reply was lost (clients.lost)"
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
     """What an engine brings back from a round: replies in client order, failures, payload bytes.
 
-    `combine_seconds` is filled in by `run_round`: what the server took to aggregate.
+    `combine_seconds` is filled in by `run_round`: what the server took to aggregate. `processes`
+    says which process answered for a client, where it was another than this one.
     """
 
     replies: list[Reply]
@@ -40,6 +44,7 @@ class Answers:
     bytes_down: int = 0
     bytes_up: int = 0
     combine_seconds: float = 0.0
+    processes: dict[int, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -56,6 +61,11 @@ class Engine(Protocol):
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `save` gave."""
+
+
+def lost(seed: int, round: int, client: Client, probability: float) -> bool:
+    """Whether this reply is one of those that never arrive."""
+    return numpy_stream(seed, "lost", round, client.index).random() < probability
 
 
 class LocalEngine:
@@ -95,12 +105,12 @@ class LocalEngine:
                 continue
             up += size
             replies.append(reply)
-            self.traffic.answered(client.index, tensors)
+            self.traffic.answered(client.index, held_tensors(sent))
         return Answers(replies, failures, down, up)
 
     def _one(self, round: int, client: Client, sent: Sent) -> tuple[Reply, int]:
-        if numpy_stream(self.seed, "lost", round, client.index).random() < self.lost:
-            raise GloraError("the reply was lost (clients.lost)")
+        if lost(self.seed, round, client, self.lost):
+            raise GloraError(LOST)
         state = self.states.get(client.index, {})
         learnt = self.trainer.train(sent, client, self.parts[client.index], round, state)
         self.states[client.index] = learnt.state

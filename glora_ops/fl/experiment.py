@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import require
 from .config import Config
 from .files import write_text
 from .run import EngineFactory, Plan, local_engine, run
@@ -34,7 +33,7 @@ def run_experiment(
     *,
     methods: Sequence[str] = (),
     seeds: Iterable[int] = range(3),
-    engine: str = "local",
+    engine: EngineFactory = local_engine,
     data_dir: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -50,22 +49,16 @@ def run_experiment(
     labels = list(methods) or list(config.methods)
     for label in labels:
         config.method(label)
-    carrier = engine_by_name(engine)
     home = out / config.name
     results = []
     for label in labels:
-        lr = learning_rate(config, label, home, data_dir, resume, progress)
+        lr = learning_rate(config, label, home, data_dir, engine, progress)
         for seed in seeds:
             folder = home / label / f"seed{seed}"
             plan = Plan(config, label, seed, lr, data_dir)
-            lines = run(plan, folder, engine=carrier, resume=resume, progress=progress)
+            lines = run(plan, folder, engine=engine, resume=resume, progress=progress)
             results.append(Result(label, seed, folder, lines[-1]["metrics"]))
     return results
-
-
-def engine_by_name(name: str) -> EngineFactory:
-    require(name == "local", "engine", repr(name), '"local"')
-    return local_engine
 
 
 def learning_rate(
@@ -73,7 +66,7 @@ def learning_rate(
     label: str,
     home: Path,
     data_dir: Path | None,
-    resume: bool,
+    engine: EngineFactory,
     progress: Progress | None,
 ) -> float:
     """The method's own rate, or the best of the sweep by the last round's headline metric.
@@ -90,7 +83,7 @@ def learning_rate(
         for lr in config.sweep.lrs:
             plan = Plan(config, label, config.sweep.seed, lr, data_dir)
             lines = run(
-                plan, home / SWEEP / label / f"lr{lr:g}", resume=True,
+                plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
                 rounds=config.sweep.rounds or None, progress=progress,
             )  # fmt: skip
             scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]

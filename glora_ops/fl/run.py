@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import torch
 
 from .clients import LocalTraining, Trainer, single_thread
 from .config import Config
-from .diagnostics import alignment, describe, misalignment
+from .diagnostics import alignment, describe, misalignment, significant
 from .engine_local import Answers, Engine, LocalEngine
 from .messages import Client
 from .methods import Method
@@ -149,14 +150,17 @@ def _line(
             for r in answers.replies
         ],
         "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],
-        "notes": server.notes,
+        "notes": significant(server.notes),
     }
+    if answers.processes:
+        clients = {str(client): pid for client, pid in answers.processes.items()}
+        line["processes"] = {"server": os.getpid(), "clients": clients}
     if before is not None and answers.replies:
         if how.spectra:
-            line["update"] = describe(model, before.merged, answers.replies)
+            line["update"] = significant(describe(model, before.merged, answers.replies))
         if how.agreement == "every" or (how.agreement == "last" and last):
             line["alignment"] = alignment(answers.replies)
-            line["misalignment"] = misalignment(answers.replies)
+            line["misalignment"] = significant(misalignment(answers.replies))
     begun = time.perf_counter()
     if last or server.round % how.every == 0:
         line["metrics"] = plan.trainer.evaluate(model)
