@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,7 @@ from .messages import Pairs, Reply, Sent
 from .methods.base import shares
 from .methods.flora import stack
 
-__all__ = ["alignment", "describe", "effective_rank", "misalignment", "spectrum"]
+__all__ = ["alignment", "describe", "effective_rank", "misalignment", "significant", "spectrum"]
 
 SHOWN = 64  # leading values that are recorded
 
@@ -114,6 +114,17 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
 
 def _listed(x: Tensor) -> list[list[float | None]]:
     return [[None if v != v else round(v, 4) for v in row] for row in x.tolist()]
+
+
+def significant(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Floats to nine digits: the last bits of fp64 LAPACK results vary from call to call."""
+
+    def short(x: Any) -> Any:
+        if isinstance(x, list):
+            return [short(y) for y in x]
+        return float(f"{x:.9g}") if isinstance(x, float) else x
+
+    return {name: short(x) for name, x in numbers.items()}
 
 
 def spectrum(pair: Factors) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "Tail",
     "digest",
     "draw_factors",
+    "held_tensors",
     "on_the_wire",
     "reply_from",
     "reply_tensors",
@@ -154,6 +155,11 @@ def sent_tensors(sent: Sent) -> dict[str, Tensor]:
     for k, pairs in enumerate(sent.merged):
         out |= _flat(f"merged{k}", pairs)
     return out
+
+
+def held_tensors(sent: Sent) -> dict[str, Tensor]:
+    """All tensors a client has after a message, those it drew itself included."""
+    return sent_tensors(replace(sent, drawn=None))
 
 
 def sent_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], shapes: Shapes) -> Sent:

@@ -29,6 +29,7 @@ class Traffic:
         return {name: x for name, x in tensors.items() if digest(x) not in held}
 
     def answered(self, client: int, tensors: Mapping[str, Tensor]) -> None:
+        """The client has answered a message after which it holds `tensors` (`held_tensors`)."""
         self.held[client] = sorted({digest(x) for x in tensors.values()})
 
     def failed(self, client: int) -> None:

@@ -26,7 +26,7 @@ class FedExLoRA(Method):
     mixed_ranks: ClassVar[bool] = False
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.factors:
             return self.opening(server, client)
         scaling = server.setup.scaling
         return Sent(server.factors, server.dense, scaling, merged=server.merged)

@@ -23,7 +23,7 @@ class FedIT(Method):
     """
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.factors:
             return self.opening(server, client)
         factors = slice_rank(server.factors, client.rank)
         return Sent(factors, server.dense, server.setup.scaling)

@@ -41,20 +41,20 @@ class FedRotLoRA(Method):
         require(0 <= self.strength <= 1, "strength", self.strength, "a number in [0, 1]")
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.factors:
             return self.opening(server, client)
         return Sent(server.factors, server.dense, server.setup.scaling)
 
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
         turned = [
             {m: self._turn(server.round, pair, r.sent.factors[m]) for m, pair in r.factors.items()}
+            if server.factors
+            else r.factors
             for r in replies
         ]
         return next_state(server, replies, factors=mean_factors(turned, shares(replies)))
 
     def _turn(self, round: int, pair: Factors, reference: Factors) -> Factors:
-        if round == 0:
-            return pair
         (b, a), (b_ref, a_ref) = pair, reference
         correlation = a @ a_ref.mT if round % 2 else b.mT @ b_ref
         r = rotation(correlation.double(), self.strength).to(a.dtype)

@@ -25,7 +25,7 @@ class FFALoRA(Method):
     needs_shared_start: ClassVar[bool] = True
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.factors:
             return replace(self.opening(server, client), train="B")
         return Sent(server.factors, server.dense, server.setup.scaling, train="B")
 

@@ -25,7 +25,7 @@ class FlexLoRA(Method):
     """
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.svd:
             return self.opening(server, client)
         return Sent(self._slice(server, client.rank), server.dense, server.setup.scaling)
 
@@ -41,7 +41,7 @@ class FlexLoRA(Method):
 
     def model(self, server: Server) -> Sent:
         """The whole mean, before any truncation."""
-        if server.round == 0:
+        if not server.svd:
             return super().model(server)
         rank = max(x.s.numel() for x in server.svd.values())
         return Sent(self._slice(server, rank), server.dense, server.setup.scaling)

@@ -63,7 +63,7 @@ class Glora(Method):
         )
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.svd:
             return self.opening(server, client)
         return Sent(self._readout(server, client.rank), server.dense, server.setup.scaling)
 
@@ -85,7 +85,7 @@ class Glora(Method):
 
     def model(self, server: Server) -> Sent:
         """The whole state, of rank R."""
-        if server.round == 0:
+        if not server.svd:
             return super().model(server)
         rank = self._server_rank(server.setup)
         return Sent(self._readout(server, rank), server.dense, server.setup.scaling)

@@ -41,7 +41,7 @@ class HetLoRA(Method):
 
     def broadcast(self, server: Server, client: Client) -> Sent:
         rank = server.ranks[client.index] if client.index >= 0 else client.rank
-        if server.round == 0:
+        if not server.factors:
             sent = self.opening(server, replace(client, rank=rank))
         else:
             sent = Sent(slice_rank(server.factors, rank), server.dense, server.setup.scaling)

@@ -26,7 +26,7 @@ class RoLoRA(Method):
     needs_shared_start: ClassVar[bool] = True
 
     def broadcast(self, server: Server, client: Client) -> Sent:
-        if server.round == 0:
+        if not server.factors:
             return replace(self.opening(server, client), train="B")
         turn: Literal["A", "B"] = "A" if server.round % 2 else "B"
         return Sent(server.factors, server.dense, server.setup.scaling, train=turn)
