@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..errors import GloraError
+from ..errors import GloraError, require
 from .clients import ClientState, Trainer
 from .messages import (
     Client,
@@ -125,6 +125,8 @@ class LocalEngine:
         return tensors, {"held": {str(i): names for i, names in self.traffic.held.items()}}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        require("states" not in about, "checkpoint", "one of Flower's", "one of the local engine",
+                "go on with --engine flower, or run anew with another -o")  # fmt: skip
         self.states = {}
         for name, x in tensors.items():
             client, _, key = name.partition("/")

@@ -48,7 +48,7 @@ def run_experiment(
     """
     labels = list(methods) or list(config.methods)
     for label in labels:
-        config.method(label)
+        config.method(label).check(config.ranks, config.clients.start == "shared")
     home = out / config.name
     results = []
     for label in labels:

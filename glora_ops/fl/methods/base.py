@@ -26,28 +26,26 @@ class Method(ABC):
     #: Whether every client must draw the same first A.
     needs_shared_start: ClassVar[bool] = False
 
-    def start(self, setup: Setup) -> Server:
-        """The state before the first round.
-
-        Raises
-        ------
-        GloraError
-            If the method cannot do what the setup asks for.
-        """
+    def check(self, ranks: Sequence[int], shared_start: bool) -> None:
+        """Raise `GloraError` where the method cannot do what is asked for."""
         name = type(self).__name__
         require(
-            self.mixed_ranks or len(set(setup.ranks)) == 1,
+            self.mixed_ranks or len(set(ranks)) == 1,
             "clients.ranks",
-            sorted(set(setup.ranks)),
+            sorted(set(ranks)),
             f"one rank for all clients: {name} averages factors of one shape",
             "use a method for mixed ranks (glora, flora, flexlora, hetlora, fedit zero-padded)",
         )
         require(
-            setup.shared_start or not self.needs_shared_start,
+            shared_start or not self.needs_shared_start,
             "clients.start",
             '"independent"',
             f'"shared": {name} relies on one common first A',
         )
+
+    def start(self, setup: Setup) -> Server:
+        """The state before the first round, if the setup passes `check`."""
+        self.check(setup.ranks, setup.shared_start)
         return Server(setup, setup.dense, setup.ranks)
 
     @abstractmethod

@@ -68,7 +68,11 @@ class Glue:
         self.targets = tuple(config.model.targets)
         model = self.model()
         stem = getattr(model, "base_model_prefix", "")
-        self.heads = tuple(child for child, _ in model.named_children() if child != stem)
+        self.heads = tuple(
+            name
+            for name, child in model.named_children()
+            if name != stem and next(child.parameters(), None) is not None
+        )
 
     def model(self) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
@@ -77,6 +81,7 @@ class Glue:
             AutoModelForSequenceClassification, self.config.model.name, self._seed,
             random_weights=self.config.model.random_weights,
             num_labels=1 if self.regression else len(self.label_names),
+            ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
         )  # fmt: skip
         model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
         return model

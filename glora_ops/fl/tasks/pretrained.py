@@ -57,6 +57,7 @@ def from_pretrained(
         if random_weights:
             from transformers import AutoConfig
 
+            settings.pop("ignore_mismatched_sizes", None)
             config = AutoConfig.from_pretrained(name, **settings)
             return auto.from_config(config).float()
         return auto.from_pretrained(name, dtype=torch.float32, **settings)
