@@ -22,6 +22,7 @@ from ..messages import (
     Reply,
     Sent,
     digest,
+    held_tensors,
     on_the_wire,
     reply_from,
     reply_tensors,
@@ -126,7 +127,7 @@ class FlowerEngine:
                 continue
             up += size
             replies.append(reply)
-            self.traffic.answered(client.index, sent_tensors(sent))
+            self.traffic.answered(client.index, held_tensors(sent))
         return Answers(replies, failures, down, up, processes=processes)
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

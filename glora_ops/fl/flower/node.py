@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from ...errors import GloraError
 from ..clients import single_thread
 from ..config import Config
-from ..messages import Client, digest, reply_tensors, sent_from
+from ..messages import Client, digest, held_tensors, reply_tensors, sent_from
 from ..run import Plan
 from .codec import Ask, Facts, Learnt, Refusal, Work, form_of, pack, tensors_of
 from .shelf import Shelf, name_of
@@ -124,7 +124,7 @@ class Node:
         client, rows = Client(work.client, work.rank), self.plan.parts[self.index]
         learnt = self.plan.trainer.train(sent, client, rows, work.round, before)
         after = name_of(learnt.state)
-        self.shelf.keep(tensors.values(), {work.state: before, after: learnt.state})
+        self.shelf.keep(held_tensors(sent).values(), {work.state: before, after: learnt.state})
         answer = Learnt(
             examples=learnt.examples, metrics=learnt.metrics, state=after, process=os.getpid()
         )

@@ -1,8 +1,8 @@
 """What a node keeps between two messages, in one file per run and client.
 
 Tensors lie under the digest of their bits, optimiser moments under the digest of them all. The file
-holds what the last message was made of and the moments before and after it: whatever the server
-knows of when it starts again, the node still has.
+holds what the last message left the client with and the moments before and after it: whatever the
+server knows of when it starts again, the node still has.
 """
 
 from __future__ import annotations
