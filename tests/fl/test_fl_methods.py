@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import fl_dense as dense
 import numpy as np
@@ -12,12 +14,14 @@ from torch import Tensor
 
 from glora_ops.errors import GloraError
 from glora_ops.fl.diagnostics import describe
+from glora_ops.fl.gauge import regauge
 from glora_ops.fl.messages import Client, Reply, Sent, draw_factors
 from glora_ops.fl.methods import METHODS, Method
-from glora_ops.fl.methods.base import shares
+from glora_ops.fl.methods.base import next_state, shares
 from glora_ops.fl.methods.fedrot import rotation
+from glora_ops.fl.methods.flora import stack
 from glora_ops.fl.methods.hetlora import tail_size
-from glora_ops.fl.server import Server, Setup, clients_of
+from glora_ops.fl.server import SVD, Server, Setup, clients_of
 
 SHAPES = {"first": (9, 7), "second": (6, 11)}
 SCALING = 2.0
@@ -399,6 +403,24 @@ def test_glora_refuses_settings_that_mean_nothing() -> None:
             METHODS["glora"](**bad)
 
 
+def test_the_method_written_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "federated.md").read_text()
+    code = page.partition("### Adding one")[2].partition("```python")[2].partition("```")[0]
+    names: dict[str, Any] = {
+        "dataclass": dataclass, "Method": Method, "Server": Server, "Client": Client, "Sent": Sent,
+        "Sequence": list, "Reply": Reply, "stack": stack, "SVD": SVD, "torch": torch,
+        "next_state": next_state,
+    }  # fmt: skip
+    exec(code, names)
+    method = names["EqualVoices"]()
+    server, replies = rounds(method, MIXED, 1)
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        exact = dense.mean_update(pairs(replies, m), [1 / 3] * 3, SCALING)
+        sent = method.broadcast(after, Client(1, 2))
+        assert close(effective(sent, m), dense.truncated(exact, 2), 1e-5)
+
+
 # --- gauges ----------------------------------------------------------------------------------
 
 
@@ -408,8 +430,6 @@ def test_glora_refuses_settings_that_mean_nothing() -> None:
      ("hetlora", False), ("fedrot", False)],
 )  # fmt: skip
 def test_who_depends_on_the_gauge(name: str, invariant: bool) -> None:
-    from glora_ops.fl.gauge import regauge
-
     method = METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     turned = [replace(r, factors=regauge(r.factors, 10.0, r.client.index)) for r in replies]

@@ -234,7 +234,7 @@ def test_optimiser_state_is_reset_or_kept_as_told(tmp_path: Path) -> None:
 
 RESTARTED = {
     "clients": {"count": 5, "ranks": [2, 4], "participation": 0.6, "lost": 0.1, "gauge": 3.0},
-    "training": {"rounds": 6, "steps": 3, "optimiser_state": "keep", "dropout": 0.1},
+    "training": {"rounds": 5, "steps": 3, "optimiser_state": "keep", "dropout": 0.1},
 }
 KILLED = """
 import json, sys
@@ -253,7 +253,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole = run_small(tmp_path / "whole", {"kind": "glora", "mode": "delta"}, **RESTARTED)
     folder = tmp_path / "killed"
     moments = random.Random(time.time_ns())
-    for lines in (2, 4):
+    for lines in (2, 3):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, made.model_dump_json(), str(folder)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -267,14 +267,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         process.wait()
     before = len(Run(folder).lines())
     run(Plan(made, "it", 0, made.training.lr), folder, resume=True)
-    assert before >= 4
+    assert before >= 3
     assert reproducible(Run(folder)) == reproducible(whole)
     assert set(state(Run(folder))) == set(state(whole))
     assert all(torch.equal(x, state(Run(folder))[name]) for name, x in state(whole).items())
 
 
-@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora"])
-@pytest.mark.parametrize("when", ["before the line", "before the checkpoint", "in the checkpoint"])
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("flora", "before the line"),
+        ("flexlora", "before the checkpoint"),
+        ("hetlora", "in the checkpoint"),
+    ],
+)
 def test_a_crash_between_any_two_writes_loses_nothing(
     name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,11 +291,11 @@ def test_a_crash_between_any_two_writes_loses_nothing(
         pass
 
     def crash(self: Run, *args: Any) -> None:
-        if self.lines() and self.lines()[-1]["round"] >= 3:
+        if self.lines() and self.lines()[-1]["round"] >= 2:
             if when == "in the checkpoint":
                 (self.folder / ".checkpoint.safetensors.x.tmp").write_bytes(b"half")
                 with self.metrics_path.open("a") as file:
-                    file.write('{"round": 4, "cut o')
+                    file.write('{"round": 3, "cut o')
             raise Crash
         original(self, *args)
 
