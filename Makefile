@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-deep bench lint clean help
+.PHONY: demo test test-deep test-deployment bench lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -28,6 +28,9 @@ lint: $(READY)
 
 test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=deep tests/test_aggregate.py tests/test_invariance.py
+
+test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl
 
 bench: $(READY)  ## glora beside its peers, interleaved; JSON, table and picture
 	$(BIN)/python -m pytest bench --benchmark-json bench/results/cpu.json

@@ -143,7 +143,7 @@ def test_a_killed_node_loses_its_reply_and_nothing_else(tmp_path: Path, mark: st
     (tmp_path / "d").mkdir()
     there = Run(tmp_path / "runs" / "digits_deployed" / "glora" / "seed0")
     with Deployment(3, tmp_path / "d") as deployment:
-        running = Background(lambda: deployment.run(400, out=str(tmp_path / "runs"), timeout=60.0))
+        running = Background(lambda: deployment.run(400, out=str(tmp_path / "runs"), timeout=240.0))
         running.until(there.lines, 200)
         node = psutil.Process(deployment.processes["node1"].pid)
         running.until(lambda: executor(node), 60)
@@ -154,8 +154,8 @@ def test_a_killed_node_loses_its_reply_and_nothing_else(tmp_path: Path, mark: st
         log = (deployment.folder / "node1.log").read_text()
         assert deployment.processes["node1"].poll() not in (None, 0), log
     assert there.done
-    failures = [[f["client"] for f in line["failures"]] for line in there.lines()]
-    assert failures == [[], [1], [1]]
+    failures = [line["failures"] for line in there.lines()]
+    assert [[f["client"] for f in x] for x in failures] == [[], [1], [1]], failures
     assert same_state(there, here(load_config(CONFIG), tmp_path / "local", Without))
 
 

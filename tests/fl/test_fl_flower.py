@@ -18,6 +18,7 @@ pytest.importorskip("flwr", reason="Flower needs Python 3.11")
 from fl_grid import LoopGrid
 from fl_runs import config, reproducible, run_small, state
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from glora_ops.errors import GloraError, GloraWarning
 from glora_ops.fl.config import load_config
@@ -317,6 +318,23 @@ def test_tensors_travel_as_raw_bytes(wire: str, size: int) -> None:
         assert len(content.array_records["tensors"][name].data) == size * tensor.numel()
     with pytest.raises(GloraError, match="same version"):
         tensors_of(content, "float32" if wire == "bfloat16" else "bfloat16")
+
+
+def test_flowers_envelope_is_small(tmp_path: Path) -> None:
+    class Weighing(LoopGrid):
+        def answer(self, node: int, message: Message) -> Message | None:
+            reply = super().answer(node, message)
+            for m in filter(None, (message, reply)):
+                objects = get_all_nested_objects(m).values()
+                arrays = m.content.array_records["tensors"].values()
+                beside = sum(len(o.deflate()) for o in objects) - sum(len(a.data) for a in arrays)
+                seen.append((len(arrays), beside))
+            return reply
+
+    seen: list[tuple[int, int]] = []
+    run_flower(tmp_path / "run", {"kind": "glora"}, Weighing(NODES, tmp_path / "nodes"))
+    assert max(count for count, _ in seen) == 24
+    assert all(beside < 400 * count + 3000 for count, beside in seen)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from .node import client_app, plan_text, run_name
 __all__ = ["server_app", "simulate"]
 
 T = TypeVar("T")
+DAY = 86400.0  # simulated nodes do not get lost
 
 
 def simulate(
@@ -61,7 +62,7 @@ def simulate(
     def server(grid: Grid, context: Context) -> None:
         def engine(plan: Plan) -> FlowerEngine:
             begun.append(run_name(plan_text(plan)))
-            return FlowerEngine(grid, plan, over=over)
+            return FlowerEngine(grid, plan, patience=DAY, timeout=DAY, over=over)
 
         results.append(main(engine))
 
@@ -72,7 +73,7 @@ def simulate(
     try:
         run_simulation(
             app,
-            client_app(data_dir, state_dir),
+            client_app(data_dir and data_dir.absolute(), state_dir.absolute()),
             nodes,
             backend_config={
                 "init_args": {"num_cpus": cores, "log_to_driver": False},

@@ -90,7 +90,7 @@ class FlowerEngine:
         planned = plan.config.ranks
         deadline = time.monotonic() + patience
         self._meet(deadline)
-        while len(self.nodes) < len(planned) and time.monotonic() < deadline:
+        while len(self.nodes) + len(self.refused) < len(planned) and time.monotonic() < deadline:
             self._pause()
             self._meet(deadline)
         require(
