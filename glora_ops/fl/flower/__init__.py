@@ -8,13 +8,16 @@ shared with them, and nothing that travels is ever unpickled.
 
 import os
 import sys
+from importlib.util import find_spec
 
 from ...errors import require
 
 require(
     sys.version_info >= (3, 11), "Python", sys.version.split()[0], "3.11 or newer for Flower",
-    "the local engine gives the same numbers",
+    "--engine local gives the same numbers",
 )  # fmt: skip
+require(find_spec("flwr") is not None, "Flower", "no package flwr", "the extra fl",
+        "pip install 'glora[fl]'")  # fmt: skip
 # Flower and Ray report usage to their makers unless told otherwise before they are imported.
 for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
     os.environ.setdefault(name, "0")
