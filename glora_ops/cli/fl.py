@@ -191,7 +191,7 @@ def partition(
         _print_table(("client", "rank", "examples", *task.label_names), rows)
 
 
-@app.command(name="configs")
+@app.command(epilog="Example: **glora fl configs --json**")
 def configs(as_json: Json = False) -> None:
     """List the configurations that come with the package."""
     with answering(as_json):
