@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-kernels test-deep test-gpu bench bench-gpu lint clean help
+.PHONY: demo test test-kernels test-deep test-deployment test-gpu bench bench-gpu lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -13,7 +13,7 @@ help:  ## list the commands
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo,bench]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo,bench,fl]'
 	touch $@
 
 demo: $(READY)  ## real adapters of different ranks, trained on digits, become one
@@ -38,6 +38,9 @@ lint: $(READY)
 
 test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=deep tests/test_aggregate.py tests/test_invariance.py
+
+test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl
 
 bench: $(READY)  ## glora beside its peers, interleaved; JSON, table and picture
 	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json

@@ -11,8 +11,12 @@ setup(
         "glora_ops.adapters",
         "glora_ops.bindings",
         "glora_ops.cli",
+        "glora_ops.fl",
+        "glora_ops.fl.flower",
+        "glora_ops.fl.methods",
+        "glora_ops.fl.tasks",
         "glora_ops.kernels",
     ],
     package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
-    package_data={"glora_ops": ["py.typed"]},
+    package_data={"glora_ops": ["py.typed"], "glora_ops.fl": ["configs/*.toml"]},
 )

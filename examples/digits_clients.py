@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits_model import DigitTransformer, Part, fit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from glora_ops.fl.tasks.digits import DigitTransformer, Part, fit
 
 
 @dataclass(frozen=True)

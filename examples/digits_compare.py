@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from digits_clients import CLIENTS, MAX_RANK, load
-from digits_model import DigitTransformer, Part, accuracy
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from glora_ops.cli import app
+from glora_ops.fl.tasks.digits import DigitTransformer, Part, accuracy
 
 Update = dict[str, Tensor]  # module → ΔW
 

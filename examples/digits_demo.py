@@ -36,7 +36,8 @@ def one_seed(seed: int, out: Path, step: Callable[[str], None]) -> dict:
     """Pretrain, let the clients learn, merge in every way, change the gauge, merge again."""
     from digits_clients import CLIENTS, fine_tune, regauge, skewed_split
     from digits_compare import merge_in_every_way, score
-    from digits_model import accuracy, pretrain, split_digits
+
+    from glora_ops.fl.tasks.digits import accuracy, pretrain, split_digits
 
     step("the base learns to read")
     pretraining, client_data, held_out = split_digits(seed)

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_adapter", "plot_alignment", "plot_state", "require_matplotlib"]
+__all__ = [
+    "FAINT",
+    "INK",
+    "label_axes",
+    "line_colours",
+    "new_figure",
+    "plot_adapter",
+    "plot_alignment",
+    "plot_state",
+    "require_matplotlib",
+    "save_figure",
+]
 
 INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"
@@ -55,12 +66,14 @@ def plot_adapter(name: str, spectra: Mapping[str, Tensor], path: str | os.PathLi
     path : path
         .png, .pdf or .svg.
     """
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     _lines(axes, spectra)
-    _label(axes, "singular value j", "σⱼ of s·B·A", f"{name}: spectra of {len(spectra)} modules")
+    label_axes(
+        axes, "singular value j", "σⱼ of s·B·A", f"{name}: spectra of {len(spectra)} modules"
+    )
     _key(figure, axes, list(spectra))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_state(state: State, path: str | os.PathLike[str]) -> None:
@@ -81,10 +94,10 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
             ("consensus of the column spaces", "eigenvalue", [m.eig_u for m in modules]),
             ("consensus of the row spaces", "eigenvalue", [m.eig_v for m in modules]),
         ]
-    figure = _figure(4.2 * (1 + len(panels)), 4.8)
+    figure = new_figure(4.2 * (1 + len(panels)), 4.8)
     update, *sides = figure.subplots(1, 1 + len(panels))
     _lines(update, dict(zip(names, (m.s for m in modules), strict=True)))
-    _label(update, "singular value j", "σⱼ of the update", f"server update, rank {state.rank}")
+    label_axes(update, "singular value j", "σⱼ of the update", f"server update, rank {state.rank}")
     for axes, (title, what, values) in zip(sides, panels, strict=True):
         _lines(axes, dict(zip(names, values, strict=True)), logarithmic=len(panels) == 1)
         axes.set_xlim(right=max(axes.get_xlim()[1], state.rank + 0.9))
@@ -98,7 +111,7 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
             color=CUT,
             size=9,
         )
-        _label(axes, "direction j", what, title)
+        label_axes(axes, "direction j", what, title)
     clients = "1 client" if len(state.clients) == 1 else f"{len(state.clients)} clients"
     figure.suptitle(
         f"{clients}, basis {state.settings['basis']}: captured {state.captured:.4f}, "
@@ -107,7 +120,7 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
         color=INK,
     )
     _key(figure, update, names)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_alignment(
@@ -125,7 +138,7 @@ def plot_alignment(
     """
     count = len(names)
     size = min(max(3.2, 0.55 * count), 10.0)
-    figure = _figure(2 * size + 2.5, size + 1.2)
+    figure = new_figure(2 * size + 2.5, size + 1.2)
     both = figure.subplots(1, 2, sharey=True)
     for axes, values, title in zip(
         both,
@@ -154,7 +167,7 @@ def plot_alignment(
     bar.set_label("alignment (mean squared cosine)", color=INK, size=9)
     bar.ax.tick_params(length=0, labelsize=8, colors=INK)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:
@@ -162,14 +175,14 @@ def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:
     return [((i, j), float(values[i, j])) for i, j in known]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _colours(count: int) -> list[Any]:
+def line_colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
     return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
@@ -179,7 +192,7 @@ def _lines(axes: Axes, spectra: Mapping[str, Tensor], *, logarithmic: bool = Tru
     """One line per module; what is below rounding is not drawn."""
     top = max(float(values.max()) for values in spectra.values())
     drawn = [values[values > FLOOR * top] for values in spectra.values()]
-    for shown, colour in zip(drawn, _colours(len(spectra)), strict=True):
+    for shown, colour in zip(drawn, line_colours(len(spectra)), strict=True):
         axes.plot(
             range(1, len(shown) + 1), shown.numpy(), "o-", color=colour, linewidth=1.3,
             markersize=3.5 if len(spectra) <= NAMED_LINES else 2, alpha=0.9,
@@ -204,7 +217,7 @@ def _plain_numbers(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
 
 
-def _label(axes: Axes, x: str, y: str, title: str) -> None:
+def label_axes(axes: Axes, x: str, y: str, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, size=11, color=INK)
@@ -230,7 +243,7 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
-    colours = ScalarMappable(cmap=ListedColormap(_colours(256)))
+    colours = ScalarMappable(cmap=ListedColormap(line_colours(256)))
     bar = figure.colorbar(colours, ax=figure.axes, shrink=0.85, pad=0.02)
     bar.set_ticks([0, 1], labels=["first", "last"])
     bar.set_label(f"{len(names)} modules in the model's order", color=INK, size=9)
@@ -238,7 +251,7 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar.outline.set_visible(False)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     require(
         path.suffix in SUFFIXES,

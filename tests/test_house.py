@@ -25,11 +25,12 @@ LAYERS = [
     {"dual_route", "captured_route"},
     {"algorithm"},
     {"bindings"},
-    {"adapters", "arguments", "report"},
+    {"adapters", "alignment", "arguments", "report"},
     {"state"},
     {"api"},
     {"merge"},
     {"plots"},
+    {"fl"},
     {"cli"},
 ]
 
@@ -87,7 +88,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for folder in ("glora_ops", "bindings", "kernels")
         for p in (ROOT / folder).rglob("*.py")
     }
-    assert files == sources | {"glora_ops/py.typed"}
+    configs = {f"glora_ops/fl/configs/{p.name}" for p in (ROOT / "glora_ops/fl/configs").iterdir()}
+    assert files == sources | configs | {"glora_ops/py.typed"}
     assert wheel.name.endswith("-py3-none-any.whl")
 
 

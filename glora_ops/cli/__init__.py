@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import aggregate, compare, inspect, readout
+from . import aggregate, compare, fl, inspect, readout
 
 __all__ = ["app", "main"]
 
@@ -53,12 +53,15 @@ def glora(
     3. **Read out.** **glora readout** slices an adapter of any rank out of the state;
     PeftModel.from_pretrained loads it.
 
+    **glora fl** runs federated experiments: training, aggregation, reports.
+
     Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted.
     """
 
 
 for module in (inspect, compare, aggregate, readout):
     app.command(epilog=module.EXAMPLE)(getattr(module, module.__name__.rpartition(".")[2]))
+app.add_typer(fl.app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A small transformer that reads scikit-learn's digits, and the task its clients are given.
+"""The embedded default: scikit-learn's digits and a small transformer. Nothing is downloaded.
 
 A digit is 8 × 8 pixels; its 8 rows are the 8 tokens. The model is pretrained on digits that lean
 up to 45° either way, half of them inverted. The clients' digits lie on their side: the pretrained
@@ -7,16 +7,27 @@ model reads about one in five of them, so there is something to learn.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import replacing
+from ..seeds import numpy_stream
+
+__all__ = ["DigitTransformer", "Digits", "Part", "accuracy", "fit", "pretrain", "split_digits"]
+
 WIDTH = 128
+HELD_OUT = 497
+PRETRAINING = 600
+BASE_NAME = "digits-transformer-1.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,27 @@ class Part:
         return Part(F.grid_sample(self.x[:, None], grid, align_corners=False)[:, 0], self.y)
 
 
-def split_digits(seed: int) -> tuple[Part, Part, Part]:
-    """The 1797 digits: 600 to pretrain on, 700 for the clients, 497 held out; balanced classes."""
+def all_digits() -> Part:
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
-    digits = Part(
+    return Part(
         torch.from_numpy(x.reshape(-1, 8, 8).astype(np.float32) / 16),
         torch.from_numpy(y.astype(np.int64)),
     )
-    rest, held_out = train_test_split(range(1797), test_size=497, stratify=y, random_state=seed)
+
+
+def split_digits(seed: int) -> tuple[Part, Part, Part]:
+    """The 1797 digits: 600 to pretrain on, 700 for the clients, 497 held out; balanced classes."""
+    from sklearn.model_selection import train_test_split
+
+    digits = all_digits()
+    y = digits.y.numpy()
+    rest, held_out = train_test_split(
+        range(len(y)), test_size=HELD_OUT, stratify=y, random_state=seed
+    )
     pretraining, clients = train_test_split(
-        rest, test_size=700, stratify=y[rest], random_state=seed
+        rest, train_size=PRETRAINING, stratify=y[rest], random_state=seed
     )
     return digits[pretraining], digits[clients], digits[held_out]
 
@@ -123,3 +145,70 @@ def pretrain(part: Part, seed: int) -> DigitTransformer:
 @torch.no_grad()
 def accuracy(model: nn.Module, part: Part) -> float:
     return (model(part.x).argmax(dim=1) == part.y).double().mean().item()
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "glora"
+
+
+@lru_cache(maxsize=1)
+def base_weights() -> dict[str, Tensor]:
+    """The pretrained base of every run: trained once (4 s), then kept in the user's cache."""
+    path = cache_folder() / BASE_NAME
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        weights = dict(pretrain(split_digits(0)[0], 0).state_dict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        save_file(weights, partial)
+    return weights
+
+
+class Digits:
+    """Digits on their side. What the base was pretrained on is in no other part.
+
+    Parameters
+    ----------
+    seed : int
+        Of the split between clients (700) and held-out (497) digits.
+    """
+
+    metric = "accuracy"
+    label_names: tuple[str, ...] = tuple("0123456789")
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down")
+    heads: tuple[str, ...] = ()
+
+    def __init__(self, seed: int) -> None:
+        from sklearn.model_selection import train_test_split
+
+        _, *others = split_digits(0)
+        unseen = Part(torch.cat([p.x for p in others]), torch.cat([p.y for p in others]))
+        unseen = unseen.on_their_side()
+        rows, held_out = train_test_split(
+            np.arange(len(unseen)),
+            test_size=HELD_OUT,
+            stratify=unseen.y,
+            random_state=int(numpy_stream(seed, "digits").integers(2**31)),
+        )
+        self.train, self.held_out = unseen[rows], unseen[held_out]
+        self.labels = self.train.y.numpy()
+
+    def model(self) -> nn.Module:
+        model = DigitTransformer("digit-transformer")
+        model.load_state_dict(base_weights())
+        return model
+
+    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
+        part, device = self.train[rows], next(model.parameters()).device
+        return F.cross_entropy(model(part.x.to(device)), part.y.to(device))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            logits = model(self.held_out.x.to(next(model.parameters()).device)).cpu()
+        right = (logits.argmax(1) == self.held_out.y).double().mean()
+        return {
+            "accuracy": float(right),
+            "loss": float(F.cross_entropy(logits, self.held_out.y)),
+        }

@@ -1,0 +1,214 @@
+"""`glora fl`: federated runs from a configuration, and reports of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from .options import Json, Plot
+from .show import answering, clean, console, print_json, progress, table
+
+__all__ = ["app"]
+
+SHORT = ("method", "server model", "received", "MB down", "MB up")  # what fits a terminal
+
+app = typer.Typer(
+    name="fl",
+    no_args_is_help=True,
+    help="Federated LoRA experiments: many methods, one configuration, resumable runs.",
+    rich_markup_mode="markdown",
+)
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Local JSONL files: glue/TASK.{train,dev}.jsonl, superni/{train,heldout}/*.jsonl. "
+        "Otherwise data comes through the datasets package, by name.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|DIR", help="Base model instead of the configuration's."),
+]
+
+
+@app.command(
+    epilog="Example: **glora fl run digits_dirichlet --methods glora,fedit --seeds 3 -o runs**"
+)
+def run(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A .toml file, or a shipped one by name.")
+    ],
+    methods: Annotated[
+        str, typer.Option(metavar="a,b,…", help="Only these methods of the configuration.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ….")] = 3,
+    engine: Annotated[
+        Literal["local", "flower"],
+        typer.Option(help="In this process, or Flower's simulation with one node per client."),
+    ] = "local",
+    data_dir: DataDir = None,
+    model: Model = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="RUNS", help="Folder of all runs.")
+    ] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Run a federated experiment: every method with every seed.
+
+    Each run commits its state after every round; killed at any moment, it goes on with --resume to
+    the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. **glora fl report** makes
+    tables and pictures of them.
+    """
+    with answering(as_json):
+        from ..fl.config import load_config
+        from ..fl.experiment import Result, run_experiment
+        from ..fl.run import EngineFactory, local_engine
+
+        loaded = load_config(config, model=model)
+        wanted = [m.strip() for m in methods.split(",") if m.strip()]
+        with progress() as report:
+
+            def experiment(carrier: EngineFactory) -> list[Result]:
+                return run_experiment(
+                    loaded, out, methods=wanted, seeds=range(seeds), engine=carrier,
+                    data_dir=data_dir, resume=resume, progress=report,
+                )  # fmt: skip
+
+            if engine == "flower":
+                from ..fl.flower import simulate
+
+                nodes, state = loaded.clients.count, out / loaded.name / "nodes"
+                results = simulate(nodes, experiment, state_dir=state, data_dir=data_dir)
+            else:
+                results = experiment(local_engine)
+        if as_json:
+            print_json({"runs": [str(r.folder) for r in results], "results": [
+                {"method": r.method, "seed": r.seed, **r.metrics} for r in results]})  # fmt: skip
+            return
+        _print_table(
+            ("method", "seed", *results[0].metrics),
+            [(r.method, str(r.seed), *(f"{v:.4f}" for v in r.metrics.values())) for r in results],
+        )
+        console().print(f"next: glora fl report {clean(out / loaded.name)}", soft_wrap=True)
+
+
+@app.command(epilog="Example: **glora fl report runs -o report**")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Folders with runs, searched all through.")
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Compare the others with this one; else the first "
+                     "of kind glora."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for report.md, report.json and "
+                     "pictures; by default RUNS/report."),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Tables, paired differences and pictures of finished runs, configuration by configuration."""
+    with answering(as_json):
+        from ..fl.files import write_text
+        from ..fl.pictures import draw
+        from ..fl.report import (
+            COLUMNS,
+            by_config,
+            difference_rows,
+            load_runs,
+            markdown,
+            rows_of,
+            summarise,
+        )
+
+        found, sweeps = load_runs(runs)
+        folder = runs[0] / "report" if out is None else out
+        folder.mkdir(parents=True, exist_ok=True)
+        summaries, pages = [], []
+        for name, mine in by_config(found).items():
+            summary = summarise(mine, sweeps, reference)
+            names = draw(mine, summary["reference"], folder, name)
+            summaries.append(summary)
+            pages.append(markdown(summary, names))
+        write_text(folder / "report.json", json.dumps(summaries, indent=1) + "\n")
+        write_text(folder / "report.md", "# Federated runs\n\n" + "\n".join(pages))
+        if as_json:
+            print_json({"out": str(folder), "configs": summaries})
+            return
+        for summary in summaries:
+            to, rounds = console(), f"{summary['rounds']} rounds, {summary['metric']}"
+            to.print(f"\n{clean(summary['config'])}: {clean(summary['clients'])}", soft_wrap=True)
+            chosen = [COLUMNS.index(name) for name in SHORT]
+            rows = [[row[i] for i in chosen] for row in rows_of(summary)]
+            _print_table((rounds, *SHORT[1:]), rows)
+            if summary["differences"]:
+                other = f"{clean(summary['reference'])} minus"
+                _print_table((other, "mean", "95 % interval", "won"), difference_rows(summary))
+        console().print(f"written: {clean(folder)}/report.md", soft_wrap=True)
+
+
+@app.command(epilog="Example: **glora fl partition digits_dirichlet --plot partition.png**")
+def partition(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="As for glora fl run.")],
+    seed: Annotated[int, typer.Option(help="Whose partition.")] = 0,
+    data_dir: DataDir = None,
+    model: Model = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Show which client holds how many examples of which label."""
+    with answering(as_json):
+        from ..fl.config import load_config
+        from ..fl.partition import counts
+        from ..fl.pictures import draw_partition
+        from ..fl.run import partition_of
+        from ..fl.tasks.build import build_task
+
+        loaded = load_config(config, model=model)
+        task = build_task(loaded, seed, data_dir)
+        held = counts(partition_of(loaded, task, seed), task.labels, len(task.label_names))
+        if plot is not None:
+            title = f"{loaded.name}, seed {seed}: {loaded.clients.partition} partition"
+            draw_partition(held, task.label_names, title, plot)
+        if as_json:
+            print_json({"labels": task.label_names, "ranks": loaded.ranks, "counts": held.tolist()})
+            return
+        rows = [
+            (str(i), str(r), str(row.sum()), *map(str, row))
+            for i, (r, row) in enumerate(zip(loaded.ranks, held, strict=True))
+        ]
+        _print_table(("client", "rank", "examples", *task.label_names), rows)
+
+
+@app.command(epilog="Example: **glora fl configs --json**")
+def configs(as_json: Json = False) -> None:
+    """List the configurations that come with the package."""
+    with answering(as_json):
+        from ..fl.config import load_config, shipped
+
+        loaded = {name: load_config(name) for name in shipped()}
+        if as_json:
+            print_json({name: c.model_dump(mode="json") for name, c in loaded.items()})
+            return
+        shown = table("config", "asks", "takes", left=3)
+        for name, c in loaded.items():
+            shown.add_row(name, c.about, c.hours)
+        console().print(shown)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = table(*header)
+    for row in rows:
+        shown.add_row(*map(clean, row))
+    console().print(shown)

@@ -1,0 +1,12 @@
+"""Federated LoRA: methods on equal footing, real PEFT clients, runs that can be killed.
+
+A method is a frozen dataclass with pure functions, what each client is sent and how replies become
+the next state (`methods`). Clients (`clients`) and data (`tasks`) know nothing of methods; engines
+carry messages between them. Needs the extra: ``pip install 'glora[fl]'``.
+"""
+
+from .config import Config, load_config, shipped
+from .methods import METHODS, Method
+from .run import Plan, run
+
+__all__ = ["METHODS", "Config", "Method", "Plan", "load_config", "run", "shipped"]

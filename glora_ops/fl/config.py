@@ -1,0 +1,296 @@
+"""What a run is, as TOML: every field with its meaning, unknown keys refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from ..errors import GloraError, Refusal, Refused, require
+from .methods import METHODS, Method
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Config", "Training", "load_config", "shipped"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskSection(Section):
+    """What is learnt."""
+
+    kind: Literal["digits", "glue", "superni"] = Field(
+        default="digits", description="digits needs no download; glue and superni need data."
+    )
+    name: str = Field(default="", description="GLUE task: sst2, cola, mrpc, rte, qnli, stsb, ….")
+    max_train: int = Field(
+        default=0,
+        ge=0,
+        description="Use at most this many training examples (per task for superni); 0: all.",
+    )
+    max_eval: int = Field(
+        default=0,
+        ge=0,
+        description="Evaluate on at most this many held-out examples (per task for "
+        "superni); 0: all.",
+    )
+    max_tasks: int = Field(
+        default=0, ge=0, description="superni: a seeded sample of the training tasks; 0: all."
+    )
+    max_length: int = Field(default=128, ge=8, description="Tokens an input is cut to.")
+    max_new_tokens: int = Field(
+        default=32, ge=1, description="superni: tokens generated for an answer."
+    )
+    seen_fraction: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="superni: fraction of each training task's instances held back to evaluate.",
+    )
+
+
+class ModelSection(Section):
+    """The frozen base; digits brings its own."""
+
+    name: str = Field(default="", description="Any transformers model: a name, or a local folder.")
+    targets: list[str] = Field(
+        default=[],
+        description="Linear modules to adapt, as PEFT's target_modules; empty: the task's own "
+        "(digits) or PEFT's default for the architecture.",
+    )
+    device: str = Field(
+        default="cpu",
+        description="Where clients train, as torch names it; the server uses the CPU.",
+    )
+    random_weights: bool = Field(
+        default=False,
+        description="Draw the weights instead of loading them: a test of the path, no experiment.",
+    )
+
+
+class ClientsSection(Section):
+    """Who takes part, with what, and how they differ."""
+
+    count: int = Field(default=8, ge=1, description="Number of clients.")
+    ranks: list[int] = Field(
+        default=[8], min_length=1, description="LoRA ranks, dealt to the clients in turn."
+    )
+    scaling: float = Field(
+        default=2.0, gt=0, description="lora_alpha / r of every adapter, the same for all clients."
+    )
+    partition: Literal["iid", "dirichlet", "shard", "task"] = Field(
+        default="dirichlet", description="How labels are spread; task: one task per client."
+    )
+    alpha: float = Field(default=0.3, gt=0, description="Concentration of the Dirichlet partition.")
+    shards_per_client: int = Field(default=2, ge=1, description="Of the shard partition.")
+    at_least: int = Field(default=8, ge=1, description="Fewest examples of a client (Dirichlet).")
+    participation: float = Field(
+        default=1.0, gt=0, le=1, description="Fraction of the clients that is asked in a round."
+    )
+    start: Literal["shared", "independent"] = Field(
+        default="shared", description="First A: nested rows of one draw, or each client its own."
+    )
+    lost: float = Field(
+        default=0.0, ge=0, lt=1, description="Probability that a client's reply never arrives."
+    )
+    gauge: float = Field(
+        default=1.0,
+        ge=1,
+        description="Condition of a random gauge (B G, G⁻¹A) on every reply; 1: none. "
+        "An instrument: it changes no update.",
+    )
+    wire: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Precision of tensors between server and clients."
+    )
+
+    @model_validator(mode="after")
+    def _ranks(self) -> ClientsSection:
+        require(min(self.ranks) >= 1, "clients.ranks", self.ranks, "ranks ≥ 1")
+        return self
+
+
+class Training(Section):
+    """Local training; the same for every client."""
+
+    rounds: int = Field(default=10, ge=1, description="Communication rounds.")
+    steps: int = Field(default=10, ge=1, description="Optimiser steps of a client in a round.")
+    batch: int = Field(default=16, ge=1, description="Examples per step.")
+    lr: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Learning rate where neither the method nor a sweep sets one.",
+    )
+    optimiser: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW or plain SGD.")
+    optimiser_state: Literal["reset", "keep"] = Field(
+        default="reset", description="A client's moments between its rounds: forgotten, or kept."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    clip: float = Field(
+        default=1.0, ge=0, description="Gradient norm is clipped to this; 0: never."
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="LoRA dropout.")
+
+
+class Evaluation(Section):
+    """What is measured on the server."""
+
+    every: int = Field(
+        default=1, ge=1, description="Rounds between evaluations; the last one always is."
+    )
+    by_rank: Literal["last", "every", "never"] = Field(
+        default="last", description="When to evaluate also what clients of each rank are sent."
+    )
+    spectra: bool = Field(
+        default=True, description="Record spectrum, effective rank and captured energy every round."
+    )
+    agreement: Literal["last", "every", "never"] = Field(
+        default="last",
+        description="When to record client-by-client alignment and how far factors are turned.",
+    )
+
+
+class Sweep(Section):
+    """Learning rates tried for every method that sets none, before the seeds are run."""
+
+    lrs: list[float] = Field(
+        default=[], description="Rates to try; empty: no sweep, training.lr for all."
+    )
+    seed: int = Field(default=1000, description="Seed of the sweep, not one of the reported ones.")
+    rounds: int = Field(default=0, ge=0, description="Rounds of a trial; 0: as many as a run.")
+
+
+class MethodSection(BaseModel):
+    """One arm: its kind, its learning rate, and the fields of the method's dataclass."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str = Field(description="One of " + ", ".join(METHODS) + ".")
+    lr: float | None = Field(
+        default=None, gt=0, description="Its learning rate; None: swept, or training.lr."
+    )
+
+    def build(self, label: str) -> Method:
+        require(
+            self.kind in METHODS,
+            f"methods.{label}.kind",
+            repr(self.kind),
+            f"one of {list(METHODS)}",
+        )
+        cls, given = METHODS[self.kind], dict(self.model_extra or {})
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in given if key not in known]
+        require(
+            not unknown,
+            f"methods.{label}",
+            f"unknown key {', '.join(map(repr, unknown))}",
+            f"fields of {self.kind}: {', '.join(['kind', 'lr', *known])}",
+        )
+        try:
+            return TypeAdapter(cls).validate_python(given)
+        except ValidationError as error:
+            raise Refused(_refusals(error, f"methods.{label}")) from None
+
+
+class Config(Section):
+    """A federated experiment: one task, one population of clients, several methods."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Folder name of its runs.")
+    about: str = Field(default="", description="One sentence: what the experiment asks.")
+    hours: str = Field(default="", description="How long it takes, where.")
+    task: TaskSection = TaskSection()
+    model: ModelSection = ModelSection()
+    clients: ClientsSection = ClientsSection()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    sweep: Sweep = Sweep()
+    methods: dict[str, MethodSection] = Field(
+        min_length=1, description="Arms by label; [methods.LABEL] with kind = … and its fields."
+    )
+
+    @model_validator(mode="after")
+    def _methods(self) -> Config:
+        for label, section in self.methods.items():
+            require(label.replace("-", "").replace("_", "").isalnum(), "methods", repr(label),
+                    "labels of letters, digits, - and _")  # fmt: skip
+            section.build(label)
+        return self
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Each client's rank."""
+        given = self.clients.ranks
+        return tuple(given[i % len(given)] for i in range(self.clients.count))
+
+    def method(self, label: str) -> Method:
+        require(label in self.methods, "methods", repr(label), f"one of {list(self.methods)}")
+        return self.methods[label].build(label)
+
+
+def shipped() -> dict[str, Path]:
+    """Configurations that come with the package, by name."""
+    folder = Path(str(resources.files("glora_ops.fl") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_config(which: str | Path, *, model: str | None = None) -> Config:
+    """Read a TOML file, or a shipped configuration by its name; `model` replaces its model.name.
+
+    Raises
+    ------
+    Refused
+        Listing every field that does not fit.
+    """
+    path = shipped().get(str(which), Path(which))
+    require(
+        path.is_file(),
+        "config",
+        repr(str(which)),
+        f"a .toml file or one of {', '.join(shipped())}",
+    )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        if model is not None:
+            content["model"] = {**content.get("model", {}), "name": model}
+        return Config.model_validate(content)
+    except tomllib.TOMLDecodeError as error:
+        raise GloraError(f"config: {path} is no TOML ({error})") from None
+    except ValidationError as error:
+        raise Refused(_refusals(error, "", path)) from None
+
+
+def _refusals(error: ValidationError, prefix: str, path: Path | None = None) -> list[Refusal]:
+    out = []
+    for e in error.errors(include_url=False):
+        field = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
+        unknown = e["type"] == "extra_forbidden"
+        out.append(
+            Refusal(
+                f"unknown key {field!r}" if unknown else f"{field or 'config'}: {e['msg']}",
+                file=None if path is None else str(path),
+                found="" if unknown or e["type"] == "missing" else repr(e["input"])[:80],
+                remedy="docs/federated.md lists every field" if unknown else "",
+            )
+        )
+    return out
+
+
+def describe_fields() -> list[tuple[str, str, Any, str]]:
+    """(section, field, default, meaning) of every field, in order."""
+    rows = []
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            rows += [
+                (name, n, f.default, f.description or "") for n, f in kind.model_fields.items()
+            ]
+        else:
+            rows.append(("", name, field.default, field.description or ""))
+    return rows

@@ -1,0 +1,94 @@
+"""All methods and seeds of a configuration, learning rates swept first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import Config
+from .files import write_text
+from .run import EngineFactory, Plan, local_engine, run
+
+__all__ = ["Result", "run_experiment"]
+
+Progress = Callable[[str, int, int], None]
+SWEEP = "sweep"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The last metrics of one run."""
+
+    method: str
+    seed: int
+    folder: Path
+    metrics: dict[str, float]
+
+
+def run_experiment(
+    config: Config,
+    out: Path,
+    *,
+    methods: Sequence[str] = (),
+    seeds: Iterable[int] = range(3),
+    engine: EngineFactory = local_engine,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Run `methods` (all by default) with every seed into ``out/<config name>``.
+
+    Raises
+    ------
+    GloraError
+        For a method that the configuration does not have or that cannot do what it asks for, before
+        anything is trained.
+    """
+    labels = list(methods) or list(config.methods)
+    for label in labels:
+        config.method(label).check(config.ranks, config.clients.start == "shared")
+    home = out / config.name
+    results = []
+    for label in labels:
+        lr = learning_rate(config, label, home, data_dir, engine, progress)
+        for seed in seeds:
+            folder = home / label / f"seed{seed}"
+            plan = Plan(config, label, seed, lr, data_dir)
+            lines = run(plan, folder, engine=engine, resume=resume, progress=progress)
+            results.append(Result(label, seed, folder, lines[-1]["metrics"]))
+    return results
+
+
+def learning_rate(
+    config: Config,
+    label: str,
+    home: Path,
+    data_dir: Path | None,
+    engine: EngineFactory,
+    progress: Progress | None,
+) -> float:
+    """The method's own rate, or the best of the sweep by the last round's headline metric.
+
+    The sweep uses its own seed; its trials stay in ``sweep/<label>`` and its outcome in
+    ``sweep/<label>.json``.
+    """
+    own = config.methods[label].lr
+    if own is not None or not config.sweep.lrs:
+        return config.training.lr if own is None else own
+    outcome = home / SWEEP / f"{label}.json"
+    if not outcome.exists():
+        scores = {}
+        for lr in config.sweep.lrs:
+            plan = Plan(config, label, config.sweep.seed, lr, data_dir)
+            lines = run(
+                plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
+                rounds=config.sweep.rounds or None, progress=progress,
+            )  # fmt: skip
+            scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
+        best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
+        described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
+                     "seed": config.sweep.seed}  # fmt: skip
+        write_text(outcome, json.dumps(described, indent=1) + "\n")
+    return float(json.loads(outcome.read_text())["chosen"])

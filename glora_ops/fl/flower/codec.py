@@ -1,0 +1,129 @@
+"""What Flower's messages hold: one checked form as JSON, and named tensors.
+
+Tensors travel as raw little-endian bytes, float32 or bfloat16: Flower's own conversion goes through
+NumPy, which has no bfloat16. Type, shape and length are checked before a tensor is made, its values
+afterwards; forms are validated field by field. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from torch import Tensor
+
+from ...errors import GloraError, require
+from ..messages import WIRES
+
+__all__ = ["Ask", "Facts", "Learnt", "Refusal", "Work", "form_of", "pack", "tensors_of"]
+
+STYPE = "glora.raw"
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ask(Form):
+    """To a node before it takes part: who are you?"""
+
+    plan: str
+
+
+class Facts(Form):
+    """Who a node is: its client, the rank it trains, the examples it holds."""
+
+    client: int = Field(ge=0)
+    rank: int = Field(ge=1)
+    examples: int = Field(ge=1)
+
+
+class Work(Form):
+    """To a node in a round. `tensors` names all of the message by digest; only some come along."""
+
+    plan: str
+    client: int
+    rank: int
+    round: int
+    state: str
+    sent: dict[str, Any]
+    tensors: dict[str, str]
+
+
+class Learnt(Form):
+    """What came of it; the tensors beside it are the reply. `state` names what the node keeps."""
+
+    examples: int = Field(ge=1)
+    metrics: dict[str, FiniteFloat]
+    state: str
+    process: int
+
+
+class Refusal(Form):
+    """Nothing came of it. A node that forgot what the server counts on must be sent everything."""
+
+    reason: str
+    forgot: bool = False
+
+
+F = TypeVar("F")
+
+
+def pack(
+    form: Form, tensors: Mapping[str, Tensor] | None = None, wire: str = "float32"
+) -> RecordDict:
+    """A message's content."""
+    arrays = ArrayRecord({name: _array(x, wire) for name, x in (tensors or {}).items()})
+    about = ConfigRecord({"json": form.model_dump_json()})
+    return RecordDict({"about": about, "tensors": arrays})
+
+
+def form_of(content: RecordDict, kind: type[F]) -> F:
+    """The form of a message.
+
+    Raises
+    ------
+    GloraError
+        If it is none.
+    """
+    record = content.config_records.get("about", ConfigRecord())
+    try:
+        return TypeAdapter(kind).validate_json(str(record.get("json")))
+    except ValidationError as error:
+        raise GloraError(
+            f"message: got {len(error.errors())} fields that do not fit, expected {kind}; "
+            "the same version of glora on every node"
+        ) from None
+
+
+def tensors_of(content: RecordDict, wire: str) -> dict[str, Tensor]:
+    """The tensors of a message, in float32.
+
+    Raises
+    ------
+    GloraError
+        If one is not of type `wire`, not as long as its shape says, or not finite.
+    """
+    arrays = content.array_records.get("tensors", ArrayRecord())
+    return {name: _tensor(name, array, wire) for name, array in arrays.items()}
+
+
+def _array(x: Tensor, wire: str) -> Array:
+    flat = x.detach().cpu().to(WIRES[wire]).contiguous().view(-1).view(torch.uint8)
+    return Array(wire, tuple(x.shape), STYPE, flat.numpy().tobytes())
+
+
+def _tensor(name: str, array: Array, wire: str) -> Tensor:
+    kind, shape, dtype = (array.stype, array.dtype), tuple(array.shape), WIRES[wire]
+    require(kind == (STYPE, wire), f"tensor {name!r}", kind, f"{(STYPE, wire)}",
+            "the same version of glora on every node")  # fmt: skip
+    right = all(isinstance(n, int) and n > 0 for n in shape)
+    right = right and len(array.data) == math.prod(shape) * dtype.itemsize
+    require(right, f"tensor {name!r}", f"{len(array.data)} bytes", f"shape {shape} of {wire}")
+    x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(shape).float()
+    require(bool(x.isfinite().all()), f"tensor {name!r}", "NaN or infinity", "finite values")
+    return x

@@ -1,0 +1,132 @@
+"""glora: aggregate what clients learnt as updates, whatever their ranks and gauges."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ...api import aggregate
+from ...errors import GloraWarning, require
+from ..messages import Client, Pairs, Reply, Sent
+from ..seeds import number
+from ..server import SVD, Server, Setup
+from .base import Method, next_state, shares
+
+__all__ = ["Glora"]
+
+
+@dataclass(frozen=True)
+class Glora(Method):
+    """The mean update in consensus coordinates at rank R; clients get trainable readouts of it.
+
+    mode "adapter": the clients' updates ΔW_i are aggregated, and with `momentum` μ the server's
+    W_t takes part as one more low-rank client of weight μ. mode "delta": what each client *learnt*,
+    D_i = ΔW_i − (what it was sent), a pair of rank ≤ 2r_i; W_{t+1} = trunc_R(W_t + Σ w_i D_i), so
+    that a client of low rank never erases directions it was not sent. Source: arXiv 2605.06733 for
+    the aggregation; momentum and delta mode are ours (docs/federated.md).
+
+    Attributes
+    ----------
+    basis : {"consensus", "projector", "update"}
+    mode : {"adapter", "delta"}
+    rank : int, optional
+        Server rank R; twice the largest client rank by default.
+    momentum : float
+        Weight μ of W_t among the clients, in [0, 1); adapter mode only.
+    server_vote : float
+        In delta mode: share of the votes for the bases that W_t has, in (0, 1).
+    tau_rel, anchor : float
+        As in `glora_ops.aggregate`.
+    """
+
+    basis: Literal["consensus", "projector", "update"] = "consensus"
+    mode: Literal["adapter", "delta"] = "adapter"
+    rank: int | None = None
+    momentum: float = 0.0
+    server_vote: float = 0.5
+    tau_rel: float = 0.1
+    anchor: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, "rank", self.rank, "an integer ≥ 1")
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "a weight in [0, 1)")
+        require(0 < self.server_vote < 1, "server_vote", self.server_vote, "a share in (0, 1)")
+        require(
+            self.mode == "adapter" or self.momentum == 0,
+            "momentum",
+            self.momentum,
+            'mode = "adapter": in delta mode the server keeps all of W_t anyway',
+        )
+
+    def broadcast(self, server: Server, client: Client) -> Sent:
+        if not server.svd:
+            return self.opening(server, client)
+        return Sent(self._readout(server, client.rank), server.dense, server.setup.scaling)
+
+    def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
+        updates, weights, scalings = self._terms(server, replies)
+        with warnings.catch_warnings():  # what they say is in the notes
+            warnings.simplefilter("ignore", GloraWarning)
+            state = aggregate(
+                updates, weights, scalings, self._server_rank(server.setup), basis=self.basis,
+                tau_rel=self.tau_rel, anchor=self.anchor, seed=server.setup.seed,
+            )  # fmt: skip
+        svd = {m: SVD(x.u, x.s, x.v) for m, x in state.modules.items()}
+        notes: dict[str, Any] = {
+            "attainable": state.attainable,
+            "held": state.captured,
+            "ambiguous": len(state.ambiguous),
+        }
+        return replace(next_state(server, replies, svd=svd), notes=notes)
+
+    def model(self, server: Server) -> Sent:
+        """The whole state, of rank R."""
+        if not server.svd:
+            return super().model(server)
+        rank = self._server_rank(server.setup)
+        return Sent(self._readout(server, rank), server.dense, server.setup.scaling)
+
+    def _server_rank(self, setup: Setup) -> int:
+        return self.rank or 2 * setup.max_rank
+
+    def _terms(
+        self, server: Server, replies: Sequence[Reply]
+    ) -> tuple[list[Pairs], list[float], list[float]]:
+        """Updates, votes and scalings whose weighted sum is W_{t+1} before truncation."""
+        s, w = server.setup.scaling, shares(replies)
+        before: Pairs = {m: (x.u * x.s.to(x.u.dtype), x.v.mT) for m, x in server.svd.items()}
+        if self.mode == "adapter":
+            updates, scalings = [r.factors for r in replies], [s] * len(replies)
+            if self.momentum == 0 or not before:
+                return updates, w, scalings
+            keep = self.momentum
+            return [before, *updates], [keep, *((1 - keep) * x for x in w)], [1.0, *scalings]
+        learnt = [_difference(r.factors, r.sent.factors) for r in replies]
+        if not before:
+            return learnt, w, [s] * len(replies)
+        # Votes p and scalings 1/p: each term enters the sum with weight one, and the bases by vote.
+        vote = self.server_vote
+        return (
+            [before, *learnt],
+            [vote, *((1 - vote) * x for x in w)],
+            [1 / vote, *([s / (1 - vote)] * len(replies))],
+        )
+
+    def _readout(self, server: Server, rank: int) -> Pairs:
+        s, seed = server.setup.scaling, number(server.setup.seed, "pad", server.round) % 2**31
+        return {
+            m: torch.ops.glora.readout(x.u, x.s, x.v, rank, s, "trainable", seed)
+            for m, x in server.svd.items()
+        }
+
+
+def _difference(learnt: Pairs, sent: Pairs) -> Pairs:
+    """Pairs of B A − B₀ A₀, of rank 2r."""
+    return {
+        m: (torch.cat([b, -sent[m][0]], 1), torch.cat([a, sent[m][1]]))
+        for m, (b, a) in learnt.items()
+    }

@@ -1,0 +1,320 @@
+"""What the runs say: means with spread, paired differences with an interval, sweeps, failures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from ..errors import require
+from .records import Run
+
+__all__ = ["RunData", "by_config", "load_runs", "markdown", "summarise"]
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+FEW = 5  # seeds below which an interval is said to be rough
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One finished or unfinished run, as its folder has it."""
+
+    folder: Path
+    about: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    done: bool
+
+    @property
+    def method(self) -> str:
+        return str(self.about["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.about["seed"])
+
+    @property
+    def metric(self) -> str:
+        return str(self.about["metric"])
+
+    @property
+    def evaluated(self) -> list[Mapping[str, Any]]:
+        """The rounds in which something was measured."""
+        return [line for line in self.lines if "metrics" in line]
+
+    @property
+    def score(self) -> float:
+        """The headline metric of the server's model after the last round."""
+        return float(self.evaluated[-1]["metrics"][self.metric])
+
+    @property
+    def received(self) -> float | None:
+        """The same of what clients are sent, mean over clients (each at its own rank)."""
+        by_rank = self.lines[-1].get("by_rank")
+        if by_rank is None:
+            return None
+        given, count = self.about["config"]["clients"]["ranks"], self._clients
+        ranks = [given[i % len(given)] for i in range(count)]
+        return fmean(by_rank[str(r)][self.metric] for r in ranks)
+
+    @property
+    def _clients(self) -> int:
+        return int(self.about["config"]["clients"]["count"])
+
+    def total(self, name: str) -> float:
+        return float(sum(line[name] for line in self.lines))
+
+    @property
+    def failures(self) -> list[Mapping[str, Any]]:
+        return [f | {"round": line["round"]} for line in self.lines for f in line["failures"]]
+
+
+def load_runs(folders: Iterable[Path]) -> tuple[list[RunData], dict[str, dict[str, Any]]]:
+    """Every run below the folders, and the outcomes of sweeps by ``config/method``.
+
+    Raises
+    ------
+    GloraError
+        If there is no run.
+    """
+    runs, sweeps = [], {}
+    folders = list(folders)
+    for path in sorted({p for folder in folders for p in folder.rglob("run.json")}):
+        if "sweep" in path.relative_to(path.parents[3]).parts:
+            continue
+        run = Run(path.parent)
+        runs.append(RunData(path.parent, json.loads(path.read_text()), run.lines(), run.done))
+    for path in sorted({p for folder in folders for p in folder.rglob("sweep/*.json")}):
+        sweeps[f"{path.parents[1].name}/{path.stem}"] = json.loads(path.read_text())
+    require(
+        bool(runs), "runs", ", ".join(map(str, folders)), "a folder with runs",
+        "glora fl run makes them",
+    )  # fmt: skip
+    return runs, sweeps
+
+
+def by_config(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
+    out: dict[str, list[RunData]] = defaultdict(list)
+    for run in runs:
+        out[run.about["config"]["name"]].append(run)
+    return dict(out)
+
+
+def summarise(
+    runs: Sequence[RunData], sweeps: Mapping[str, Any], reference: str | None = None
+) -> dict[str, Any]:
+    """One configuration's numbers, JSON-able.
+
+    Parameters
+    ----------
+    runs : sequence of RunData
+        Of one configuration.
+    sweeps : mapping
+        Of `load_runs`.
+    reference : str, optional
+        Method that the others are compared with; by default the first one of kind glora.
+
+    Returns
+    -------
+    dict
+        methods (mean and spread of everything), differences (paired by seed, reference minus
+        other), sweeps, failures, unfinished.
+    """
+    config = runs[0].about["config"]
+    finished = [run for run in runs if run.done]
+    labels = [m for m in config["methods"] if any(run.method == m for run in finished)]
+    require(bool(labels), "runs", config["name"], "at least one finished run", "run with --resume")
+    grouped = {m: {r.seed: r for r in finished if r.method == m} for m in labels}
+    kinds = {m: config["methods"][m]["kind"] for m in labels}
+    if reference is None:
+        reference = next((m for m in labels if kinds[m] == "glora"), labels[0])
+    require(reference in labels, "reference", repr(reference), f"one of {labels}")
+    return {
+        "config": config["name"],
+        "about": config["about"],
+        "metric": finished[0].metric,
+        "rounds": max(run.lines[-1]["round"] for run in finished),
+        "clients": _population(config),
+        "reference": reference,
+        "methods": {m: _method(list(seeds.values()), kinds[m]) for m, seeds in grouped.items()},
+        "differences": {
+            m: paired(grouped[reference], grouped[m]) for m in labels if m != reference
+        },
+        "sweeps": {
+            key.split("/")[1]: outcome
+            for key, outcome in sweeps.items()
+            if key.split("/")[0] == config["name"]
+        },
+        "failures": [
+            {"method": run.method, "seed": run.seed, **f} for run in finished for f in run.failures
+        ],
+        "unfinished": [str(run.folder) for run in runs if not run.done],
+    }  # fmt: skip
+
+
+def _population(config: Mapping[str, Any]) -> str:
+    c = config["clients"]
+    how = {"dirichlet": f"Dirichlet({c['alpha']:g})", "iid": "IID", "task": "one task each",
+           "shard": f"{c['shards_per_client']} shards each"}[c["partition"]]  # fmt: skip
+    ranks = ", ".join(map(str, c["ranks"]))
+    return (
+        f"{c['count']} clients, {how}, ranks {ranks}, {c['participation']:.0%} a round, "
+        f"{config['training']['steps']} steps each, first A {c['start']}"
+        + (f", random gauge of condition {c['gauge']:g}" if c["gauge"] > 1 else "")
+    )
+
+
+def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
+    """Mean and spread (standard deviation over seeds) of one method's numbers."""
+    ranks = {rank for run in runs for rank in run.about["config"]["clients"]["ranks"]}
+    last = [run.lines[-1] for run in runs]
+    updates = [line["update"] for line in last if "update" in line]
+    received = [run.received for run in runs if run.received is not None]
+    combine = [line["seconds"].get("combine", 0.0) for run in runs for line in run.lines[1:]]
+    return {
+        "kind": kind,
+        "note": "zero-padded" if kind == "fedit" and len(ranks) > 1 else "",
+        "lr": runs[0].about["lr"],
+        "seeds": [run.seed for run in runs],
+        "score": spread([run.score for run in runs]),
+        "received": spread(received) if received else None,
+        "start": fmean(run.evaluated[0]["metrics"][run.metric] for run in runs),
+        "megabytes_down": fmean(run.total("bytes_down") for run in runs) / 1e6,
+        "megabytes_up": fmean(run.total("bytes_up") for run in runs) / 1e6,
+        "combine_seconds": fmean(combine) if combine else 0.0,
+        "captured": fmean(u["captured"] for u in updates) if updates else None,
+        "effective_rank": fmean(u["effective_rank"] for u in updates) if updates else None,
+        "misalignment": _means([line["misalignment"] for line in last if "misalignment" in line]),
+        "metrics": {
+            name: spread([run.evaluated[-1]["metrics"][name] for run in runs])
+            for name in runs[0].evaluated[-1]["metrics"]
+        },
+    }
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+
+
+def paired(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> dict[str, Any]:
+    """one − other, seed by seed: mean, bootstrap interval over seeds, seeds won.
+
+    The percentile interval resamples seeds; below five seeds it is rough and says so.
+    """
+    seeds = sorted(set(one) & set(other))
+    gains = [one[s].score - other[s].score for s in seeds]
+    low, high = bootstrap(gains)
+    return {
+        "seeds": seeds,
+        "gains": gains,
+        "mean": fmean(gains) if gains else None,
+        "low": low,
+        "high": high,
+        "won": sum(g > 0 for g in gains),
+        "rough": len(seeds) < FEW,
+    }
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % percentile interval of the mean; None with fewer than two values."""
+    if len(values) < 2:
+        return None, None
+    x = np.asarray(values)
+    draws = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
+    means = x[draws].mean(1)
+    tail = (1 - CONFIDENCE) / 2
+    return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+
+# --- text ------------------------------------------------------------------------------------
+
+COLUMNS = ("method", "lr", "seeds", "server model", "received", "MB down", "MB up",
+           "combine s", "captured", "eff. rank")  # fmt: skip
+
+
+def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The main table's cells, best server model first."""
+    ordered = sorted(summary["methods"].items(), key=lambda kv: -kv[1]["score"]["mean"])
+    return [
+        (
+            label + (f" ({m['note']})" if m["note"] else ""),
+            f"{m['lr']:g}",
+            str(len(m["seeds"])),
+            _pm(m["score"]),
+            _pm(m["received"]) if m["received"] else "–",
+            f"{m['megabytes_down']:.2f}",
+            f"{m['megabytes_up']:.2f}",
+            f"{m['combine_seconds']:.3f}",
+            "–" if m["captured"] is None else f"{m['captured']:.3f}",
+            "–" if m["effective_rank"] is None else f"{m['effective_rank']:.1f}",
+        )
+        for label, m in ordered
+    ]
+
+
+def difference_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    out: list[tuple[str, ...]] = []
+    for label, d in summary["differences"].items():
+        if d["mean"] is None:
+            continue
+        interval = "one seed" if d["low"] is None else f"{d['low']:+.4f} … {d['high']:+.4f}"
+        out.append((label, f"{d['mean']:+.4f}", interval, f"{d['won']} of {len(d['seeds'])}"))
+    return out
+
+
+def _pm(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.4f} ± {value['spread']:.4f}"
+
+
+def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """A summary as a page."""
+    metric, reference = summary["metric"], summary["reference"]
+    parts = [
+        f"## {summary['config']}",
+        summary["about"],
+        f"{summary['clients']}; {summary['rounds']} rounds. Metric: {metric}.",
+        _table(COLUMNS, rows_of(summary)),
+        "± is one standard deviation over seeds. *Server model*: what the server holds, at its own "
+        "rank. *Received*: what clients are sent next, each at its own rank, mean over clients. "
+        "*Captured*: share of the exact mean update's energy in the last round.",
+    ]
+    differences = difference_rows(summary)
+    if differences:
+        rough = any(d["rough"] for d in summary["differences"].values())
+        parts += [
+            f"**{reference} minus the other**, server model, paired by seed:",
+            _table(("other", "mean", "95 % bootstrap interval", "seeds won"), differences),
+            "Few seeds: the interval is rough." if rough else "",
+        ]
+    if summary["sweeps"]:
+        rates = list(dict.fromkeys(lr for s in summary["sweeps"].values() for lr in s["scores"]))
+        body = [
+            (label, *(f"{s['scores'][lr]:.4f}" if lr in s["scores"] else "–" for lr in rates),
+             f"{s['chosen']:g}")
+            for label, s in summary["sweeps"].items()
+        ]  # fmt: skip
+        parts += ["**Learning rates**, swept on a seed of their own:",
+                  _table(("method", *rates, "chosen"), body)]  # fmt: skip
+    if summary["failures"]:
+        parts.append(f"{len(summary['failures'])} replies failed, the first: "
+                     f"{summary['failures'][0]['reason']}")  # fmt: skip
+    if summary["unfinished"]:
+        parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |",
+             "| :-- |" + " --: |" * (len(header) - 1)]  # fmt: skip
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,196 @@
+"""A whole run: one configuration, one method, one seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .clients import LocalTraining, Trainer, single_thread
+from .config import Config
+from .diagnostics import alignment, describe, misalignment, significant
+from .engine_local import Answers, Engine, LocalEngine
+from .messages import Client
+from .methods import Method
+from .partition import split
+from .records import Run, server_about, server_from, server_tensors
+from .round import participants, run_round
+from .server import Server, Setup
+from .tasks import Task
+from .tasks.build import build_task
+
+__all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
+
+Progress = Callable[[str, int, int], None]
+
+
+class Plan:
+    """Everything a run needs before its first round, on the server or on a client's machine.
+
+    Built from (config, label, seed, lr, data folder) alone, so that every process of a deployment
+    has the same partition, model and streams.
+    """
+
+    def __init__(
+        self, config: Config, label: str, seed: int, lr: float, data_dir: Path | None = None
+    ) -> None:
+        self.config, self.label, self.seed, self.lr = config, label, seed, lr
+        self.method: Method = config.method(label)
+        self.task: Task = build_task(config, seed, data_dir)
+        t, c = config.training, config.clients
+        self.trainer = Trainer(
+            self.task,
+            LocalTraining(
+                t.steps, t.batch, lr, t.optimiser, t.optimiser_state, t.weight_decay, t.clip,
+                t.dropout, c.gauge, seed, config.model.device,
+            ),
+        )  # fmt: skip
+        self.parts = partition_of(config, self.task, seed)
+        self.setup = Setup(
+            self.trainer.shapes, config.ranks, c.scaling, self.trainer.dense,
+            c.start == "shared", seed,
+        )  # fmt: skip
+
+
+def partition_of(config: Config, task: Task, seed: int) -> list[np.ndarray]:
+    """Rows of each client."""
+    c = config.clients
+    return split(
+        task.labels, c.partition, c.count, seed, alpha=c.alpha, at_least=c.at_least,
+        shards_per_client=c.shards_per_client,
+    )  # fmt: skip
+
+
+EngineFactory = Callable[[Plan], Engine]
+
+
+def local_engine(plan: Plan) -> Engine:
+    c = plan.config.clients
+    return LocalEngine(plan.trainer, plan.parts, c.wire, c.lost, plan.seed)
+
+
+def run(
+    plan: Plan,
+    folder: Path,
+    *,
+    engine: EngineFactory = local_engine,
+    resume: bool = False,
+    rounds: int | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Run to the end, committing every round; the metrics, round by round.
+
+    Parameters
+    ----------
+    plan : Plan
+    folder : path
+        Of this run; see `records`.
+    engine : callable
+        Plan → Engine.
+    resume : bool
+        Go on where a killed run stopped; a finished one is left as it is.
+    rounds : int, optional
+        Instead of the configuration's.
+    progress : callable (text, done, total), optional
+    """
+    record = Run(folder)
+    total = rounds or plan.config.training.rounds
+    going_on = record.begin(_about(plan), resume=resume)
+    if record.done:
+        return record.lines()
+    with single_thread():
+        carrier = engine(plan)
+        server = plan.method.start(plan.setup)
+        if going_on:
+            server, tensors, about = record.restore(server)
+            carrier.load(tensors, about)
+        else:
+            record.append(_line(plan, server, None, Answers([]), total, {}))
+            record.commit(server, carrier.save())
+        while server.round < total:
+            begun = time.perf_counter()
+            before = server
+            asked = participants(server, plan.config.clients.participation)
+            server, answers = run_round(plan.method, server, carrier, asked)
+            seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
+            record.append(_line(plan, server, before, answers, total, seconds))
+            # Through the checkpoint's form every round, so that a restart changes no bit.
+            server = server_from(server_tensors(server), server_about(server), before)
+            record.commit(server, carrier.save())
+            if progress is not None:
+                progress(f"{plan.config.name} {plan.label} seed {plan.seed}", server.round, total)
+    record.finish()
+    return record.lines()
+
+
+def _line(
+    plan: Plan,
+    server: Server,
+    before: Server | None,
+    answers: Answers,
+    total: int,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What is recorded of a round."""
+    how, last = plan.config.evaluation, server.round == total
+    model = plan.method.model(server)
+    line: dict[str, Any] = {
+        "round": server.round,
+        "bytes_down": answers.bytes_down,
+        "bytes_up": answers.bytes_up,
+        "clients": [
+            {"client": r.client.index, "rank": r.client.rank, "examples": r.examples, **r.metrics}
+            for r in answers.replies
+        ],
+        "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],
+        "notes": significant(server.notes),
+    }
+    if answers.processes:
+        clients = {str(client): pid for client, pid in answers.processes.items()}
+        line["processes"] = {"server": os.getpid(), "clients": clients}
+    if before is not None and answers.replies:
+        if how.spectra:
+            line["update"] = significant(describe(model, before.merged, answers.replies))
+        if how.agreement == "every" or (how.agreement == "last" and last):
+            line["alignment"] = alignment(answers.replies)
+            line["misalignment"] = significant(misalignment(answers.replies))
+    begun = time.perf_counter()
+    if last or server.round % how.every == 0:
+        line["metrics"] = plan.trainer.evaluate(model)
+        if how.by_rank == "every" or (how.by_rank == "last" and last):
+            line["by_rank"] = {
+                str(r): plan.trainer.evaluate(plan.method.broadcast(server, Client(-1, r)))
+                for r in sorted(set(plan.setup.ranks))
+            }
+    line["seconds"] = {**seconds, "evaluation": time.perf_counter() - begun}
+    return line
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    return {
+        "config": plan.config.model_dump(mode="json"),
+        "method": plan.label,
+        "seed": plan.seed,
+        "lr": plan.lr,
+        "metric": plan.task.metric,
+        "parameters": plan.trainer.parameters,
+        "examples": [len(rows) for rows in plan.parts],
+        "versions": {name: _version(name) for name in ("glora", "torch", "peft", "transformers")},
+        "python": platform.python_version(),
+        "machine": {"system": platform.system(), "cpu": platform.machine(), "threads": 1},
+        "torch": torch.__version__,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "absent"

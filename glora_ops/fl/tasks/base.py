@@ -1,0 +1,42 @@
+"""What a task is to the rest: a model, training examples with labels, and a way to be judged."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+__all__ = ["Task"]
+
+
+class Task(Protocol):
+    """A task knows nothing of clients, adapters or methods.
+
+    Attributes
+    ----------
+    metric : str
+        The key of `evaluate` that reports rank methods by; larger is better.
+    labels : ndarray (n,) of int
+        Of the training examples: classes, or task numbers where a client holds tasks.
+    label_names : tuple of str
+    targets : tuple of str
+        Linear modules to adapt, as PEFT's ``target_modules``.
+    heads : tuple of str
+        Modules that are trained and averaged in full.
+    """
+
+    metric: str
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    targets: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    def model(self) -> nn.Module:
+        """The pretrained base, always the same weights."""
+
+    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
+        """Mean loss over training examples `rows`."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics on the held-out examples."""

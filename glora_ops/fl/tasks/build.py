@@ -1,0 +1,25 @@
+"""From a configuration to its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import Config
+from .base import Task
+
+__all__ = ["build_task"]
+
+
+def build_task(config: Config, seed: int, data_dir: Path | None = None) -> Task:
+    """The configuration's task; only what it needs is imported."""
+    if config.task.kind == "digits":
+        from .digits import Digits
+
+        return Digits(seed)
+    if config.task.kind == "glue":
+        from .glue import Glue
+
+        return Glue(config, seed, data_dir)
+    from .superni import SuperNI
+
+    return SuperNI(config, seed, data_dir)

@@ -1,0 +1,149 @@
+"""GLUE, or any classification or regression of sentences and pairs in the same JSONL layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import require
+from ..config import Config
+from ..seeds import numpy_stream
+from .jsonl import read_jsonl
+from .metrics import classification, correlation
+from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
+
+__all__ = ["Glue"]
+
+#: Columns of the Hub's data set where they are not sentence1, sentence2.
+COLUMNS = {
+    "sst2": ("sentence",),
+    "cola": ("sentence",),
+    "qnli": ("question", "sentence"),
+    "qqp": ("question1", "question2"),
+    "mnli": ("premise", "hypothesis"),
+}
+HUB = "nyu-mll/glue"
+EVALUATION_BATCH = 64
+BINS = 5  # of a regression's labels, for partitions
+
+
+class Glue:
+    """One GLUE task on a sequence classifier; its head is trained and averaged in full.
+
+    Labels are classes where they are integers (their number is read off the training data) and a
+    regression otherwise. The headline metric is accuracy, for cola mcc, for a regression the mean
+    of Pearson's and Spearman's correlation.
+    """
+
+    def __init__(self, config: Config, seed: int, data_dir: Path | None) -> None:
+        self.config, self._seed = config, seed
+        name = config.task.name
+        require(bool(name), "task.name", "''", "a GLUE task such as sst2 or cola")
+        self._tokenizer = tokenizer_of(config.model.name)
+        train, dev = (
+            sample(_read(name, split, data_dir), size, seed, split)
+            for split, size in (("train", config.task.max_train), ("dev", config.task.max_eval))
+        )
+        self.regression = any(isinstance(row["label"], float) for row in train)
+        self._x, self._y = self._tokens(train), np.array([row["label"] for row in train])
+        self._dev_x, self._dev_y = self._tokens(dev), np.array([row["label"] for row in dev])
+        if self.regression:
+            edges = np.quantile(self._y, np.linspace(0, 1, BINS + 1)[1:-1])
+            self.labels = np.searchsorted(edges, self._y)
+            self.label_names = tuple(f"bin {i}" for i in range(BINS))
+        else:
+            self.labels = self._y
+            self.label_names = tuple(map(str, range(int(self._y.max()) + 1)))
+            worst = int(self._dev_y.max())
+            require(
+                worst < len(self.label_names), f"{name}.dev", f"label {worst}",
+                f"labels of the training data, 0…{len(self.label_names) - 1}",
+            )  # fmt: skip
+        self.metric = "correlation" if self.regression else "mcc" if name == "cola" else "accuracy"
+        self.targets = tuple(config.model.targets)
+        model = self.model()
+        stem = getattr(model, "base_model_prefix", "")
+        self.heads = tuple(
+            name
+            for name, child in model.named_children()
+            if name != stem and next(child.parameters(), None) is not None
+        )
+
+    def model(self) -> nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        model = from_pretrained(
+            AutoModelForSequenceClassification, self.config.model.name, self._seed,
+            random_weights=self.config.model.random_weights,
+            num_labels=1 if self.regression else len(self.label_names),
+            ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
+        )  # fmt: skip
+        model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
+        return model
+
+    def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
+        logits = self._logits(model, self._x, rows)
+        y = torch.as_tensor(self._y[rows], device=logits.device)
+        if self.regression:
+            return torch.nn.functional.mse_loss(logits[:, 0], y.to(logits.dtype))
+        return torch.nn.functional.cross_entropy(logits, y)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        columns = 1 if self.regression else len(self.label_names)
+        logits = torch.empty(len(self._dev_y), columns)
+        lengths = [len(tokens) for tokens in self._dev_x["input_ids"]]
+        with torch.no_grad():
+            for rows in batches_by_length(lengths, EVALUATION_BATCH):
+                logits[rows] = self._logits(model, self._dev_x, rows).cpu()
+        if self.regression:
+            return correlation(self._dev_y, logits[:, 0].numpy())
+        truth = torch.as_tensor(self._dev_y)
+        loss = float(torch.nn.functional.cross_entropy(logits, truth))
+        return {**classification(self._dev_y, logits.argmax(1).numpy()), "loss": loss}
+
+    def _logits(self, model: nn.Module, x: Mapping[str, Any], rows: np.ndarray) -> Tensor:
+        batch = {key: [values[i] for i in rows] for key, values in x.items()}
+        with quiet():
+            padded = self._tokenizer.pad(batch, return_tensors="pt")
+        return model(**padded.to(device_of(model))).logits
+
+    def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        first = [row["sentence1"] for row in rows]
+        second = [row["sentence2"] for row in rows] if "sentence2" in rows[0] else None
+        length = self.config.task.max_length
+        return dict(self._tokenizer(first, second, truncation=True, max_length=length))
+
+
+def sample(rows: list[Any], size: int, seed: int, *name: object) -> list[Any]:
+    """At most `size` rows, drawn without replacement and kept in order; all where size is 0."""
+    if size == 0 or size >= len(rows):
+        return rows
+    chosen = numpy_stream(seed, "sample", *name).choice(len(rows), size=size, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _read(name: str, split: str, data_dir: Path | None) -> list[dict[str, Any]]:
+    if data_dir is not None:
+        return read_jsonl(data_dir / "glue" / f"{name}.{split}.jsonl", _problem)
+    from datasets import load_dataset
+
+    part = "train" if split == "train" else "validation_matched" if name == "mnli" else "validation"
+    columns = COLUMNS.get(name, ("sentence1", "sentence2"))
+    return [
+        {f"sentence{k}": row[c] for k, c in enumerate(columns, 1)} | {"label": row["label"]}
+        for row in load_dataset(HUB, name, split=part)
+    ]
+
+
+def _problem(row: Mapping[str, Any]) -> str:
+    label = row.get("label")
+    if not isinstance(row.get("sentence1"), str) or not isinstance(row.get("sentence2", ""), str):
+        return "sentence1 (and sentence2, if there is one) must be text"
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label:
+        return "label must be a number"
+    return "" if isinstance(label, float) or label >= 0 else "a class must be an integer ≥ 0"

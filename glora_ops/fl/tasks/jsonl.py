@@ -1,0 +1,51 @@
+"""Local data files: one JSON object per line, every line checked, all bad ones listed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import Refusal, Refused, require
+
+__all__ = ["read_jsonl"]
+
+SHOWN = 5
+
+
+def read_jsonl(path: Path, check: Callable[[Mapping[str, Any]], str]) -> list[dict[str, Any]]:
+    """The objects of a file.
+
+    Parameters
+    ----------
+    path : path
+    check : callable
+        What is wrong with an object, in words; empty if nothing is.
+
+    Raises
+    ------
+    Refused
+        Naming the file, line and problem of the first bad lines.
+    """
+    require(path.is_file(), "data", str(path), "an existing .jsonl file", "give --data-dir DIR")
+    rows, refusals = [], []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for n, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+                problem = check(row) if isinstance(row, dict) else "not a JSON object"
+            except (ValueError, RecursionError):
+                problem = "not JSON"
+            if not problem:
+                rows.append(row)
+                continue
+            refusals.append(Refusal(problem, file=f"{path}:{n}", found=text.strip()[:80]))
+            if len(refusals) == SHOWN:
+                break
+    if refusals:
+        raise Refused(refusals)
+    require(bool(rows), "data", f"{path} without a line", "at least one example")
+    return rows

@@ -1,0 +1,176 @@
+"""`glora fl` from the command line: runs, resume, reports, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from glora_ops.cli import app
+from glora_ops.fl.report import bootstrap, load_runs, summarise
+
+CONFIG = """
+name = "tiny"
+about = "Two methods, mixed ranks."
+[clients]
+count = 4
+ranks = [2, 4]
+[training]
+rounds = 2
+steps = 2
+batch = 8
+[sweep]
+lrs = [0.001, 0.01]
+rounds = 1
+[methods.glora]
+kind = "glora"
+[methods.fedit]
+kind = "fedit"
+lr = 0.004
+"""
+
+
+def call(*arguments: object, code: int = 0) -> Result:
+    done = CliRunner().invoke(app, ["fl", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    (root / "tiny.toml").write_text(CONFIG)
+    said = call("run", root / "tiny.toml", "--seeds", 2, "-o", root / "runs").output
+    assert "glora fl report" in said
+    return root / "runs"
+
+
+def test_run_writes_every_method_and_seed_and_the_sweep(runs: Path) -> None:
+    for method in ("glora", "fedit"):
+        for seed in (0, 1):
+            folder = runs / "tiny" / method / f"seed{seed}"
+            assert (folder / "done").exists()
+            assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    swept = json.loads((runs / "tiny" / "sweep" / "glora.json").read_text())
+    best = max(swept["scores"], key=swept["scores"].get)
+    assert swept["chosen"] == float(best)
+    assert not (runs / "tiny" / "sweep" / "fedit.json").exists()  # its own rate is given
+    rates = [
+        json.loads((runs / "tiny" / m / "seed1" / "run.json").read_text())["lr"]
+        for m in ("glora", "fedit")
+    ]
+    assert rates == [swept["chosen"], 0.004]
+
+
+def test_run_again_needs_resume_and_then_changes_nothing(runs: Path) -> None:
+    config = runs.parent / "tiny.toml"
+    refused = call("run", config, "--seeds", 1, "-o", runs, code=1)
+    assert "--resume" in refused.output
+    before = (runs / "tiny" / "glora" / "seed0" / "metrics.jsonl").read_bytes()
+    shown = call(
+        "run", config, "--seeds", 1, "-o", runs, "--resume", "--methods", "glora", "--json"
+    )
+    assert [r["method"] for r in json.loads(shown.output)["results"]] == ["glora"]
+    assert (runs / "tiny" / "glora" / "seed0" / "metrics.jsonl").read_bytes() == before
+
+
+def test_report_has_tables_differences_sweeps_and_pictures(runs: Path, tmp_path: Path) -> None:
+    said = call("report", runs, "-o", tmp_path / "out").output
+    assert "fedit (zero-padded)" in said
+    page = (tmp_path / "out" / "report.md").read_text()
+    for wanted in ("glora minus the other", "95 % bootstrap interval", "Learning rates", "±",
+                   "ranks 2, 4"):  # fmt: skip
+        assert wanted in page
+    for name in ("curves", "updates", "alignment"):
+        assert (tmp_path / "out" / f"tiny-{name}.png").stat().st_size > 10_000
+        assert f"(tiny-{name}.png)" in page
+    (summary,) = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(summary["methods"]) == {"glora", "fedit"}
+
+
+def test_the_reports_numbers_are_those_of_the_runs(runs: Path) -> None:
+    found, sweeps = load_runs([runs])
+    assert len(found) == 4
+    summary = summarise(found, sweeps)
+    lines = {
+        (m, s): [json.loads(x) for x in
+                 (runs / "tiny" / m / f"seed{s}" / "metrics.jsonl").read_text().splitlines()]
+        for m in ("glora", "fedit") for s in (0, 1)
+    }  # fmt: skip
+    last = {key: x[-1]["metrics"]["accuracy"] for key, x in lines.items()}
+    for m in ("glora", "fedit"):
+        both = [last[m, 0], last[m, 1]]
+        row = summary["methods"][m]
+        assert row["score"]["mean"] == pytest.approx(np.mean(both))
+        assert row["score"]["spread"] == pytest.approx(np.std(both, ddof=1))
+        by_rank = [
+            np.mean([lines[m, s][-1]["by_rank"][r]["accuracy"] for r in ("2", "4")]) for s in (0, 1)
+        ]
+        assert row["received"]["mean"] == pytest.approx(np.mean(by_rank))
+        sent = [sum(x["bytes_up"] for x in lines[m, s]) for s in (0, 1)]
+        assert row["megabytes_up"] == pytest.approx(np.mean(sent) / 1e6)
+    gains = [last["glora", s] - last["fedit", s] for s in (0, 1)]
+    difference = summary["differences"]["fedit"]
+    assert difference["gains"] == pytest.approx(gains)
+    assert difference["low"] == pytest.approx(min(gains))
+    assert difference["high"] == pytest.approx(max(gains))
+    assert difference["rough"]
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    inside = 0
+    for _ in range(300):
+        low, high = bootstrap(rng.normal(0.3, 1.0, size=25).tolist())
+        assert low is not None
+        assert high is not None
+        inside += low <= 0.3 <= high
+    assert 0.88 <= inside / 300 <= 0.98
+    assert bootstrap([1.0]) == (None, None)
+
+
+def test_unfinished_runs_are_left_out_and_named(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "tiny" / "fedit" / "seed1" / "done").unlink()
+    found, sweeps = load_runs([tmp_path / "runs"])
+    summary = summarise(found, sweeps)
+    assert summary["methods"]["fedit"]["seeds"] == [0]
+    assert len(summary["unfinished"]) == 1
+    assert summary["differences"]["fedit"]["low"] is None
+
+
+def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
+    shown = call("partition", runs.parent / "tiny.toml", "--plot", tmp_path / "p.png", "--json")
+    counts = np.array(json.loads(shown.output)["counts"])
+    assert counts.shape == (4, 10)
+    assert counts.sum() == 700
+    assert (tmp_path / "p.png").exists()
+    assert "digits_dirichlet" in call("configs").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nowhere.toml"], ["nowhere.toml", "digits_dirichlet"]),
+        (["run", "digits_dirichlet", "--methods", "best"], ["'best'", "fedit"]),
+        (["run", "glue_dirichlet", "--data-dir", "/nowhere"], ["roberta"]),
+        (["report", "/nowhere"], ["glora fl run"]),
+    ],
+)
+def test_refusals(arguments: list[str], words: list[str]) -> None:
+    said = call(*arguments, code=1).output
+    for word in words:
+        assert word in said
+
+
+def test_one_rank_methods_with_mixed_ranks_are_refused_before_training(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n')
+    said = call("run", path, "-o", tmp_path / "runs", code=1).output
+    assert "FFALoRA" in said
+    assert not list((tmp_path / "runs").rglob("metrics.jsonl"))

@@ -1,0 +1,337 @@
+"""Whole runs on digits: learning, gauges, lost replies, bytes, restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fl_runs import accuracies, config, reproducible, run_small, state
+
+from glora_ops.errors import GloraError
+from glora_ops.fl.messages import Client, Sent
+from glora_ops.fl.methods import METHODS
+from glora_ops.fl.records import Run
+from glora_ops.fl.run import Plan, run
+
+WIDTHS = [(128, 128)] * 8 + [(256, 128), (128, 256)] * 2  # modules of the digits' transformer
+PER_RANK = sum(d_out + d_in for d_out, d_in in WIDTHS)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_learns_digits(name: str, tmp_path: Path) -> None:
+    done = run_small(tmp_path / "run", {"kind": name}, training={"rounds": 4, "steps": 6})
+    start, *_, end = accuracies(done)
+    assert start < 0.25
+    assert end > start + 0.15
+    assert done.done
+    last = done.lines()[-1]
+    assert set(last) >= {"metrics", "by_rank", "update", "alignment", "misalignment", "bytes_up"}
+
+
+def test_a_run_repeats_bit_for_bit(tmp_path: Path) -> None:
+    one, other = (run_small(tmp_path / x, {"kind": "glora"}) for x in "ab")
+    assert reproducible(one) == reproducible(other)
+    assert all(torch.equal(x, state(other)[name]) for name, x in state(one).items())
+    third = run_small(tmp_path / "c", {"kind": "glora"}, seed=1)
+    assert accuracies(third) != accuracies(one)
+
+
+# --- the unit test of the claim ----------------------------------------------------------------
+
+
+GAUGED = {"rounds": 5, "steps": 6, "batch": 16}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"kind": "glora"}, {"kind": "glora", "mode": "delta"}, {"kind": "glora", "basis": "update"},
+     {"kind": "glora", "basis": "projector"}],
+    ids=["consensus", "delta", "update", "projector"],
+)  # fmt: skip
+def test_a_random_gauge_on_every_reply_leaves_gloras_curve(
+    method: dict[str, Any], tmp_path: Path
+) -> None:
+    plain, gauged = (
+        run_small(tmp_path / str(gauge), method, training=GAUGED, clients={"gauge": gauge})
+        for gauge in (1.0, 10.0)
+    )
+    for a, b in zip(accuracies(plain), accuracies(gauged), strict=True):
+        assert abs(a - b) <= 0.015  # rounding, amplified by training
+    for a, b in zip(plain.lines()[1:], gauged.lines()[1:], strict=True):
+        assert b["update"]["norm"] == pytest.approx(a["update"]["norm"], rel=0.02)
+
+
+def test_the_same_gauge_ruins_factor_averaging(tmp_path: Path) -> None:
+    plain, gauged = (
+        run_small(
+            tmp_path / str(gauge), {"kind": "fedit"}, training=GAUGED, clients={"gauge": gauge}
+        )
+        for gauge in (1.0, 10.0)
+    )
+    assert accuracies(gauged)[-1] < accuracies(plain)[-1] - 0.15
+    assert gauged.lines()[-1]["update"]["captured"] < plain.lines()[-1]["update"]["captured"] - 0.2
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+
+def test_lost_replies_are_tolerated_and_reported(tmp_path: Path) -> None:
+    done = run_small(
+        tmp_path / "run", {"kind": "glora"}, clients={"lost": 0.5}, training={"rounds": 5}
+    )
+    lines = done.lines()[1:]
+    assert all(len(x["clients"]) + len(x["failures"]) == 4 for x in lines)
+    failures = [f for x in lines for f in x["failures"]]
+    assert 3 <= len(failures) <= 17
+    assert all("lost" in f["reason"] for f in failures)
+    assert accuracies(done)[-1] > accuracies(done)[0] + 0.1
+
+
+def test_a_round_without_any_reply_keeps_the_state(tmp_path: Path) -> None:
+    done = run_small(tmp_path / "run", {"kind": "glora"}, clients={"lost": 0.999})
+    assert len(set(accuracies(done))) == 1
+    assert [x["round"] for x in done.lines()] == [0, 1, 2, 3]
+
+
+def test_a_client_that_diverges_is_a_failure_with_its_reason(tmp_path: Path) -> None:
+    done = run_small(
+        tmp_path / "run", {"kind": "fedit"},
+        training={"optimiser": "sgd", "lr": 1e30, "clip": 0.0, "rounds": 1},
+    )  # fmt: skip
+    (failure, *_) = done.lines()[1]["failures"]
+    assert "loss" in failure["reason"]
+    assert "finite" in failure["reason"]
+
+
+def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> None:
+    asked = []
+    for name in ("glora", "flexlora"):
+        done = run_small(
+            tmp_path / name, {"kind": name}, training={"rounds": 4, "steps": 1},
+            clients={"count": 10, "ranks": [1, 2, 4], "participation": 0.3},
+        )  # fmt: skip
+        asked.append([[c["client"] for c in x["clients"]] for x in done.lines()[1:]])
+    assert asked[0] == asked[1]
+    assert all(len(set(round)) == 3 for round in asked[0])
+    assert len({tuple(round) for round in asked[0]}) > 1
+    assert [c["rank"] for c in done.lines()[1]["clients"]] == [
+        [1, 2, 4][i % 3] for i in asked[0][0]
+    ]
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up"),
+    [
+        ("fedit", [0, 4, 4], [4, 4, 4]),
+        ("glora", [0, 4, 4], [4, 4, 4]),
+        ("ffa", [0, 2, 2], [2, 2, 2]),  # A is drawn by the client and never travels
+        ("rolora", [0, 2, 2], [2, 2, 2]),  # the factor that was not trained is held already
+        ("flora", [0, 16, 16], [4, 4, 4]),  # each stack of 4 · rank once
+        ("fedex", [0, 24, 24], [4, 4, 4]),  # average and residual of rank (4 + 1) · 4
+    ],
+)
+def test_bytes_by_round(name: str, down: list[int], up: list[int], tmp_path: Path) -> None:
+    # Two steps: after one, A is what it was, since B was zero, and would not be sent again.
+    lines = run_small(tmp_path / "run", {"kind": name}, training={"steps": 2}).lines()[1:]
+    unit = 4 * 4 * PER_RANK  # d_out + d_in numbers of 4 bytes, to or from four clients
+    assert [x["bytes_down"] for x in lines] == [d * unit for d in down]
+    assert [x["bytes_up"] for x in lines] == [u * unit for u in up]
+
+
+def test_bfloat16_on_the_wire_halves_bytes_and_still_learns(tmp_path: Path) -> None:
+    full, half = (
+        run_small(
+            tmp_path / wire, {"kind": "glora"}, clients={"wire": wire},
+            training={"rounds": 4, "steps": 6},
+        )
+        for wire in ("float32", "bfloat16")
+    )  # fmt: skip
+    for a, b in zip(full.lines()[1:], half.lines()[1:], strict=True):
+        assert b["bytes_up"] * 2 == a["bytes_up"]
+        assert b["bytes_down"] * 2 == a["bytes_down"]
+    losses = [[x["metrics"]["loss"] for x in r.lines()] for r in (full, half)]
+    assert losses[0] != losses[1]
+    assert abs(accuracies(half)[-1] - accuracies(full)[-1]) < 0.1
+
+
+# --- clients -----------------------------------------------------------------------------------
+
+
+def test_what_is_evaluated_is_the_dense_model(tmp_path: Path) -> None:
+    """Frozen weights + merged pairs + s·B·A, by PEFT and by hand."""
+    plan = Plan(config({"it": {"kind": "fedex"}}), "it", 0, 0.01)
+    generator = torch.Generator().manual_seed(3)
+
+    def pairs(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {
+            m: (0.05 * torch.randn(o, rank, generator=generator),
+                0.05 * torch.randn(rank, i, generator=generator))
+            for m, (o, i) in plan.setup.shapes.items()
+        }  # fmt: skip
+
+    one, two, adapter = pairs(5), pairs(3), pairs(4)
+    found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two)))
+    model = plan.task.model()
+    with torch.no_grad():
+        for m, module in model.named_modules():
+            if m in one:
+                module.weight += sum(b @ a for b, a in (one[m], two[m]))
+                module.weight += 2.0 * adapter[m][0] @ adapter[m][1]
+    assert plan.task.evaluate(model)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    # and nothing of it remains
+    start = plan.trainer.evaluate(
+        plan.method.broadcast(plan.method.start(plan.setup), Client(0, 4))
+    )
+    assert start == pytest.approx(plan.task.evaluate(plan.task.model()), rel=1e-5)
+
+
+def test_frozen_factors_stay_and_every_pair_of_a_readout_learns() -> None:
+    plan = Plan(config({"it": {"kind": "glora"}}, clients={"ranks": [8]}), "it", 0, 0.01)
+    server = plan.method.start(plan.setup)
+    client = Client(0, 8)
+    for train in ("A", "B"):
+        sent = plan.method.broadcast(server, client)
+        sent = Sent({m: (b + 0.1, a) for m, (b, a) in sent.factors.items()}, {}, 2.0, train)
+        learnt = plan.trainer.train(sent, client, plan.parts[0], 0, {})
+        for m, (b, a) in learnt.factors.items():
+            assert torch.equal(b, sent.factors[m][0]) == (train == "A")
+            assert torch.equal(a, sent.factors[m][1]) == (train == "B")
+    # A state of rank 1, read out at rank 8: seven padded pairs, all of which move.
+    one = {m: (b[:, :1] + 0.1, a[:1]) for m, (b, a) in sent.factors.items()}
+    from glora_ops.fl.messages import Reply
+
+    server = plan.method.combine(server, [Reply(client, sent, one, {}, 5)])
+    readout = plan.method.broadcast(server, client)
+    learnt = plan.trainer.train(readout, client, plan.parts[0], 1, {})
+    for m, (b, _) in learnt.factors.items():
+        assert ((b - readout.factors[m][0]).abs().amax(0) > 0).all()
+
+
+def test_optimiser_state_is_reset_or_kept_as_told(tmp_path: Path) -> None:
+    reset, kept = (
+        run_small(tmp_path / how, {"kind": "fedit"}, training={"optimiser_state": how})
+        for how in ("reset", "keep")
+    )
+    assert accuracies(reset)[:2] == accuracies(kept)[:2]
+    assert reproducible(reset)[2] != reproducible(kept)[2]
+    assert not any(name.startswith("engine/") for name in state(reset))
+    assert any(name.startswith("engine/3/blocks.0.q/A:exp_avg") for name in state(kept))
+
+
+# --- restarts ----------------------------------------------------------------------------------
+
+RESTARTED = {
+    "clients": {"count": 5, "ranks": [2, 4], "participation": 0.6, "lost": 0.1, "gauge": 3.0},
+    "training": {"rounds": 5, "steps": 3, "optimiser_state": "keep", "dropout": 0.1},
+}
+KILLED = """
+import json, sys
+from pathlib import Path
+from glora_ops.fl.config import Config
+from glora_ops.fl.run import Plan, run
+
+config = Config.model_validate(json.loads(sys.argv[1]))
+run(Plan(config, "it", 0, config.training.lr), Path(sys.argv[2]), resume=True)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL at arbitrary moments, twice, then resumed: metrics and state equal bit for bit."""
+    made = config({"it": {"kind": "glora", "mode": "delta"}}, **RESTARTED)
+    whole = run_small(tmp_path / "whole", {"kind": "glora", "mode": "delta"}, **RESTARTED)
+    folder = tmp_path / "killed"
+    moments = random.Random(time.time_ns())
+    for lines in (2, 3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, made.model_dump_json(), str(folder)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        began = time.monotonic()
+        while len(Run(folder).lines()) < lines and process.poll() is None:
+            time.sleep(0.01)
+            assert time.monotonic() - began < 120
+        time.sleep(moments.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = len(Run(folder).lines())
+    run(Plan(made, "it", 0, made.training.lr), folder, resume=True)
+    assert before >= 3
+    assert reproducible(Run(folder)) == reproducible(whole)
+    assert set(state(Run(folder))) == set(state(whole))
+    assert all(torch.equal(x, state(Run(folder))[name]) for name, x in state(whole).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        ("flora", "before the line"),
+        ("flexlora", "before the checkpoint"),
+        ("hetlora", "in the checkpoint"),
+    ],
+)
+def test_a_crash_between_any_two_writes_loses_nothing(
+    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config({"it": {"kind": name}}, **RESTARTED)
+    whole = run_small(tmp_path / "whole", {"kind": name}, **RESTARTED)
+
+    class Crash(BaseException):
+        pass
+
+    def crash(self: Run, *args: Any) -> None:
+        if self.lines() and self.lines()[-1]["round"] >= 2:
+            if when == "in the checkpoint":
+                (self.folder / ".checkpoint.safetensors.x.tmp").write_bytes(b"half")
+                with self.metrics_path.open("a") as file:
+                    file.write('{"round": 3, "cut o')
+            raise Crash
+        original(self, *args)
+
+    target = "append" if when == "before the line" else "commit"
+    original = getattr(Run, target)
+    folder = tmp_path / "crashed"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, target, crash)
+        with pytest.raises(Crash):
+            run(Plan(made, "it", 0, made.training.lr), folder)
+    run(Plan(made, "it", 0, made.training.lr), folder, resume=True)
+    assert reproducible(Run(folder)) == reproducible(whole)
+    assert all(torch.equal(x, state(Run(folder))[n]) for n, x in state(whole).items())
+
+
+def test_resume_refuses_another_run_and_a_damaged_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    made = config({"it": {"kind": "fedit"}}, training={"rounds": 1, "steps": 1})
+    plan = Plan(made, "it", 0, 0.005)
+    run(plan, folder)
+    with pytest.raises(GloraError, match="resume"):
+        run(plan, folder)
+    assert [x["round"] for x in run(plan, folder, resume=True)] == [0, 1]
+    with pytest.raises(GloraError, match="lr"):
+        run(Plan(made, "it", 0, 0.006), folder, resume=True)
+    (folder / "done").unlink()
+    (folder / "checkpoint.safetensors").write_bytes(b"\x10" + bytes(30))
+    with pytest.raises(GloraError, match="checkpoint"):
+        run(plan, folder, resume=True)
+
+
+def test_run_json_tells_what_was_run(tmp_path: Path) -> None:
+    done = run_small(tmp_path / "run", {"kind": "fedit"}, training={"rounds": 1, "steps": 1})
+    about = json.loads(done.about_path.read_text())
+    assert about["metric"] == "accuracy"
+    assert about["config"]["training"]["steps"] == 1
+    assert sum(about["examples"]) == 700
+    assert about["versions"]["torch"].startswith("2.")
+    assert about["parameters"] > 200_000
