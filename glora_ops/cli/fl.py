@@ -68,7 +68,7 @@ def run(
     the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. **glora fl report** makes
     tables and pictures of them.
     """
-    with answering(as_json):
+    with answering(as_json, writes=False):
         from ..fl.config import load_config
         from ..fl.experiment import Result, run_experiment
         from ..fl.run import EngineFactory, local_engine
@@ -119,7 +119,7 @@ def report(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Tables, paired differences and pictures of finished runs, configuration by configuration."""
-    with answering(as_json):
+    with answering(as_json, writes=False):
         from ..fl.files import write_text
         from ..fl.pictures import draw
         from ..fl.report import (
@@ -168,7 +168,7 @@ def partition(
     as_json: Json = False,
 ) -> None:
     """Show which client holds how many examples of which label."""
-    with answering(as_json):
+    with answering(as_json, writes=False):
         from ..fl.config import load_config
         from ..fl.partition import counts
         from ..fl.pictures import draw_partition
@@ -194,7 +194,7 @@ def partition(
 @app.command(epilog="Example: **glora fl configs --json**")
 def configs(as_json: Json = False) -> None:
     """List the configurations that come with the package."""
-    with answering(as_json):
+    with answering(as_json, writes=False):
         from ..fl.config import load_config, shipped
 
         loaded = {name: load_config(name) for name in shipped()}
