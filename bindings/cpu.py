@@ -30,7 +30,9 @@ def _threads(work: int) -> AbstractContextManager[None]:
 
 
 def _working(x: Tensor) -> Tensor:
-    return x if x.dtype in SAFE else x.float()
+    """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
+    x = x if x.dtype in SAFE else x.float()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def _is_safe(x: Tensor) -> bool:
