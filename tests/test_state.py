@@ -434,7 +434,7 @@ def test_the_file_is_plain_safetensors_with_json(state, tmp_path):
     state.save(path)
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["glora"])
-    assert about["format_version"] == 1
+    assert about["format_version"] == 2
     assert about["settings"]["basis"] == "consensus"
     assert load_file(path)["modules/q/u"].shape == (20, 9)
 
@@ -490,7 +490,7 @@ def rewritten(path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t, m: m.update(format_version=2), "format_version: got 2"),
+        (lambda t, m: m.update(format_version=3), "format_version: got 3"),
         (lambda t, m: t.pop("modules/q/u"), "modules/q/u"),
         (lambda t, m: m.update(modules=[]), "module"),
         (lambda t, m: t.update({"modules/q/u": t["modules/q/u"][:, :2].clone()}), "'q'"),
