@@ -25,7 +25,8 @@ from .state import Factors, ModuleState, State
 
 __all__ = ["Batch", "Pair", "Source", "plan", "solve"]
 
-#: Bytes of factors a batch is filled up to: a core's cache. A module may be larger alone.
+#: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
+#: cache. A module may be larger alone.
 BATCH_BYTES = 2**22
 #: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
 PADDING = 0.25
@@ -79,12 +80,19 @@ class Batch:
     @property
     def bytes(self) -> int:
         """Of the stacked factors."""
-        row = self.d_out * self.b_dtype.itemsize + self.d_in * self.a_dtype.itemsize
-        return len(self.modules) * sum(self.rows) * row
+        return self._bytes(self.b_dtype.itemsize, self.a_dtype.itemsize)
+
+    @property
+    def working_bytes(self) -> int:
+        """Of the same in the precision that is computed in, fp32 at least."""
+        return self._bytes(max(4, self.b_dtype.itemsize), max(4, self.a_dtype.itemsize))
+
+    def _bytes(self, b: int, a: int) -> int:
+        return len(self.modules) * sum(self.rows) * (self.d_out * b + self.d_in * a)
 
 
 def plan(sources: Sequence[Source], modules: Sequence[str], limit: int) -> list[Batch]:
-    """Every module in one batch of at most `limit` bytes, or alone; the largest batches first."""
+    """Every module in a batch of at most `limit` working bytes, or alone; the largest first."""
     groups: dict[tuple[Any, ...], list[tuple[tuple[int, ...], str]]] = defaultdict(list)
     for name in modules:
         pairs = [source.modules.get(name) for source in sources]
@@ -114,7 +122,7 @@ def _alike(
     used = 0
     for ranks, name in sorted(named, key=lambda item: item[0], reverse=True):
         wider = tuple(map(max, rows or ranks, ranks))
-        full = Batch((*names, name), wider, *key).bytes > limit
+        full = Batch((*names, name), wider, *key).working_bytes > limit
         padded = (len(names) + 1) * sum(wider) > (1 + PADDING) * (used + sum(ranks))
         if names and (full or padded):
             yield names, rows
