@@ -1,7 +1,8 @@
 """glora: gauge-invariant aggregation of LoRA adapters.
 
 Importing this registers ``torch.ops.glora.*``. The functions and classes here are the public
-Python API; PEFT folders are read and written by `aggregate_adapters` and `State.write_adapter`.
+Python API; PEFT folders are read and written by `aggregate_adapters`, `update_adapters` and
+`State.write_adapter`.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
 
 if TYPE_CHECKING:
-    from .merge import aggregate_adapters
+    from .merge import aggregate_adapters, update_adapters
 
 __all__ = [
     "CLIENT_STATS",
@@ -29,13 +30,14 @@ __all__ = [
     "aggregate_adapters",
     "pack",
     "pack_modules",
+    "update_adapters",
 ]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name == "aggregate_adapters":  # reads folders: loaded when it is wanted
-        from .merge import aggregate_adapters
+    if name in ("aggregate_adapters", "update_adapters"):  # read folders: loaded when wanted
+        from . import merge
 
-        return aggregate_adapters
+        return getattr(merge, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

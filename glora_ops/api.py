@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
+from .batches import Source, solve
 from .errors import GloraWarning, Refusal, Refused, require, unfit
-from .packing import FLOATS, pack_modules
+from .packing import FLOATS
 from .report import notes
-from .state import UNNAMED, Factors, ModuleState, State
+from .state import UNNAMED, Factors, State
+from .values import value_fault
 
 __all__ = ["aggregate"]
 
-Client = Factors | Mapping[str, Factors]
+Client = Factors | Mapping[str, Factors] | Source
 Progress = Callable[[int, int], None]
 
 
@@ -42,17 +44,19 @@ def aggregate(
     tol: float = 1e-3,
     warm: State | None = None,
     seed: int = 0,
-    max_bytes: int = 2**28,
+    max_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
 
     Parameters
     ----------
-    clients : sequence of (B, A) or of mappings from module name to (B, A)
+    clients : sequence of (B, A), of mappings from module name to (B, A), or of sources
         B (d_out, r_i) and A (r_i, d_in) as PEFT stores them, fp32, bf16, fp16 or fp64; ranks may
         differ between clients and modules. Gradients are not recorded. NumPy arrays are copied
-        into tensors.
+        into tensors. A client may also be an object with ``modules`` and ``factors(module)``
+        (`glora_ops.batches.Source`), whose factors are read when their module's turn comes and
+        whose values are taken as checked.
     weights : sequence of float, optional
         How much each client counts, ≥ 0; equal by default. Normalised to sum 1.
     scalings : sequence of float, or of mappings from module name to float, optional
@@ -78,10 +82,13 @@ def aggregate(
         As `torch.ops.glora.aggregate`.
     warm : State, optional
         Last round's state: its bases start the randomized iteration.
-    max_bytes : int
-        Factors stacked at a time; modules of one shape run together within it.
+    max_bytes : int, optional
+        Bytes of stacked factors that exist at a time, at least those of the largest module. By
+        default room for two of it, and for 4 MiB per thread and 4 MiB more. The solver's own
+        3(N + R + p)(d_out + d_in) numbers per module come on top, for as many batches of modules
+        as there are threads.
     progress : callable (done, total), optional
-        Called after every batch of modules.
+        Called in the calling thread after every batch of modules.
 
     Returns
     -------
@@ -102,6 +109,11 @@ def aggregate(
     -----
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
+
+    Modules of one shape and like ranks run together in batches of up to 4 MiB (`max_bytes`, if
+    that is less), each on one thread and as many at a time as `torch.get_num_threads` says. The
+    result is the same to the last bit for any number of threads; only a model of one batch, such
+    as a single module, runs on all threads and may differ in its last digits.
     """
     clients = sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
     count = len(clients)
@@ -120,19 +132,19 @@ def aggregate(
         "glora.State.load reads one",
     )  # fmt: skip
     factor_weights = check_weights(weights, names, settings)
-    named = _factors(clients, names)
-    modules = list(dict.fromkeys(name for client in named for name in client))
+    sources = _sources(clients, names)
+    modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
-    scale = _scalings(scalings, named, names)
-    _check_values(named, names)
+    scale = _scalings(scalings, sources, names)
+    _check_values(sources, names)
 
-    largest = max(a.shape[0] for client in named for _, a in client.values())
+    largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
 
     def run(server_rank: int, report: Progress | None) -> State:
-        done = _run(
-            named, modules, factor_weights, scale, missing, max_bytes, report, warm,
+        done = solve(
+            sources, modules, factor_weights, scale, missing, max_bytes, report, warm,
             rank=server_rank, **solver,
         )  # fmt: skip
         return State(
@@ -141,7 +153,7 @@ def aggregate(
         )  # fmt: skip
 
     if wanted == "auto":
-        state = _smallest_rank(run, target, named, progress)
+        state = _smallest_rank(run, target, sources, progress)
     else:
         state = run(wanted or 2 * largest, progress)
     for note in notes(state):
@@ -160,12 +172,54 @@ def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _factors(clients: Sequence[Client], names: Sequence[str]) -> list[dict[str, Factors]]:
-    """Every client as a mapping of tensor pairs; what is neither tensor nor array is refused."""
+@dataclass(frozen=True)
+class _Held:
+    """A factor pair in memory."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def b_dtype(self) -> torch.dtype:
+        return self.b.dtype
+
+    @property
+    def a_dtype(self) -> torch.dtype:
+        return self.a.dtype
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A client whose factors the caller holds."""
+
+    modules: dict[str, _Held]
+
+    def factors(self, module: str) -> Factors:
+        pair = self.modules[module]
+        return pair.b, pair.a
+
+
+def _sources(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
+    """Every client by module; what is neither tensor nor array is refused."""
     refusals = []
-    out: list[dict[str, Factors]] = []
+    out: list[Source] = []
     for name, client in zip(names, clients, strict=True):
-        pairs: dict[str, Factors] = {}
+        if isinstance(client, Source):
+            out.append(client)
+            continue
+        pairs: dict[str, _Held] = {}
         for module, pair in (client if isinstance(client, Mapping) else {UNNAMED: client}).items():
             whole = isinstance(pair, (tuple, list)) and len(pair) == 2
             b, a = (_tensor(x) for x in pair) if whole else (None, None)
@@ -183,8 +237,8 @@ def _factors(clients: Sequence[Client], names: Sequence[str]) -> list[dict[str, 
                     )
                 )
             else:
-                pairs[module] = (b, a)
-        out.append(pairs)
+                pairs[module] = _Held(b, a)
+        out.append(_InMemory(pairs))
     if refusals:
         raise Refused(refusals)
     return out
@@ -202,20 +256,20 @@ def _tensor(x: object) -> Tensor | None:
 
 def _scalings(
     scalings: Sequence[float | Mapping[str, float]] | None,
-    clients: Sequence[Mapping[str, Factors]],
+    sources: Sequence[Source],
     names: Sequence[str],
 ) -> list[dict[str, float]]:
     if scalings is None:
-        scalings = [1.0] * len(clients)
-    scalings = sequence("scalings", scalings, f"one per client, {len(clients)}")
+        scalings = [1.0] * len(sources)
+    scalings = sequence("scalings", scalings, f"one per client, {len(sources)}")
     require(
-        len(scalings) == len(clients), "scalings", len(scalings), f"one per client, {len(clients)}"
+        len(scalings) == len(sources), "scalings", len(scalings), f"one per client, {len(sources)}"
     )
     refusals = []
     out: list[dict[str, float]] = []
-    for given, client, name in zip(scalings, clients, names, strict=True):
+    for given, source, name in zip(scalings, sources, names, strict=True):
         out.append({})
-        for m in client:
+        for m in source.modules:
             s = given.get(m) if isinstance(given, Mapping) else given
             value = number(s)
             if value is None or not usable(value):
@@ -240,12 +294,15 @@ def _scalings(
     return out
 
 
-def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]) -> None:
+def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
     """Refuse, all at once, factors that are misshapen or hold a value that is not finite."""
     refusals = []
     shapes: dict[str, tuple[str, int, int]] = {}
-    for name, client in zip(names, clients, strict=True):
-        for module, (b, a) in client.items():
+    for name, source in zip(names, sources, strict=True):
+        if not isinstance(source, _InMemory):
+            continue
+        for module, pair in source.modules.items():
+            b, a = pair.b, pair.a
             found = f"B {tuple(b.shape)} and A {tuple(a.shape)}"
             if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0] or a.shape[0] < 1:
                 refusals.append(
@@ -271,7 +328,7 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
                     )
                 )
             for side, x in (("B", b), ("A", a)):
-                fault = _fault(x.detach())
+                fault = value_fault(x.detach())
                 if fault:
                     problem, found, expected = fault
                     refusals.append(
@@ -288,96 +345,18 @@ def _check_values(clients: Sequence[Mapping[str, Factors]], names: Sequence[str]
         raise Refused(refusals)
 
 
-def _fault(x: Tensor) -> tuple[str, str, str] | None:
-    """(problem, found, expected) of values that cannot be computed with."""
-    if not bool(torch.isfinite(x.sum(dtype=torch.float64))):
-        bad = (~torch.isfinite(x)).nonzero()
-        if len(bad):
-            found = f"{len(bad)} of {x.numel()}, the first at {bad[0].tolist()}"
-            return "value is not finite", found, "finite numbers"
-    if x.dtype == torch.float64:  # no other dtype reaches where squares over- or underflow
-        peak = float(x.abs().max())
-        if peak != 0 and not 1e-40 <= peak <= 1e40:
-            return "values are too large or too small", f"{peak:.3g}", "moduli of 1e-40 to 1e40"
-    return None
-
-
-def _run(
-    clients: Sequence[Mapping[str, Factors]],
-    modules: Sequence[str],
-    weights: Sequence[float],
-    scalings: Sequence[Mapping[str, float]],
-    missing: str,
-    max_bytes: int,
-    progress: Progress | None,
-    warm: State | None,
-    **settings: Any,
-) -> dict[str, ModuleState]:
-    """Modules of one shape and dtype together, batch by batch."""
-    done: dict[str, ModuleState] = {}
-    for batch in _batches(clients, modules, max_bytes):
-        present = torch.tensor([[m in c for c in clients] for m in batch])
-        w = torch.tensor(weights, dtype=torch.float64) * present
-        if missing == "renormalise":
-            w = w * (sum(weights) / w.sum(-1, keepdim=True).where(w.any(-1, keepdim=True), 1.0))
-        s = torch.tensor(
-            [[scale.get(m, 0.0) for scale in scalings] for m in batch], dtype=torch.float64
-        )
-        packed = pack_modules([[c.get(m) or _absent(clients, m) for c in clients] for m in batch])
-        start = {} if warm is None else _warm(warm, batch)
-        out = torch.ops.glora.aggregate(
-            packed.b, packed.a, packed.offsets, w, s, **settings, **start
-        )
-        for l, m in enumerate(batch):
-            done[m] = ModuleState(*(x[l] for x in (*out, present)))
-        if progress is not None:
-            progress(len(done), len(modules))
-    return done
-
-
-def _batches(
-    clients: Sequence[Mapping[str, Factors]], modules: Sequence[str], max_bytes: int
-) -> list[list[str]]:
-    groups: dict[Any, list[str]] = defaultdict(list)
-    for m in modules:
-        pairs = [c[m] for c in clients if m in c]
-        b, a = pairs[0]
-        key = (b.shape[0], a.shape[1], *sorted({str(x.dtype) for pair in pairs for x in pair}))
-        groups[key].append(m)
-    batches = []
-    for names in groups.values():
-        rows = sum(max([c[m][1].shape[0] for m in names if m in c] or [1]) for c in clients)
-        b, a = next(c[names[0]] for c in clients if names[0] in c)
-        bytes_each = rows * (b.shape[0] * b.element_size() + a.shape[1] * a.element_size())
-        size = max(1, max_bytes // bytes_each)
-        batches += [names[k : k + size] for k in range(0, len(names), size)]
-    return batches
-
-
-def _absent(clients: Sequence[Mapping[str, Factors]], module: str) -> Factors:
-    b, a = next(c[module] for c in clients if module in c)
-    return b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
-
-
-def _warm(state: State, batch: Sequence[str]) -> dict[str, Tensor]:
-    """Bases of an earlier state for a batch, where it knows every module of it."""
-    if any(m not in state.modules for m in batch):
-        return {}
-    return {
-        "warm_u": torch.stack([state.modules[m].u for m in batch]),
-        "warm_v": torch.stack([state.modules[m].v for m in batch]),
-    }
-
-
 def _smallest_rank(
     run: Callable[[int, Progress | None], State],
     captured: float,
-    clients: Sequence[Mapping[str, Factors]],
+    sources: Sequence[Source],
     progress: Progress | None,
 ) -> State:
     """Double the rank until the target is held, then bisect; the table of tries is recorded."""
-    modules = {m for c in clients for m in c}
-    ceiling = max(sum(c[m][1].shape[0] for c in clients if m in c) for m in modules)
+    rows: dict[str, int] = defaultdict(int)
+    for source in sources:
+        for name, pair in source.modules.items():
+            rows[name] += pair.rank
+    ceiling = max(rows.values())
     target = min(captured, 1 - 1e-6)  # what fp32 factors can certify
     tried: dict[int, State] = {}
 

@@ -31,8 +31,9 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     out = dict(settings)
     for name, least in _INTEGERS.items():
-        if name in out and not (name == "rank" and (out[name] is None or out[name] == "auto")):
-            also = ', "auto" or None' if name == "rank" else ""
+        also = {"rank": ', "auto" or None', "max_bytes": " or None"}.get(name, "")
+        unset = also and out.get(name) is None
+        if name in out and not unset and not (name == "rank" and out[name] == "auto"):
             out[name] = integer(name, out[name], least, also)
     for name, (holds, expected) in _NUMBERS.items():
         if name in out:

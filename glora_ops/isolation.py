@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["all_threads", "exact_products", "one_thread"]
+__all__ = ["all_threads", "exact_products", "one_thread", "workers"]
 
 _lock = threading.Lock()
 _inside = 0
@@ -54,8 +55,15 @@ def one_thread() -> Iterator[None]:
 
     Small eigenproblems and blocks are faster so (LAPACK is several times slower on two threads
     than on one at order 192), and a busy machine costs one wait a product instead of one a step.
+
+    torch's thread count belongs to the calling thread, so that callers do not disturb each other;
+    but every call also leaves its number for threads that have yet to use torch. A caller that
+    has one thread anyway therefore sets nothing.
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
     _caller.threads = threads
     torch.set_num_threads(1)
     try:
@@ -77,3 +85,27 @@ def all_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(1)
+
+
+def _compute_alone() -> None:
+    """Give the calling thread one thread of torch's."""
+    torch.get_num_threads()  # a thread's first look takes the last number set by anyone
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of Python threads, each computing on one thread of its own.
+
+    The calling thread's count stays, and so does what new threads of the process begin with.
+    """
+    mine = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "glora", _compute_alone) as pool:
+        everyone = threading.Barrier(threads)
+        list(pool.map(lambda _: everyone.wait(), range(threads)))
+        torch.set_num_threads(mine)  # once all have started: theirs was the last number set
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

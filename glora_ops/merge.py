@@ -1,7 +1,9 @@
-"""Client folders in, one server state out."""
+"""Client folders in, one server state out; and the same state again for other clients."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import warnings
@@ -16,14 +18,23 @@ import torch
 from torch import Tensor
 
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
+from .adapters.config import CONFIG_NAME
 from .adapters.modules import PREFIX
-from .adapters.read import MAX_BYTES, TENSORS_NAME, Adapter, check_values, inspect_adapter
+from .adapters.read import (
+    EXAMPLES_NAME,
+    MAX_BYTES,
+    TENSORS_NAME,
+    Adapter,
+    check_values,
+    inspect_adapter,
+)
 from .api import aggregate
-from .arguments import check_settings, check_weights
-from .errors import GloraWarning, Refusal, Refused, listing, require
+from .arguments import check_settings, check_weights, kind
+from .errors import GloraWarning, Refusal, Refused, listing, require, unfit
+from .isolation import workers
 from .state import State
 
-__all__ = ["aggregate_adapters", "merge"]
+__all__ = ["aggregate_adapters", "merge", "renew", "update_adapters"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,7 +57,10 @@ def aggregate_adapters(
     """Aggregate PEFT LoRA folders into one server state.
 
     All headers are checked before any tensor is read, then all values before anything is computed;
-    each time every problem of every client is collected.
+    each time every problem of every client is collected. Then factors are read module by module,
+    a few ahead of the computation, and dropped: memory is the state, the factors of `max_bytes`
+    (see `aggregate`) and the solver's own. So every file is read twice, the second time from the
+    system's cache where it has room; with ``rank="auto"`` once more for every rank tried.
 
     Parameters
     ----------
@@ -77,7 +91,8 @@ def aggregate_adapters(
     -------
     State
         Whose settings also hold ``weights_from``, ``skipped`` (the reasons) and ``dense_from``
-        (the clients that had a dense tensor, where some had not).
+        (the clients that had a dense tensor, where some had not), and whose ``record`` is what
+        `update_adapters` needs.
 
     Raises
     ------
@@ -103,9 +118,14 @@ def merge(
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
     known: Sequence[Refusal] = (),
+    entries: Mapping[int, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> State:
-    """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest."""
+    """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
+
+    `entries` are what an earlier state recorded of some of the clients, by place: a client that
+    is not the same any more is refused.
+    """
     require(
         not isinstance(folders, (str, os.PathLike)),
         "folders",
@@ -127,7 +147,7 @@ def merge(
             "'refuse' or 'skip'",
         )
     with listing(common):
-        check_settings(settings)
+        settings |= check_settings(settings)
     with listing(common):
         check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
 
@@ -135,7 +155,9 @@ def merge(
     clients: dict[int, Adapter] = {}
     for i, folder in enumerate(folders):
         adapter, refusals = inspect_adapter(folder, max_bytes=max_file_bytes)
-        if adapter is None:
+        if adapter is None and entries and i in entries:
+            refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
+        elif adapter is None:
             refused[i] += refusals
         else:
             clients[i] = adapter
@@ -152,9 +174,15 @@ def merge(
         common += _without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
 
-    for done, (i, adapter) in enumerate(clients.items(), start=1):
-        refused[i] += check_values(adapter)
-        tell("values", done, len(clients))
+    digests: dict[int, str] = {}
+    with workers(torch.get_num_threads()) as pool:
+        found = zip(clients.items(), pool.map(_examine, clients.values()), strict=True)
+        for done, ((i, adapter), (digest, refusals)) in enumerate(found, start=1):
+            digests[i] = digest
+            refused[i] += refusals
+            if entries and i in entries and not refusals:
+                refused[i] += _changes(adapter, digest, entries[i])
+            tell("values", done, len(clients))
     _note(refused, clients, check_base_copies(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
     skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
@@ -167,7 +195,7 @@ def merge(
     holders = _dense_holders(adapters)
     means = _dense_means(adapters, holders, voices, tell)
     state = aggregate(
-        [{name: adapter.factors(name) for name in adapter.modules} for adapter in adapters],
+        adapters,
         voices,
         [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
         names=names,
@@ -188,7 +216,219 @@ def merge(
         settings=state.settings | recorded,
         dense=means,
         layout=adapter_layout(adapters, base),
+        record={
+            "arguments": {"dense": dense, "base": base}
+            | {name: value for name, value in settings.items() if name != "warm"},
+            "clients": [
+                _entry(adapter, digests[i], None if weights is None else float(weights[i]))
+                for i, adapter in clients.items()
+            ],
+        },
     )
+
+
+def update_adapters(
+    state: State,
+    *,
+    add: Sequence[str | os.PathLike[str]] = (),
+    remove: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    max_file_bytes: int = MAX_BYTES,
+    progress: Progress | None = None,
+) -> State:
+    """Add, replace and withdraw clients of a state: `aggregate_adapters` of who is left.
+
+    The result is to the last bit that of a fresh run over the resulting clients with the settings
+    of the first. Every client's file is read again: the bases depend on all clients together, and
+    only their factors tell how. What need not be given again are the folders, the weights and the
+    settings.
+
+    Parameters
+    ----------
+    state : State
+        Of `aggregate_adapters` or of this function, in memory or loaded.
+    add : sequence of path
+        Folders of new clients; one with the name of a client of the state takes its place.
+    remove : sequence of str
+        Names of clients to be withdrawn.
+    weights : sequence of float, optional
+        One per folder in `add`, if the state's weights were given; a replaced client keeps its
+        own by default. Other states take ``num_examples`` of all clients, or equal weights, as
+        a fresh run does.
+    max_file_bytes, progress
+        As in `aggregate_adapters`.
+
+    Returns
+    -------
+    State
+
+    Raises
+    ------
+    Refused
+        Clients that are not what they were when the state was made, or are gone; names that are
+        not in the state; whatever `aggregate_adapters` refuses.
+    GloraError
+        The state records no clients: it was not made from folders, or by an older glora.
+    """
+    return renew(
+        state, add=add, remove=remove, weights=weights, max_file_bytes=max_file_bytes,
+        progress=progress,
+    )  # fmt: skip
+
+
+def renew(
+    state: State,
+    *,
+    add: Sequence[str | os.PathLike[str]] = (),
+    remove: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    known: Sequence[Refusal] = (),
+    **how: Any,
+) -> State:
+    """`update_adapters`, listing what its caller refuses already, `known`, with the rest."""
+    record = state.record
+    if record is None:
+        raise unfit(
+            "state",
+            f"one of {len(state.clients)} clients without a record of their files",
+            "a state made from PEFT folders by this version of glora",
+            "aggregate the folders once more",
+        )
+    for name, value in (("add", add), ("remove", remove)):
+        require(not isinstance(value, (str, os.PathLike)), name, kind(value), "a list")
+    entries = {entry["name"]: entry for entry in record["clients"]}
+    added = {Path(os.path.abspath(folder)).name: Path(folder) for folder in add}
+    refusals = [
+        *known,
+        *(_unknown(name, entries) for name in remove if name not in entries),
+        *(_both(name) for name in added if name in remove),
+    ]
+    with listing(refusals):
+        require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
+    kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
+    order = [name for name in entries if name in kept or name in added]
+    order += [name for name in added if name not in entries]
+    voices = None
+    if state.settings["weights_from"] == "given":
+        with listing(refusals):
+            voices = _renewed_weights(order, entries, list(added), weights)
+    else:
+        with listing(refusals):
+            require(
+                weights is None,
+                "weights",
+                weights,
+                f"none: the state's are {state.settings['weights_from']}",
+                "aggregate anew to give weights to all clients",
+            )
+    if refusals:
+        raise Refused(refusals)
+    return merge(
+        [added[name] if name in added else kept[name]["path"] for name in order],
+        voices,
+        entries={
+            i: kept[name] | {"weights_from": state.settings["weights_from"]}
+            for i, name in enumerate(order)
+            if name in kept
+        },
+        **record["arguments"],
+        **how,
+    )
+
+
+def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
+    return Refusal(
+        "the client to be withdrawn is not in the state",
+        name,
+        found=repr(name),
+        expected=f"one of {', '.join(entries)}",
+        remedy="glora inspect shows the clients of a state",
+    )
+
+
+def _both(name: str) -> Refusal:
+    return Refusal(
+        "the client is to be added and withdrawn",
+        name,
+        found=repr(name),
+        expected="one of the two",
+        remedy="adding a folder of the same name replaces the client",
+    )
+
+
+def _renewed_weights(
+    order: Sequence[str],
+    entries: Mapping[str, Mapping[str, Any]],
+    added: Sequence[str],
+    weights: Sequence[float] | None,
+) -> list[float]:
+    """Weights as they were given, by the order of the clients."""
+    lacking = [name for name in added if name not in entries]
+    require(
+        weights is not None or not lacking,
+        "weights",
+        None,
+        f"one for each of {', '.join(added)}: the state's weights were given",
+        "pass weights (--weights)",
+    )
+    given = [entries[name]["weight"] for name in added] if weights is None else list(weights)
+    require(len(given) == len(added), "weights", len(given), f"one per added client, {len(added)}")
+    new = dict(zip(added, given, strict=True))
+    return [new[name] if name in new else entries[name]["weight"] for name in order]
+
+
+_AS_IT_WAS = (
+    "put the files back as they were, name the client's new folder with add (--add DIR; one of "
+    "the same name takes its place), or withdraw the client with remove (--remove NAME)"
+)
+
+
+def _examine(adapter: Adapter) -> tuple[str, list[Refusal]]:
+    digest = hashlib.sha256()
+    refusals = check_values(adapter, digest)
+    return digest.hexdigest(), refusals
+
+
+def _entry(adapter: Adapter, digest: str, weight: float | None) -> dict[str, Any]:
+    """What a state records of a client."""
+    return {
+        "name": adapter.name,
+        "path": str(adapter.path),
+        "weight": weight,
+        "num_examples": adapter.num_examples,
+        "bytes": adapter.stored.signature[0],
+        "sha256": digest,
+        "config_sha256": _config_digest(adapter),
+        "ranks": sorted({m.rank for m in adapter.modules.values()}),
+        "scalings": sorted({m.scaling for m in adapter.modules.values()}),
+    }
+
+
+def _config_digest(adapter: Adapter) -> str:
+    return hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode()).hexdigest()
+
+
+def _changes(adapter: Adapter, digest: str, entry: Mapping[str, Any]) -> list[Refusal]:
+    """In what a client differs from what was recorded of it."""
+    compared: list[tuple[str, str, object]] = [
+        (TENSORS_NAME, "sha256", digest),
+        (CONFIG_NAME, "config_sha256", _config_digest(adapter)),
+    ]
+    if entry["weights_from"] != "given":
+        compared.append((EXAMPLES_NAME, "num_examples", adapter.num_examples))
+    return [
+        Refusal(
+            "the client is not what it was when the state was made",
+            adapter.name,
+            file,
+            None,
+            f"{field} {found!s:.16}",
+            f"{entry[field]!s:.16}",
+            _AS_IT_WAS,
+        )
+        for file, field, found in compared
+        if found != entry[field]
+    ]
 
 
 def _note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .errors import require, unfit
 
 __all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no record
 Factors = tuple[Tensor, Tensor]
 
 _STATE_FILE = "a server.safetensors"
@@ -94,6 +94,10 @@ class State:
         Weighted means of full tensors (classifier heads, modules_to_save).
     layout : dict or None
         What is needed to write PEFT folders; JSON-able.
+    record : dict or None
+        Of a state made from PEFT folders: the ``arguments`` and, for each of its ``clients``,
+        name, path (absolute here, relative to the state in its file), weight as given, size and
+        SHA-256 of the tensor file, SHA-256 of the configuration, ranks and scalings.
     """
 
     modules: dict[str, ModuleState]
@@ -102,6 +106,7 @@ class State:
     settings: dict[str, Any]
     dense: dict[str, Tensor] = field(default_factory=dict)
     layout: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -185,6 +190,7 @@ class State:
             for name, m in self.modules.items()
             for part in _TENSORS
         } | {f"dense/{name}": x.contiguous() for name, x in self.dense.items()}
+        here = path.absolute().parent
         described = {
             "format_version": FORMAT_VERSION,
             "modules": list(self.modules),
@@ -192,6 +198,7 @@ class State:
             "weights": self.weights,
             "settings": self.settings,
             "layout": self.layout,
+            "record": _moved(self.record, lambda place: _relative(place, here)),
         }
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -231,14 +238,16 @@ class State:
             complete = {"basis", "missing", "rank"} <= set(about["settings"]) and len(
                 about["clients"]
             ) == len(about["weights"])
+            here = path.absolute().parent
+            record = _moved(about.get("record"), lambda place: _absolute(place, here))
         except (ValueError, TypeError, KeyError):
             found = f"{path}, which carries no glora metadata"
             raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
         require(
-            version == FORMAT_VERSION,
+            version in (1, FORMAT_VERSION),
             "format_version",
             f"{version} in {path}",
-            f"{FORMAT_VERSION}",
+            f"1 or {FORMAT_VERSION}",
             "read it with the glora that wrote it",
             file=str(path),
         )
@@ -291,6 +300,7 @@ class State:
             dict(about["settings"]),
             {k.removeprefix("dense/"): file.get_tensor(k) for k in sorted(keys - wanted)},
             about["layout"],
+            record,
         )
 
     def write_adapter(
@@ -320,3 +330,23 @@ class State:
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+
+
+def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:
+    """A record with the clients' paths put otherwise."""
+    if record is None:
+        return None
+    clients = [entry | {"path": place(entry["path"])} for entry in record["clients"]]
+    return record | {"clients": clients}
+
+
+def _relative(path: str, folder: Path) -> str:
+    """`path` as seen from `folder`, where there is a way: state and clients may move together."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # another drive
+        return path
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return os.path.abspath(folder / path)

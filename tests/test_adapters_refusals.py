@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -282,6 +283,33 @@ def test_dense_values_that_are_not_finite(saved: Callable[[str], Path], tmp_path
 
 def test_a_file_that_changes_is_noticed(client: Path) -> None:
     adapter = read_adapter(client)
-    edit_tensors(client, lambda t: t.update({FIRST_A: torch.ones(5, 12)}))
-    with pytest.raises(Refused, match=r"changed.*\(5, 12\).*\(4, 12\)"):
+    edit_tensors(client, lambda t: t[FIRST_A].add_(1))
+    for read in (lambda: adapter.factors("first"), lambda: check_values(adapter)):
+        with pytest.raises(Refused, match=r"client-7.*changed.*written at another time.*checked"):
+            read()
+    (client / TENSORS).unlink()
+    with pytest.raises(Refused, match=r"client-7.*changed.*no such file any more"):
         adapter.factors("first")
+
+
+def test_a_file_cut_short_while_it_is_read_is_noticed(client: Path) -> None:
+    """With a mapping this would be a bus error, and the end of the process."""
+    adapter = read_adapter(client)
+    pieces = adapter.stored.scan()
+    next(pieces)
+    with (client / TENSORS).open("rb+") as file:
+        file.truncate(adapter.stored.start + 100)
+    with pytest.raises(Refused, match=r"client-7.*changed.*end of the file"):
+        list(pieces)
+
+
+def test_fp64_factors_whose_squares_are_lost_are_refused(client: Path) -> None:
+    edit_tensors(client, lambda t: t.update({FIRST_A: t[FIRST_A].double() * 1e60}))
+    (refusal,) = check_values(read_adapter(client))
+    assert_names_everything([refusal], FIRST_A, "too large", "1e-40 to 1e40")
+
+
+def test_the_digest_is_that_of_the_file(client: Path) -> None:
+    digest = hashlib.sha256()
+    assert check_values(read_adapter(client), digest) == []
+    assert digest.hexdigest() == hashlib.sha256((client / TENSORS).read_bytes()).hexdigest()

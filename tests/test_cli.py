@@ -458,6 +458,11 @@ def test_skipping_bad_clients(work: Path) -> None:
         ["aggregate", "ann", "-o", "out", "--weights", "1,2"],
         ["aggregate", "ann", "-o", "out", "--weights", "heavy"],
         ["aggregate", "ann", "-o", "out", "--basis", "best"],
+        ["aggregate", "ann", "-o", "out", "--add", "bob"],
+        ["aggregate", "ann", "--update", "out", "--add", "bob"],
+        ["aggregate", "--update", "out"],
+        ["aggregate", "--update", "out", "--add", "bob", "--rank", "4"],
+        ["aggregate", "--update", "out", "--add", "bob", "--seed", "0"],
         ["readout", "out", "-o", "x"],
         ["readout", "out", "-r", "0", "-o", "x"],
         ["compare", "ann"],
@@ -491,6 +496,62 @@ def test_missing_modules(work: Path) -> None:
     name = "transformer.h.0.mlp.c_proj"
     norms = [facts["certificates"][name]["norm"] for facts in (zero, rest)]
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
+
+
+# --- the same state for other clients ------------------------------------------------------------
+
+
+def test_updating_in_place_and_elsewhere(work: Path) -> None:
+    both = ["--basis", "update", "--seed", 5, "--readout", "2,4", "--pad", "trainable"]
+    glora("aggregate", "ann", "bob", "-o", "out", *both)
+    glora("aggregate", "ann", "bob", "cyd", "-o", "three", *both)
+    glora("aggregate", "ann", "cyd", "-o", "two", *both)
+    before = everything(work / "out")
+    said = glora("aggregate", "--update", "out", "--add", "cyd", "-o", "new", *both[4:]).stdout
+    assert "3 clients" in said
+    assert everything(work / "out") == before
+    assert everything(work / "new") == everything(work / "three")
+    glora("aggregate", "--update", "out/server.safetensors", "--add", "cyd")
+    assert everything(work / "out") == everything(work / "three")
+    facts = glora_json("aggregate", "--update", "out", "--remove", "bob")
+    assert everything(work / "out") == everything(work / "two")
+    assert [client["name"] for client in facts["clients"]] == ["ann", "cyd"]
+    assert sorted(facts["readouts"]) == ["2", "4"]
+    # Whatever else lies in the folder is not thrown away.
+    (work / "out" / "notes.txt").write_text("precious")
+    before = everything(work)
+    said = glora("aggregate", "--update", "out", "--add", "bob", code=1).stderr
+    assert "notes.txt" in said
+    assert "-o" in said
+    assert everything(work) == before
+
+
+def test_weights_of_added_clients(work: Path) -> None:
+    glora("aggregate", "ann", "bob", "-o", "out", "--weights", "3,1")
+    glora("aggregate", "ann", "bob", "cyd", "-o", "want", "--weights", "3,1,2")
+    (work / "w.json").write_text('{"cyd": 2}')
+    for i, weights in enumerate(("2", "w.json")):
+        glora("aggregate", "--update", "out", "--add", "cyd", "--weights", weights, "-o", i)
+        assert everything(work / str(i)) == everything(work / "want")
+    said = glora("aggregate", "--update", "out", "--add", "cyd", code=1).stderr
+    assert "the state's weights were given" in said
+
+
+def test_updates_refused(work: Path) -> None:
+    glora("aggregate", *CLIENTS, "-o", "out")
+    edit_config(work / "ann", lora_alpha=9)
+    shutil.rmtree(work / "bob")
+    before = everything(work)
+    refused = glora_json("aggregate", "--update", "out", "--remove", "cyd", code=1)["refused"]
+    named = {(r["client"], r["problem"]) for r in refused}
+    assert ("bob", "no such folder") in named
+    assert all("--remove NAME" in r["remedy"] for r in refused if r["client"] == "bob")
+    refused = glora_json("aggregate", "--update", "out", "--remove", "bob", code=1)["refused"]
+    assert [(r["client"], r["file"]) for r in refused] == [("ann", "adapter_config.json")]
+    refused = glora_json("aggregate", "--update", "out", "--remove", "dan", code=1)["refused"]
+    assert "ann, bob, cyd" in refused[0]["expected"]
+    glora("aggregate", "--update", "ann", "--remove", "bob", code=1)
+    assert everything(work) == before
 
 
 # --- OUT appears complete or not at all ----------------------------------------------------------

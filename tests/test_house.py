@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Imports point down this list, never up; modules on one line do not know each other.
 LAYERS = [
     {"errors", "kernels"},
-    {"certificates", "isolation", "ragged", "signs", "packing"},
+    {"certificates", "isolation", "ragged", "signs", "packing", "values"},
     {"vocabulary"},
     {"canonical", "tall", "solver"},
     {"clients", "krylov"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"bindings"},
     {"adapters", "alignment", "arguments", "report"},
     {"state"},
+    {"batches"},
     {"api"},
     {"merge"},
     {"plots"},

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
+import weakref
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import peft_models as models
 import pytest
@@ -20,10 +25,15 @@ from adapter_folders import (
     edit_tensors,
     tree,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from glora_ops import aggregate
 from glora_ops.adapters import read_adapter
+from glora_ops.adapters.stored import Stored
 from glora_ops.errors import GloraError, GloraWarning, Refused
-from glora_ops.merge import aggregate_adapters
+from glora_ops.merge import aggregate_adapters, update_adapters
 from glora_ops.state import State
 
 MERGED: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -244,3 +254,231 @@ def test_progress(tmp_path: Path) -> None:
     ]
     for step in ("headers", "values", "dense", "modules"):
         assert [c for c in calls if c[0] == step][-1][1:] in {(2, 2), (4, 4)}
+
+
+# --- folder by folder, module by module ----------------------------------------------------------
+
+
+def assert_same_bits(one: State, two: State) -> None:
+    assert list(one.modules) == list(two.modules)
+    for name, m in one.modules.items():
+        for part, x in vars(m).items():
+            assert torch.equal(x, getattr(two.modules[name], part)), (name, part)
+    assert one.clients == two.clients
+    assert one.weights == two.weights
+    assert one.dense.keys() == two.dense.keys()
+    for name, tensor in one.dense.items():
+        assert torch.equal(tensor, two.dense[name])
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_folders_give_the_bits_of_the_same_factors_in_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = save_merged(name, tmp_path)
+    adapters = [read_adapter(folder) for folder in folders]
+    weights = [5, 2, 3][: len(folders)]
+    for size in (1, 2**22):
+        monkeypatch.setattr("glora_ops.batches.BATCH_BYTES", size)
+        held = aggregate(
+            [{m: adapter.factors(m) for m in adapter.modules} for adapter in adapters],
+            weights,
+            [{m: found.scaling for m, found in a.modules.items()} for a in adapters],
+            names=[adapter.name for adapter in adapters],
+            rank=4,
+        )
+        merged = aggregate_adapters(folders, weights, rank=4)
+        assert_same_bits(merged, replace(held, dense=merged.dense))
+
+
+class Reads:
+    """Counts what is opened and read of the clients' tensor files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read: Counter[tuple[str, str]] = Counter()
+        self.bytes, self.open, self.most_open = 0, 0, 0
+        plain_read, plain_open, plain_fill = Stored.read, Stored._open, Stored._fill
+
+        def read(stored: Stored, *names: str) -> list[Tensor]:
+            self.read.update((stored.client, name) for name in names)
+            return plain_read(stored, *names)
+
+        def opened(stored: Stored) -> BinaryIO:
+            file = plain_open(stored)
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+            weakref.finalize(file, self.closed)
+            return file
+
+        def fill(stored: Stored, file: BinaryIO, target: Tensor) -> None:
+            self.bytes += target.nbytes
+            plain_fill(stored, file, target)
+
+        monkeypatch.setattr(Stored, "read", read)
+        monkeypatch.setattr(Stored, "_open", opened)
+        monkeypatch.setattr(Stored, "_fill", fill)
+
+    def closed(self) -> None:
+        self.open -= 1
+
+
+def test_every_tensor_is_read_twice_and_no_file_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for its values, once for the computation; with two threads three files at most."""
+    folders = save_merged("gpt2", tmp_path)
+    sizes = [(folder / TENSORS).stat().st_size for folder in folders]
+    reads = Reads(monkeypatch)
+    monkeypatch.setattr("glora_ops.batches.BATCH_BYTES", 1)
+    aggregate_adapters(folders, rank=4)
+    assert set(reads.read.values()) == {1}
+    assert {client for client, _ in reads.read} == {"client-0", "client-1"}
+    factors = [read_adapter(folder).stored for folder in folders]
+    again = sum(info.end - info.begin for stored in factors for info in stored.tensors.values())
+    assert reads.bytes == sum(sizes) + again
+    assert reads.most_open <= torch.get_num_threads() + 1
+    assert reads.open == 0
+
+
+# --- the same state for other clients ------------------------------------------------------------
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> list[Path]:
+    folders = save_merged("mixed", tmp_path)
+    base, configs = MERGED["mixed"]
+    return [*folders, models.save_client(tmp_path / "client-3", base, seed=9, **configs[1])]
+
+
+def clients_with_examples(folders: list[Path]) -> None:
+    for i, folder in enumerate(folders):
+        (folder / "glora.json").write_text(json.dumps({"num_examples": 100 + 10 * i}))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("weighed", ["equal", "num_examples", "given"])
+def test_an_updated_state_is_a_fresh_one_bit_for_bit(
+    four: list[Path], tmp_path: Path, weighed: str, saved: bool
+) -> None:
+    if weighed == "num_examples":
+        clients_with_examples(four)
+
+    def given(*numbers: float) -> list[float] | None:
+        return list(numbers) if weighed == "given" else None
+
+    settings = {"basis": "consensus", "seed": 3, "missing": "renormalise", "tau_rel": 0.2}
+    a, b, c, d = four
+    state = aggregate_adapters([a, b, c], given(3, 1, 2), **settings)
+    if saved:
+        (tmp_path / "out").mkdir()
+        state.save(tmp_path / "out/server.safetensors")
+        text = (tmp_path / "out/server.safetensors").read_bytes()
+        assert str(tmp_path).encode() not in text  # places are relative
+        state = State.load(tmp_path / "out/server.safetensors")
+
+    added = update_adapters(state, add=[d], weights=given(4))
+    assert_same_bits(added, aggregate_adapters([a, b, c, d], given(3, 1, 2, 4), **settings))
+    fewer = update_adapters(added, remove=["client-1", "client-3"])
+    assert_same_bits(fewer, aggregate_adapters([a, c], given(3, 2), **settings))
+    assert fewer.rank < added.rank  # twice the largest rank of who is there
+
+    other = models.save_client(
+        tmp_path / "elsewhere/client-0", models.mixed, seed=33, r=4, target_modules=TARGETS
+    )
+    if weighed == "num_examples":
+        (other / "glora.json").write_text('{"num_examples": 7}')
+    swapped = update_adapters(state, add=[other, d], remove=["client-2"], weights=given(9, 4))
+    assert_same_bits(swapped, aggregate_adapters([other, b, d], given(9, 1, 4), **settings))
+    if weighed == "given":
+        kept = update_adapters(state, add=[other])
+        assert_same_bits(kept, aggregate_adapters([other, b, c], given(3, 1, 2), **settings))
+    # There and back.
+    assert_same_bits(update_adapters(added, remove=["client-3"]), state)
+
+
+def test_auto_rank_is_found_anew(four: list[Path]) -> None:
+    state = aggregate_adapters(four[:2], rank="auto", captured=0.8)
+    updated = update_adapters(state, add=four[2:])
+    fresh = aggregate_adapters(four, rank="auto", captured=0.8)
+    assert_same_bits(updated, fresh)
+    assert updated.settings == fresh.settings
+    assert updated.record == fresh.record
+
+
+def test_state_and_clients_may_move_together(four: list[Path], tmp_path: Path) -> None:
+    aggregate_adapters(four[:3], rank=4).save(tmp_path / "server.safetensors")
+    moved = tmp_path.with_name(tmp_path.name + "-moved")
+    tmp_path.rename(moved)
+    state = State.load(moved / "server.safetensors")
+    moved_folders = [moved / folder.name for folder in four]
+    assert_same_bits(
+        update_adapters(state, add=moved_folders[3:]), aggregate_adapters(moved_folders, rank=4)
+    )
+
+
+def test_what_was_recorded(four: list[Path]) -> None:
+    state = aggregate_adapters(four[:2], [3, 1], rank=4, base="tiny/mixed")
+    record = state.record
+    assert json.loads(json.dumps(record)) == record
+    assert record["arguments"]["rank"] == 4
+    assert record["arguments"]["base"] == "tiny/mixed"
+    for entry, folder, weight in zip(record["clients"], four, (3.0, 1.0), strict=False):
+        content = (folder / TENSORS).read_bytes()
+        assert entry["name"] == folder.name
+        assert entry["path"] == str(folder)
+        assert entry["weight"] == weight
+        assert entry["bytes"] == len(content)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    assert record["clients"][0]["ranks"] == [2]
+    assert record["clients"][0]["scalings"] == [2.5]
+
+
+def test_clients_that_changed_or_vanished_are_refused_by_name(four: list[Path]) -> None:
+    clients_with_examples(four)
+    state = aggregate_adapters(four, rank=4)
+    edit_tensors(four[0], lambda t: t[FIRST_A].add_(1e-3))
+    edit_config(four[1], lora_alpha=7)
+    (four[2] / "glora.json").write_text('{"num_examples": 1}')
+    with pytest.raises(Refused) as caught:
+        update_adapters(state, remove=["client-3"])
+    assert_names_everything(list(caught.value.refusals), "client-0", TENSORS, "--add", "--remove")
+    found = [(r.client, r.file) for r in caught.value.refusals]
+    assert found[:3] == [("client-0", TENSORS), ("client-1", CONFIG), ("client-2", "glora.json")]
+    shutil.rmtree(four[3])
+    with pytest.raises(Refused, match=r"client-3.*no such folder.*--add DIR.*--remove NAME"):
+        update_adapters(state, remove=["client-0"])
+    # A client that is replaced or withdrawn may be whatever it is now.
+    state = aggregate_adapters(four[:3], rank=4)
+    edit_tensors(four[0], lambda t: t[FIRST_A].add_(1e-3))
+    edit_config(four[1], lora_alpha=8)
+    fresh = update_adapters(state, add=[four[0]], remove=["client-1"])
+    assert_same_bits(fresh, aggregate_adapters([four[0], four[2]], rank=4))
+
+
+def test_updates_that_cannot_be_made(four: list[Path], tmp_path: Path) -> None:
+    state = aggregate_adapters(four[:3], rank=4)
+    with pytest.raises(Refused) as caught:
+        update_adapters(state, add=[four[1]], remove=["client-1", "bob"], weights=[1])
+    assert_names_everything(list(caught.value.refusals), "bob", "client-0, client-1, client-2")
+    assert len(caught.value.refusals) == 3
+    with pytest.raises(Refused, match="nothing to aggregate"):
+        update_adapters(state, remove=["client-0", "client-1", "client-2"])
+    with pytest.raises(GloraError, match="add: got"):
+        update_adapters(state, add=str(four[3]))
+    given = aggregate_adapters(four[:3], [1, 2, 3], rank=4)
+    with pytest.raises(GloraError, match=r"weights.*found None.*client-3.*were given"):
+        update_adapters(given, add=[four[3]])
+    with pytest.raises(GloraError, match=r"weights.*found 2.*one per added"):
+        update_adapters(given, add=[four[3]], weights=[1, 2])
+    # A state of the first format, or of bare pairs, can be read but says nothing of clients.
+    state.save(tmp_path / "s.safetensors")
+    tensors = load_file(tmp_path / "s.safetensors")
+    with safe_open(tmp_path / "s.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["glora"])
+    del about["record"]
+    metadata = {"glora": json.dumps(about | {"format_version": 1})}
+    save_file(tensors, tmp_path / "s.safetensors", metadata=metadata)
+    old = State.load(tmp_path / "s.safetensors")
+    assert_same_bits(old, state)
+    with pytest.raises(GloraError, match=r"without a record.*aggregate the folders once more"):
+        update_adapters(old, add=[four[3]])

@@ -45,6 +45,7 @@ class Module:
         transpose of the table's update, so d_in is the vocabulary and d_out the width.
     rank, d_out, d_in : int
     a_shape, b_shape : tuple of int
+    a_dtype, b_dtype : torch.dtype
         As stored.
     scaling : float
         alpha/r, or alpha/√r for rsLoRA.
@@ -60,6 +61,8 @@ class Module:
     d_in: int
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
+    a_dtype: torch.dtype
+    b_dtype: torch.dtype
     scaling: float
     fan_in_fan_out: bool
 
@@ -221,6 +224,8 @@ def _module(
         d_in=math.prod(a.shape[1:]),
         a_shape=a.shape,
         b_shape=b.shape,
+        a_dtype=a.dtype,
+        b_dtype=b.dtype,
         scaling=settings.scaling(name, rank),
         fan_in_fan_out=settings.fan_in_fan_out and family == "lora" and not conv,
     )

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Refusal, Refused
+from ..values import extent, out_of_range
 from .config import read_settings
 from .files import find_file, read_json_object
 from .modules import PREFIX, DenseTensor, Module, factor_keys, sort_tensors
 from .safetensors_header import read_header
+from .stored import Stored, signature
 
 __all__ = [
+    "EXAMPLES_NAME",
     "MAX_BYTES",
     "TENSORS_NAME",
     "Adapter",
@@ -36,7 +38,7 @@ MAX_BYTES = 16 * 2**30
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk; its tensors are mapped, and read only when asked for.
+    """A LoRA adapter on disk; its tensors are read when asked for, every time, and not kept.
 
     Attributes
     ----------
@@ -44,8 +46,8 @@ class Adapter:
         The folder's name, by which every message calls this client.
     path : Path
         The folder, absolute.
-    file : Path
-        Its safetensors file, links followed.
+    stored : Stored
+        Its tensors.
     modules : mapping of str to Module
     dense : mapping of str to DenseTensor
         Modules saved in full (``modules_to_save``, classifier heads).
@@ -63,7 +65,7 @@ class Adapter:
 
     name: str
     path: Path
-    file: Path
+    stored: Stored
     modules: Mapping[str, Module]
     dense: Mapping[str, DenseTensor]
     base_copies: Mapping[str, DenseTensor]
@@ -74,32 +76,6 @@ class Adapter:
     lora_dropout: float
     modules_to_save: tuple[str, ...]
     config: Mapping[str, Any]
-
-    @cached_property
-    def _tensors(self) -> Any:
-        return safe_open(self.file, framework="pt")
-
-    def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        try:
-            tensor = self._tensors.get_tensor(key)
-            found = str(tuple(tensor.shape))
-        except SafetensorError as error:
-            found = str(error)
-        if found != str(shape):
-            raise Refused(
-                [
-                    Refusal(
-                        "the file changed while it was being used",
-                        self.name,
-                        self.file.name,
-                        key,
-                        found,
-                        str(shape),
-                        "start again when the client has finished writing",
-                    )
-                ]
-            )
-        return tensor
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B and A of one module, as stored.
@@ -122,15 +98,18 @@ class Adapter:
         """
         m = self.modules[module]
         a_key, b_key = factor_keys(module, m.kind)
-        return (
-            self._tensor(b_key, m.b_shape).flatten(1),
-            self._tensor(a_key, m.a_shape).flatten(1),
-        )
+        b, a = self.stored.read(b_key, a_key)
+        return b.flatten(1), a.flatten(1)
+
+    @property
+    def file(self) -> Path:
+        """Its safetensors file, links followed."""
+        return self.stored.path
 
     def dense_tensor(self, name: str) -> Tensor:
         """A tensor of `dense` or `base_copies`, as stored."""
-        info = self.dense[name] if name in self.dense else self.base_copies[name]
-        return self._tensor(PREFIX + name, info.shape)
+        (tensor,) = self.stored.read(PREFIX + name)
+        return tensor
 
 
 def inspect_adapter(
@@ -186,6 +165,7 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
     problems += more
     if file is None:
         return None, problems
+    found = signature(file.stat())
     tensors, more = read_header(file, client, max_bytes=max_bytes)
     problems += more
     if tensors is None or settings is None:
@@ -198,7 +178,7 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
         Adapter(
             name=client,
             path=path,
-            file=file,
+            stored=Stored(file, client, tensors, found),
             modules=sorted_tensors.modules,
             dense=sorted_tensors.dense,
             base_copies=sorted_tensors.base_copies,
@@ -222,42 +202,50 @@ def read_adapter(folder: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) 
     return adapter
 
 
-def check_values(adapter: Adapter) -> list[Refusal]:
-    """Find values that are not finite, reading one tensor at a time.
+def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
+    """Find values that cannot be computed with, reading the file once, piece by piece.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    digest : object of `hashlib`, optional
+        Updated with every byte of the tensor file on the way.
 
     Returns
     -------
     list of Refusal
-        One per tensor, with the number of such values and the place of the first.
+        One per tensor: values that are not finite, their number and the place of the first; fp64
+        factors whose squares leave fp64's range.
     """
-    problems = []
-    for key, tensor in _updates(adapter):
-        wrong = ~torch.isfinite(tensor)
-        if wrong.any():
+    extents: dict[str, list[Tensor]] = defaultdict(list)
+    copies = {PREFIX + name for name in adapter.base_copies}
+    for key, piece in adapter.stored.scan(digest):
+        if key not in copies:
+            extents[key].append(extent(piece))
+    dense = {PREFIX + name for name in adapter.dense}
+    problems: list[Refusal] = []
+
+    def refuse(key: str, *why: str) -> None:
+        problems.append(Refusal(why[0], adapter.name, TENSORS_NAME, key, *why[1:]))
+
+    for key, pieces in extents.items():
+        overall = extent(torch.stack(pieces))
+        beyond = None if key in dense else out_of_range(overall)
+        if not bool(overall.isfinite().all()):
+            (tensor,) = adapter.stored.read(key)
+            wrong = ~torch.isfinite(tensor)
             first = tuple(wrong.nonzero()[0].tolist())
-            problems.append(
-                Refusal(
-                    "values are not finite",
-                    adapter.name,
-                    TENSORS_NAME,
-                    key,
-                    f"{int(wrong.sum())} of {tensor.numel()}, "
-                    f"the first {tensor[first].item()} at {first}",
-                    "finite numbers",
-                    "the training diverged: leave this client out",
-                )
+            refuse(
+                key,
+                "values are not finite",
+                f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} "
+                f"at {first}",
+                "finite numbers",
+                "the training diverged: leave this client out",
             )
+        elif beyond is not None:
+            refuse(key, *beyond, "the training diverged: leave this client out")
     return problems
-
-
-def _updates(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for name, module in adapter.modules.items():
-        b, a = adapter.factors(name)
-        a_key, b_key = factor_keys(name, module.kind)
-        yield a_key, a
-        yield b_key, b
-    for name in adapter.dense:
-        yield PREFIX + name, adapter.dense_tensor(name)
 
 
 def _find_tensors(path: Path, client: str) -> tuple[Path | None, list[Refusal]]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import GloraWarning, Refusal, Refused, listing
-from .options import Base, Clients, Json, Overwrite, Pad, Seed
+from ..errors import GloraWarning, Refusal, Refused, listing, require
+from .options import Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
+
+if TYPE_CHECKING:
+    from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate"]
 
@@ -26,14 +30,23 @@ DEFAULT_CAPTURED = 0.9
 
 
 def aggregate(
-    clients: Clients,
+    context: typer.Context,
+    clients: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="CLIENT_DIR",
+            help="One folder per client, as PeftModel.save_pretrained writes it.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out", "-o", metavar="OUT",
             help="New folder for server.safetensors and one adapter folder per readout.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -102,24 +115,71 @@ def aggregate(
     plot: Annotated[
         bool, typer.Option("--plot", help=f"Draw the spectra into OUT/{PICTURE_NAME}.")
     ] = False,
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STATE",
+            help="Instead of CLIENT_DIR…: the clients, weights and settings of this state, with "
+            "--add and --remove. Without -o the folder of STATE is replaced, its readouts with it.",
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --update: one more client; of a name that STATE has, in its place.",
+        ),
+    ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --update: a client to withdraw."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Merge LoRA adapters of any ranks and scalings into one server state.
 
     Everything is checked before it is computed, all problems are listed at once, and OUT appears
-    complete or not at all.
+    complete or not at all. Client files are read twice: all values are checked, then factors are
+    read module by module, so that memory is the state and a few modules' factors of all clients.
+
+    **--update** gives exactly the state of a fresh run over the resulting clients. It reads every
+    client's file again, because the bases depend on all clients together; folders, weights and
+    settings come from STATE, and a client that changed or vanished since is refused by name:
+    **glora aggregate --update out --add clients/cyd --remove bob**.
     """
+    if update is not None:
+        _check_update(context, clients, add, remove)
+    else:
+        if add or remove:
+            raise typer.BadParameter("only means something with --update", param_hint="--add")
+        if not clients:
+            raise typer.BadParameter("at least one client's folder", param_hint="CLIENT_DIR")
+        if out is None:
+            raise typer.BadParameter("a new folder for the result", param_hint="--out")
+    clients = clients or []
+    added = add or []
     server_rank = _rank(rank)
     if captured is not None and server_rank != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
     readouts = _readouts(readout)
-    given = None if weights is None or _is_file(weights) else _numbers(weights, len(clients))
+    weighed = clients if update is None else added
+    given = None if weights is None or _is_file(weights) else _numbers(weights, len(weighed))
 
     with answering(as_json, writes=True):
         from ..adapters.folders import check_free, new_folder
-        from ..merge import merge
-        from .facts import STATE_NAME, padding_note, print_state, state_facts
+        from ..merge import merge, renew
+        from .facts import STATE_NAME, load_state, padding_note, print_state, state_facts
+
+        old = None if update is None else load_state(update)
+        if update is not None and old is not None:
+            seed = old.settings["seed"]
+            if out is None:
+                out, ranks, was = _in_place(update, old)
+                readouts = sorted({*readouts, *ranks})
+                pad = pad if _is_given(context, "pad") else was
+                overwrite = True
+        assert out is not None
 
         refusals: list[Refusal] = []
         if plot:
@@ -131,18 +191,28 @@ def aggregate(
             check_free(out, overwrite=overwrite, marker=STATE_NAME)
         if weights is not None and _is_file(weights):
             with listing(refusals):
-                given = _from_file(Path(weights), clients, normalise, basis)
+                settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
+                given = _from_file(Path(weights), weighed, settings)
         # What warnings would say is in the state's notes and settings, and shown from there.
         with warnings.catch_warnings(), progress() as report:
             warnings.simplefilter("ignore", GloraWarning)
-            state = merge(
-                clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
-                normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
-                captured=DEFAULT_CAPTURED if captured is None else captured,
-                progress=report, known=refusals,
-            )  # fmt: skip
+            if old is not None:
+                state = renew(
+                    old, add=added, remove=remove or [], weights=given, progress=report,
+                    known=refusals,
+                )  # fmt: skip
+            else:
+                state = merge(
+                    clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
+                    normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
+                    captured=DEFAULT_CAPTURED if captured is None else captured,
+                    progress=report, known=refusals,
+                )  # fmt: skip
+        state = replace(
+            state,
+            record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}},
+        )
         facts = state_facts(state)
-        _add_what_was_stored(facts, clients)
         with (
             _parents_restored(out),
             new_folder(out, overwrite=overwrite, marker=STATE_NAME) as building,
@@ -167,6 +237,56 @@ def aggregate(
             _print_files(facts)
     if facts["skipped"]:
         raise typer.Exit(3)
+
+
+#: What STATE decides; given beside --update it would be another run.
+_DECIDED = (
+    "rank", "captured", "normalise", "missing", "basis", "base", "on_bad_client", "dense", "seed",
+)  # fmt: skip
+
+
+def _check_update(
+    context: typer.Context,
+    clients: Sequence[Path] | None,
+    add: Sequence[Path] | None,
+    remove: Sequence[str] | None,
+) -> None:
+    if clients:
+        raise typer.BadParameter(
+            "with --update, new clients are named by --add", param_hint="CLIENT_DIR"
+        )
+    if not add and not remove:
+        raise typer.BadParameter("needs --add DIR or --remove NAME", param_hint="--update")
+    for name in _DECIDED:
+        if _is_given(context, name):
+            raise typer.BadParameter(
+                "is a matter of STATE; aggregate anew to change it",
+                param_hint="--" + name.replace("_", "-"),
+            )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:
+    """The folder of a state, the ranks read out there, and how they were padded."""
+    from .facts import STATE_NAME
+
+    folder = update if update.is_dir() else update.parent
+    made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
+    known = {STATE_NAME, PICTURE_NAME, *(f"r{rank}" for rank in made["ranks"])}
+    others = sorted({path.name for path in folder.iterdir()} - known)
+    require(
+        not others,
+        "folder",
+        f"{str(folder)!r}, which also holds {', '.join(others[:3])}",
+        "nothing but what glora aggregate wrote, to be replaced",
+        "name another folder with -o",
+        file=str(folder),
+    )
+    return folder, made["ranks"], made["pad"]
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -210,7 +330,7 @@ def _numbers(text: str, clients: int) -> list[float]:
     return numbers
 
 
-def _from_file(path: Path, clients: Sequence[Path], normalise: bool, basis: str) -> list[float]:
+def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any]) -> list[float]:
     """Weights by folder name; every name that lacks one or has one for nothing is listed."""
     from ..adapters.files import parse_json_object
     from ..arguments import check_weights
@@ -254,7 +374,7 @@ def _from_file(path: Path, clients: Sequence[Path], normalise: bool, basis: str)
     if known:
         with listing(refusals):
             given = [numbers[name] for name in known]
-            check_weights(given, known, {"normalise": normalise, "basis": basis})
+            check_weights(given, known, settings)
     if refusals:
         raise Refused(refusals)
     return [float(numbers[Path(os.path.abspath(client)).name]) for client in clients]
@@ -271,18 +391,6 @@ def _parents_restored(out: Path) -> Iterator[None]:
             with suppress(OSError):
                 parent.rmdir()
         raise
-
-
-def _add_what_was_stored(facts: dict[str, Any], folders: Sequence[Path]) -> None:
-    """Each client's ranks and scalings, from the headers."""
-    from ..adapters import inspect_adapter
-
-    adapters = [adapter for adapter, _ in map(inspect_adapter, folders) if adapter is not None]
-    modules = {adapter.name: adapter.modules.values() for adapter in reversed(adapters)}
-    for client in facts["clients"]:
-        held = modules[client["name"]]
-        client["ranks"] = sorted({m.rank for m in held})
-        client["scalings"] = sorted({m.scaling for m in held})
 
 
 def _print_files(facts: dict[str, Any]) -> None:

@@ -81,10 +81,12 @@ def _clients(state: State) -> list[dict[str, Any]]:
         (energy * align_v).sum(-1) / total,
         share @ held,
     )
+    record = state.record or {"clients": [{} for _ in state.clients]}
     return [
         {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(float, row), strict=True))}
-        for name, weight, row in zip(
-            state.clients, state.weights, zip(*columns, strict=True), strict=True
+        | {what: entry[what] for what in ("ranks", "scalings") if what in entry}
+        for name, weight, row, entry in zip(
+            state.clients, state.weights, zip(*columns, strict=True), record["clients"], strict=True
         )
     ]
 

@@ -1,0 +1,128 @@
+"""The tensors of a checked safetensors file, read from where its header says they are.
+
+Plain reads into memory of our own, not a mapping: the pages of a mapped file count as this
+process's memory for as long as it is mapped, and a client who shortens a mapped file kills
+whoever reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import Refusal, Refused
+from .safetensors_header import TensorInfo
+
+__all__ = ["Stored", "signature"]
+
+#: Bytes that `scan` reads at a time: still in cache when they are looked at.
+PIECE = 2**20
+
+
+def signature(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is rewritten: its size, time and identity."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors of one file.
+
+    Attributes
+    ----------
+    path : Path
+    client : str
+        Named in refusals.
+    tensors : mapping of str to TensorInfo
+        As the header says, checked: one range after the other to the end of the file.
+    signature : tuple of int
+        Of the file when its header was read; any other is refused.
+    """
+
+    path: Path
+    client: str
+    tensors: Mapping[str, TensorInfo]
+    signature: tuple[int, int, int]
+
+    @property
+    def start(self) -> int:
+        """Where the header ends."""
+        return self.signature[0] - max((info.end for info in self.tensors.values()), default=0)
+
+    def read(self, *names: str) -> list[Tensor]:
+        """Tensors by name, as stored.
+
+        Raises
+        ------
+        Refused
+            If the file is no longer the one whose header was read.
+        """
+        with self._open() as file:
+            return [self._tensor(file, self.tensors[name]) for name in names]
+
+    def scan(self, digest: Any = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor in pieces of at most `PIECE` bytes, flat and in the file's order.
+
+        A piece is overwritten by the next. `digest`, of `hashlib`, is given the whole file.
+        """
+        buffer = torch.empty(PIECE, dtype=torch.uint8)
+        with self._open() as file:
+            for at in range(0, self.start, PIECE):
+                header = buffer[: min(PIECE, self.start - at)]
+                self._fill(file, header)
+                if digest is not None:
+                    digest.update(header.numpy())
+            for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+                for at in range(info.begin, info.end, PIECE):
+                    piece = buffer[: min(PIECE, info.end - at)]
+                    self._fill(file, piece)
+                    if digest is not None:
+                        digest.update(piece.numpy())
+                    yield name, piece.view(info.dtype)
+
+    def _open(self) -> BinaryIO:
+        try:
+            file = self.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise self._changed("no such file any more") from None
+        found = signature(os.fstat(file.fileno()))
+        if found != self.signature:
+            file.close()
+            raise self._changed(f"{found[0]} bytes, written at another time")
+        return file
+
+    def _tensor(self, file: BinaryIO, info: TensorInfo) -> Tensor:
+        tensor = torch.empty(math.prod(info.shape), dtype=info.dtype)
+        file.seek(self.start + info.begin)
+        self._fill(file, tensor.view(torch.uint8))
+        return tensor.view(info.shape)
+
+    def _fill(self, file: BinaryIO, target: Tensor) -> None:
+        left = target.numpy().data
+        while left:
+            count = file.readinto(left)  # type: ignore[attr-defined]  # unbuffered: FileIO
+            if not count:
+                raise self._changed("an end of the file before the end of the tensor")
+            left = left[count:]
+
+    def _changed(self, found: str) -> Refused:
+        return Refused(
+            [
+                Refusal(
+                    "the file changed while it was being used",
+                    self.client,
+                    self.path.name,
+                    None,
+                    found,
+                    f"the {self.signature[0]} bytes that were checked",
+                    "start again when the client has finished writing",
+                )
+            ]
+        )

@@ -1,0 +1,227 @@
+"""Whole models: modules in batches, read ahead one by one, several solved at a time.
+
+Modules of one shape and like ranks run together, in batches small enough to stay in cache. Each
+batch is computed on one thread and as many batches at a time as the caller has threads, which on
+small modules is faster than giving every thread to each in turn. What a batch holds and how it is
+computed do not depend on the number of threads, so neither does a bit of the result; a model that
+is one single batch runs on all of the caller's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .errors import require
+from .isolation import workers
+from .state import Factors, ModuleState, State
+
+__all__ = ["Batch", "Pair", "Source", "plan", "solve"]
+
+#: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
+#: cache. A module may be larger alone.
+BATCH_BYTES = 2**22
+#: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
+PADDING = 0.25
+
+
+class Pair(Protocol):
+    """What is known of a factor pair before it is read."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def d_out(self) -> int: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def b_dtype(self) -> torch.dtype: ...
+    @property
+    def a_dtype(self) -> torch.dtype: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A client whose factors are read module by module."""
+
+    @property
+    def modules(self) -> Mapping[str, Pair]: ...
+
+    def factors(self, module: str) -> Factors:
+        """B (d_out, r) and A (r, d_in)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Modules of one shape that run together.
+
+    Attributes
+    ----------
+    modules : tuple of str
+    rows : tuple of int
+        Rows of each client: its largest rank in any of the modules, at least 1.
+    """
+
+    modules: tuple[str, ...]
+    rows: tuple[int, ...]
+    d_out: int
+    d_in: int
+    b_dtype: torch.dtype
+    a_dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of the stacked factors."""
+        return self._bytes(self.b_dtype.itemsize, self.a_dtype.itemsize)
+
+    @property
+    def working_bytes(self) -> int:
+        """Of the same in the precision that is computed in, fp32 at least."""
+        return self._bytes(max(4, self.b_dtype.itemsize), max(4, self.a_dtype.itemsize))
+
+    def _bytes(self, b: int, a: int) -> int:
+        return len(self.modules) * sum(self.rows) * (self.d_out * b + self.d_in * a)
+
+
+def plan(sources: Sequence[Source], modules: Sequence[str], limit: int) -> list[Batch]:
+    """Every module in a batch of at most `limit` working bytes, or alone; the largest first."""
+    groups: dict[tuple[Any, ...], list[tuple[tuple[int, ...], str]]] = defaultdict(list)
+    for name in modules:
+        pairs = [source.modules.get(name) for source in sources]
+        held = [pair for pair in pairs if pair is not None]
+        key = (
+            held[0].d_out,
+            held[0].d_in,
+            reduce(torch.promote_types, (pair.b_dtype for pair in held)),
+            reduce(torch.promote_types, (pair.a_dtype for pair in held)),
+        )
+        ranks = tuple(1 if pair is None else pair.rank for pair in pairs)
+        groups[key].append((ranks, name))
+    batches = [
+        Batch(tuple(names), rows, *key)
+        for key, named in groups.items()
+        for names, rows in _alike(named, limit, key)
+    ]
+    return sorted(batches, key=lambda batch: -batch.bytes)
+
+
+def _alike(
+    named: Sequence[tuple[tuple[int, ...], str]], limit: int, key: tuple[Any, ...]
+) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Modules of one shape in runs of like ranks."""
+    names: list[str] = []
+    rows: tuple[int, ...] = ()
+    used = 0
+    for ranks, name in sorted(named, key=lambda item: item[0], reverse=True):
+        wider = tuple(map(max, rows or ranks, ranks))
+        full = Batch((*names, name), wider, *key).working_bytes > limit
+        padded = (len(names) + 1) * sum(wider) > (1 + PADDING) * (used + sum(ranks))
+        if names and (full or padded):
+            yield names, rows
+            names, used, wider = [], 0, ranks
+        names, rows, used = [*names, name], wider, used + sum(ranks)
+    yield names, rows
+
+
+def solve(
+    sources: Sequence[Source],
+    modules: Sequence[str],
+    weights: Sequence[float],
+    scalings: Sequence[Mapping[str, float]],
+    missing: str,
+    max_bytes: int | None,
+    progress: Callable[[int, int], None] | None,
+    warm: State | None,
+    **settings: Any,
+) -> dict[str, ModuleState]:
+    """`torch.ops.glora.aggregate` of every module.
+
+    The calling thread reads and stacks the next batch while the workers compute; no more than
+    `max_bytes` of stacked factors exist at a time. None makes room for two of the largest module,
+    and at least for a batch per thread and one more.
+    """
+    batches = plan(sources, modules, min(BATCH_BYTES, max_bytes or BATCH_BYTES))
+    largest, threads = batches[0], torch.get_num_threads()
+    require(
+        max_bytes is None or largest.bytes <= max_bytes,
+        "max_bytes",
+        max_bytes,
+        f"at least {largest.bytes}, the factors of {largest.modules[0] or 'one module'!r} from "
+        f"{len(sources)} clients",
+        "raise it, or leave it out",
+    )
+    room = max_bytes or max(2 * largest.bytes, (threads + 1) * BATCH_BYTES)
+
+    def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
+        present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
+        w = torch.tensor(weights, dtype=torch.float64) * present
+        if missing == "renormalise":
+            w = w * (sum(weights) / w.sum(-1, keepdim=True).where(w.any(-1, keepdim=True), 1.0))
+        s = torch.tensor(
+            [[scale.get(m, 0.0) for scale in scalings] for m in batch.modules], dtype=torch.float64
+        )
+        start = {} if warm is None else _warm(warm, batch.modules)
+        offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
+        out = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
+        return {
+            m: ModuleState(*(x[l] for x in (*out, present))) for l, m in enumerate(batch.modules)
+        }
+
+    done: dict[str, ModuleState] = {}
+
+    def finish(states: dict[str, ModuleState]) -> None:
+        done.update(states)
+        if progress is not None:
+            progress(len(done), len(modules))
+
+    if len(batches) == 1:
+        finish(compute(largest, _stack(sources, largest)))
+        return done
+    flying: dict[Future[dict[str, ModuleState]], int] = {}
+    with workers(threads) as pool:
+        for batch in batches:
+            while flying and (len(flying) > threads or sum(flying.values()) + batch.bytes > room):
+                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                    del flying[future]
+                    finish(future.result())
+            flying[pool.submit(compute, batch, _stack(sources, batch))] = batch.bytes
+        for future in flying:
+            finish(future.result())
+    return done
+
+
+def _stack(sources: Sequence[Source], batch: Batch) -> list[Tensor]:
+    """b (L, N, d_out), a (L, N, d_in) and offsets, read pair by pair; zeros fill what is short."""
+    shape = len(batch.modules), sum(batch.rows)
+    b = torch.empty(*shape, batch.d_out, dtype=batch.b_dtype)
+    a = torch.empty(*shape, batch.d_in, dtype=batch.a_dtype)
+    offsets = torch.tensor([0, *batch.rows]).cumsum(0)
+    for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
+        for l, name in enumerate(batch.modules):
+            end = start
+            if name in source.modules:
+                left, right = source.factors(name)
+                end += right.shape[0]
+                b[l, start:end] = left.detach().mT
+                a[l, start:end] = right.detach()
+            b[l, end : start + rows] = 0
+            a[l, end : start + rows] = 0
+    return [b, a, offsets]
+
+
+def _warm(state: State, modules: Sequence[str]) -> dict[str, Tensor]:
+    """Bases of an earlier state for a batch, where it knows every module of it."""
+    if any(m not in state.modules for m in modules):
+        return {}
+    return {
+        "warm_u": torch.stack([state.modules[m].u for m in modules]),
+        "warm_v": torch.stack([state.modules[m].v for m in modules]),
+    }

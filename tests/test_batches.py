@@ -1,0 +1,242 @@
+"""Whole models: what runs together, how much at a time, and that nothing of it shows."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import glora_ops as glora
+from glora_ops import State, batches
+from glora_ops.batches import BATCH_BYTES, PADDING, plan
+from glora_ops.isolation import workers
+
+pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
+SHAPES = {"q": (96, 80), "k": (64, 80), "up": (120, 96)}
+
+
+def factors(seed: int, rank: int, d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(d_out, rank, generator=rng), torch.randn(rank, d_in, generator=rng)
+
+
+def model(layers: int = 5, clients: int = 3) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Clients whose ranks differ between clients, layers and modules; the last lacks a module."""
+    out: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(clients)]
+    for l in range(layers):
+        for j, (name, shape) in enumerate(SHAPES.items()):
+            for i, client in enumerate(out):
+                rank = (2, 3, 8)[(l + i * j) % 3]
+                client[f"{l}.{name}"] = factors(1000 * l + 10 * i + j, rank, *shape)
+    del out[-1]["0.q"]
+    return out
+
+
+class Counting:
+    """A client read module by module, that remembers what was read."""
+
+    def __init__(self, held: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.modules = glora.api._sources([held], ["x"])[0].modules
+        self.held, self.read = held, []
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        self.read.append(module)
+        return self.held[module]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever a test sets, the worker's own number returns."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Batches so small that the model takes many."""
+    monkeypatch.setattr(batches, "BATCH_BYTES", 40_000)
+    return 40_000
+
+
+def same(one: State, two: State) -> None:
+    assert list(one.modules) == list(two.modules)
+    for name, m in one.modules.items():
+        for part, x in vars(m).items():
+            assert torch.equal(x, getattr(two.modules[name], part)), (name, part)
+
+
+def test_a_plan_holds_every_module_once_with_its_like() -> None:
+    clients = model(layers=9)
+    sources = [Counting(client) for client in clients]
+    names = list(clients[0])
+    for limit in (1, 30_000, 60_000, BATCH_BYTES):
+        made = plan(sources, names, limit)
+        assert sorted(name for batch in made for name in batch.modules) == sorted(names)
+        assert [b.bytes for b in made] == sorted((b.bytes for b in made), reverse=True)
+        for batch in made:
+            assert len({name.partition(".")[2] for name in batch.modules}) == 1
+            assert len(batch.modules) == 1 or batch.bytes <= limit
+            ranks = [
+                [c[name][0].shape[1] if name in c else 1 for c in clients] for name in batch.modules
+            ]
+            assert batch.rows == tuple(map(max, zip(*ranks, strict=True)))
+            held = sum(map(sum, ranks))
+            assert len(ranks) * sum(batch.rows) <= (1 + PADDING) * held
+    assert not any(source.read for source in sources)
+
+
+def test_modules_of_one_kind_share_a_batch() -> None:
+    clients = [{f"{l}.q": factors(l, 4, 96, 80) for l in range(40)} for _ in range(3)]
+    (batch,) = plan([Counting(client) for client in clients], list(clients[0]), BATCH_BYTES)
+    assert len(batch.modules) == 40
+
+
+def test_the_result_does_not_depend_on_threads_or_how_much_is_in_flight(
+    threads: None, small: int
+) -> None:
+    clients = model()
+    made = plan([Counting(client) for client in clients], list(clients[0]), small)
+    assert len(made) > 6
+    torch.set_num_threads(1)
+    want = glora.aggregate(clients, weights=[3, 1, 2], rank=6)
+    for batch in made:  # one after the other, by hand, on one thread
+        assert len(batch.modules) * sum(batch.rows) > 0
+        pairs = [
+            [c.get(m) or (torch.zeros(batch.d_out, 1), torch.zeros(1, batch.d_in)) for c in clients]
+            for m in batch.modules
+        ]
+        packed = glora.pack_modules(pairs)
+        w = torch.tensor([[3.0, 1, 2]] * len(batch.modules), dtype=torch.float64) / 6
+        for row, name in zip(w, batch.modules, strict=True):
+            row *= torch.tensor([name in c for c in clients])
+        s = torch.tensor([[1.0 * (m in c) for c in clients] for m in batch.modules]).double()
+        u, sigma, v, *_ = torch.ops.glora.aggregate(packed.b, packed.a, packed.offsets, w, s, 6)
+        for l, name in enumerate(batch.modules):
+            assert torch.equal(want.modules[name].u, u[l])
+            assert torch.equal(want.modules[name].s, sigma[l])
+            assert torch.equal(want.modules[name].v, v[l])
+    for count, room in ((2, None), (3, None), (2, 40_000), (5, 10**9)):
+        torch.set_num_threads(count)
+        same(glora.aggregate(clients, weights=[3, 1, 2], rank=6, max_bytes=room), want)
+        assert torch.get_num_threads() == count
+
+
+@pytest.mark.parametrize("max_bytes", [40_000, 90_000, None])
+def test_no_more_is_stacked_than_was_allowed(
+    threads: None, small: int, max_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of the stacks alive, counted where they are made and where they are freed."""
+    torch.set_num_threads(2)
+    alive, peak, lock = 0, 0, threading.Lock()
+    plain = batches._stack
+
+    def release(held: int) -> None:
+        nonlocal alive
+        with lock:
+            alive -= held
+
+    def counted(*arguments: object) -> list[Tensor]:
+        nonlocal alive, peak
+        stacks = plain(*arguments)
+        for x in stacks[:2]:
+            with lock:
+                alive += x.nbytes
+                peak = max(peak, alive)
+            weakref.finalize(x, release, x.nbytes)
+        return stacks
+
+    monkeypatch.setattr(batches, "_stack", counted)
+    clients = model(layers=8)
+    glora.aggregate(clients, rank=4, max_bytes=max_bytes)
+    largest = plan([Counting(c) for c in clients], list(clients[0]), small)[0].bytes
+    assert 0 < peak <= (max_bytes or max(2 * largest, 3 * small))
+    assert alive == 0
+
+
+def test_every_module_of_a_source_is_read_once(small: int) -> None:
+    clients = model()
+    sources = [Counting(client) for client in clients]
+    same(glora.aggregate(sources, rank=5), glora.aggregate(clients, rank=5))
+    for source, client in zip(sources, clients, strict=True):
+        assert sorted(source.read) == sorted(client)
+
+
+def test_a_failure_stops_the_rest_and_leaves_nothing_behind(threads: None, small: int) -> None:
+    torch.set_num_threads(2)
+    before = threading.active_count()
+
+    class Failing(Counting):
+        def factors(self, module: str) -> tuple[Tensor, Tensor]:
+            if len(self.read) == 3:
+                raise OSError("the disk is gone")
+            return super().factors(module)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        glora.aggregate([Failing(client) for client in model()], rank=4)
+    with pytest.raises(ZeroDivisionError):
+        glora.aggregate(model(), rank=4, progress=lambda done, total: 1 // 0)
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == 2
+
+
+def test_progress_is_told_in_the_calling_thread(small: int) -> None:
+    seen = []
+    glora.aggregate(
+        model(), rank=4, progress=lambda *call: seen.append((*call, threading.get_ident()))
+    )
+    assert {ident for _, _, ident in seen} == {threading.get_ident()}
+    assert [done for done, _, _ in seen] == sorted({done for done, _, _ in seen})
+    assert seen[-1][:2] == (15, 15)
+
+
+def test_callers_may_be_threads_themselves(threads: None, small: int) -> None:
+    """Every caller gets the bits it gets alone, and every setting is as it was."""
+    torch.set_num_threads(2)
+    clients = model(layers=3)
+    want = glora.aggregate(clients, rank=4)
+    single = glora.aggregate([c["1.up"] for c in clients], rank=4)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    found: list[tuple[State, State, int, int]] = []
+
+    def call(count: int) -> None:
+        torch.get_num_threads()  # without a first look, torch lets other threads change it
+        torch.set_num_threads(count)
+        for _ in range(3):
+            state = glora.aggregate(clients, rank=4)
+        alone = glora.aggregate([c["1.up"] for c in clients], rank=4)
+        found.append((state, alone, count, torch.get_num_threads()))
+
+    callers = [threading.Thread(target=call, args=(count,)) for count in (2, 1, 3, 2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 4
+    for state, alone, given, after in found:
+        same(state, want)
+        assert given == after
+        if given == 2:
+            same(alone, single)
+    assert torch.get_num_threads() == 2
+    assert torch.backends.mkldnn.matmul.fp32_precision == precision
+
+
+def test_workers_compute_on_one_thread_and_change_nobody_elses(threads: None) -> None:
+    torch.set_num_threads(3)
+    with workers(4) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(40))) == {1}
+        assert torch.get_num_threads() == 3
+        # A worker's own calls leave the number alone that new threads begin with.
+        pairs = [factors(i, 2, 20, 30) for i in range(3)]
+        pool.submit(glora.aggregate, pairs, rank=4).result()
+        fresh: list[int] = []
+        newcomer = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+        newcomer.start()
+        newcomer.join()
+        assert fresh == [3]
+    assert torch.get_num_threads() == 3
