@@ -1,0 +1,64 @@
+"""Folders of runs -> results/rounds.csv (a line per run and round) and results/sweeps.json.
+
+python experiments/collect.py RUNS
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from glora_ops.fl.report import load_runs
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("config", "method", "seed", "lr", "round", "score", "received", "captured",
+           "effective_rank", "norm", "turn", "apart", "apart_turned", "columns", "rows",
+           "megabytes")  # fmt: skip
+
+
+def off_diagonal(table: list[list[float | None]]) -> float | str:
+    """Mean over pairs of different clients."""
+    values = [x for i, row in enumerate(table) for j, x in enumerate(row) if i != j and x]
+    return fmean(values) if values else ""
+
+
+def row(run: Any, line: dict[str, Any], received: float | None) -> dict[str, Any]:
+    """One round of one run; empty where nothing was measured."""
+    aligned = line.get("alignment")
+    numbers = {
+        "score": line.get("metrics", {}).get(run.metric, ""),
+        "received": "" if received is None else received,
+        **{k: v for k, v in line.get("update", {}).items() if k != "spectrum"},
+        **line.get("misalignment", {}),
+        "columns": off_diagonal(aligned["columns"]) if aligned else "",
+        "rows": off_diagonal(aligned["rows"]) if aligned else "",
+        "megabytes": (line["bytes_down"] + line["bytes_up"]) / 1e6,
+    }
+    short = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in numbers.items()}
+    return {"config": run.about["config"]["name"], "method": run.method, "seed": run.seed,
+            "lr": run.about["lr"], "round": line["round"], **short}  # fmt: skip
+
+
+def main(home: Path) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    runs, _ = load_runs(p for p in sorted(home.iterdir()) if p.is_dir() and p.name != "sweep")
+    with (RESULTS / "rounds.csv").open("w", newline="", encoding="utf-8") as file:
+        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        out.writeheader()
+        for run in (run for run in runs if run.done):
+            for line in run.lines:
+                last = line is run.lines[-1]
+                out.writerow(row(run, line, run.received if last else None))
+    sweeps = {
+        f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
+        for path in sorted((home / "sweep").glob("*/*.json"))
+    }
+    (RESULTS / "sweeps.json").write_text(json.dumps(sweeps, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

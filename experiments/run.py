@@ -1,0 +1,264 @@
+"""The experiments of docs/experiments.md, one after the other: resumable, most wanted first.
+
+OMP_NUM_THREADS=1 python experiments/run.py RUNS [--only digits] [--seeds 3]
+Text needs --data-dir (GLUE as JSONL) and --model (a folder with a small encoder).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glora_ops.fl.config import Config
+from glora_ops.fl.engine_local import Answers
+from glora_ops.fl.messages import Client, Sent
+from glora_ops.fl.run import Plan, local_engine, run
+
+GLORA = {
+    "consensus": {"kind": "glora", "anchor": 1.0},
+    "consensus-delta": {"kind": "glora", "anchor": 1.0, "mode": "delta"},
+    "projector": {"kind": "glora", "basis": "projector"},
+    "update": {"kind": "glora", "basis": "update"},
+}
+MIXED = GLORA | {kind: {"kind": kind} for kind in ("fedit", "flora", "flexlora", "hetlora")}
+EQUAL = MIXED | {kind: {"kind": kind} for kind in ("ffa", "rolora", "fedex", "fedrot")}
+# R = 2 max r = 32 would hold all 30 directions of four clients: no basis would matter.
+TEXT = {m: MIXED[m] | {"rank": 16} for m in ("consensus", "projector", "update")}
+TEXT |= {m: MIXED[m] for m in ("flexlora", "flora")}
+MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every round
+DIGIT_RATES = [0.003, 0.01, 0.03]
+TEXT_RATE = 0.003
+SWEEP_SEED = 1000
+LOUDNESS = 8.0
+FIRST = [f"digits_dirichlet_{which}" for which in ("mixed_full", "equal_full", "mixed_sparse")]
+
+FULL = {"count": 6, "participation": 1.0}
+SPARSE = {"count": 20, "participation": 0.2, "at_least": 10}
+RANKS = {"equal": [8], "mixed": [1, 2, 4, 8]}
+DATA = {"iid": {"partition": "iid"}, "dirichlet": {"partition": "dirichlet", "alpha": 0.1}}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration without learning rates, and what is done to a client of it."""
+
+    content: dict[str, Any]
+    disturb: str = ""  # "loud" or "skewed": client 0 is
+
+
+def digits(name: str, methods: Mapping[str, Any], *, about: str = "", rounds: int = 5,
+           disturb: str = "", **clients: Any) -> Setting:  # fmt: skip
+    content = {
+        "name": name, "about": about, "clients": clients, "methods": dict(methods),
+        "evaluation": {"agreement": "never"},
+        "training": {"rounds": rounds, "steps": 6, "batch": 16},
+    }  # fmt: skip
+    return Setting(content, disturb)
+
+
+def grid() -> dict[str, Setting]:
+    """All methods × data × ranks × participation; about as many steps in all of them."""
+    out = {}
+    for data in ("dirichlet", "iid"):
+        for turnout, who in (("full", FULL), ("sparse", SPARSE)):
+            for ranks in ("mixed", "equal"):
+                name = f"digits_{data}_{ranks}_{turnout}"
+                out[name] = digits(
+                    name, EQUAL if ranks == "equal" else MIXED,
+                    rounds=5 if turnout == "full" else 8,
+                    ranks=RANKS[ranks], **who, **DATA[data],
+                )  # fmt: skip
+    return out
+
+
+def common() -> dict[str, Setting]:
+    """Mixed ranks at the other rate too, so that every arm is known at both; and momentum."""
+    at = {
+        "0.003": ("consensus", "consensus-delta", "update", "fedit", "flora", "hetlora"),
+        "0.01": ("projector", "flexlora"),
+    }
+    out = {}
+    for name in ("digits_dirichlet_mixed_full", "digits_dirichlet_mixed_sparse"):
+        for rate, arms in at.items():
+            content = dict(grid()[name].content)
+            content["name"] = name.replace("dirichlet", f"common_{rate}")
+            content["methods"] = {m: MIXED[m] for m in arms}
+            if name.endswith("sparse"):
+                content["methods"]["consensus-momentum"] = MIXED["consensus"] | {"momentum": 0.5}
+            out[content["name"]] = Setting(content)
+    return out
+
+
+def questions() -> dict[str, Setting]:
+    """One question each, on digits."""
+    some = {m: EQUAL[m] for m in ("consensus", "projector", "update", "fedit", "fedrot")}
+    robust = {m: MIXED[m] for m in ("consensus", "projector", "update", "fedit", "hetlora")}
+    consensus, projector, update = (GLORA[m] for m in ("consensus", "projector", "update"))
+    ablation: dict[str, Any] = {
+        f"{name}-R{rank}": method | {"rank": rank}
+        for rank in (8, 32)
+        for name, method in (
+            ("consensus", consensus),
+            ("projector", projector),
+            ("update", update),
+        )
+    }
+    low = consensus | {"rank": 8}
+    ablation |= {f"eta{x:g}".replace(".", "_"): low | {"anchor": x} for x in (0.0, 0.5, 2.0)}
+    ablation |= {f"tau{x:g}".replace(".", "_"): low | {"tau_rel": x} for x in (0.01, 0.3, 1.0)}
+    skew, mixed, iid = DATA["dirichlet"], RANKS["mixed"], DATA["iid"]
+    equal = RANKS["equal"]
+    made = [
+        digits("digits_ablation", ablation, about="R, eta and tau_rel.",
+               ranks=mixed, **FULL, **skew),
+        digits("digits_loud", robust, about="Client 0 sends 8 times its update.",
+               disturb="loud", ranks=equal, **FULL, **iid),
+        digits("digits_skewed", robust, about="Client 0 holds wrong labels and sends 8 times.",
+               disturb="loud skewed", ranks=equal, **FULL, **iid),
+        digits("digits_independent", some, about="Every client draws its own first A.",
+               start="independent", ranks=equal, **FULL, **skew),
+        digits("digits_gauge10", some, about="A random gauge of condition 10 on every reply.",
+               gauge=10.0, ranks=equal, **FULL, **skew),
+    ]  # fmt: skip
+    return {setting.content["name"]: setting for setting in made}
+
+
+def text(model: str) -> dict[str, Setting]:
+    """Real sentences; ranks 2, 4, 8, 16."""
+    out = {}
+    for task, turnout in (("sst2", "full"), ("sst2", "sparse"), ("cola", "full")):
+        name = f"text_{task}_{turnout}"
+        who = {"count": 4} if turnout == "full" else {"count": 20, "participation": 0.2}
+        content = {
+            "name": name,
+            "task": {"kind": "glue", "name": task, "max_train": 2000, "max_eval": 200,
+                     "max_length": 24},
+            "model": {"name": model, "targets": ["query", "value"]},
+            "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": 1.0},
+            "training": {"rounds": 5, "steps": 8, "batch": 8, "lr": TEXT_RATE},
+            "evaluation": {"every": 100, "by_rank": "never", "agreement": "never"},
+            "methods": TEXT,
+        }  # fmt: skip
+        out[name] = Setting(content)
+    return out
+
+
+class Loud:
+    """An engine in which client 0 sends `LOUDNESS` times its update."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.inner = local_engine(plan)
+        self.save, self.load = self.inner.save, self.inner.load
+
+    def train(self, round: int, work: Sequence[tuple[Client, Sent]]) -> Answers:
+        answers = self.inner.train(round, work)
+        replies = [
+            replace(r, factors={m: (LOUDNESS * b, a) for m, (b, a) in r.factors.items()})
+            if r.client.index == 0
+            else r
+            for r in answers.replies
+        ]
+        return replace(answers, replies=replies)
+
+
+def one(setting: Setting, label: str, seed: int, lr: float, folder: Path,
+        data_dir: Path | None) -> float:  # fmt: skip
+    """The last headline metric of one run, which is not repeated where it is finished."""
+    content = dict(setting.content)
+    content["methods"] = {m: {**x, "lr": lr} for m, x in content["methods"].items()}
+    if label in MEASURED:
+        content["evaluation"] = content["evaluation"] | {"agreement": "every"}
+    plan = Plan(Config.model_validate(content), label, seed, lr, data_dir)
+    if "skewed" in setting.disturb:
+        rows, train = torch.from_numpy(plan.parts[0]), plan.task.train
+        train.y[rows] = (train.y[rows] + 1) % 10
+    engine: Callable[[Plan], Any] = Loud if "loud" in setting.disturb else local_engine
+    return float(run(plan, folder, engine=engine, resume=True)[-1]["metrics"][plan.task.metric])
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("runs", type=Path)
+    p.add_argument("--only", default="", help="settings whose name holds this")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--until", type=datetime.fromisoformat, help="start no run after this time")
+    p.add_argument("--data-dir", type=Path)
+    p.add_argument("--model", default="")
+    args = p.parse_args()
+    settings = grid() | common() | questions() | (text(args.model) if args.model else {})
+    for setting, label, seed, rates in work(settings, args.runs, args):
+        lr = rates(label)
+        if args.until and datetime.now() > args.until:
+            break
+        folder = args.runs / setting.content["name"] / label / f"seed{seed}"
+        if (folder / "done").exists():
+            continue
+        score = one(setting, label, seed, lr, folder, args.data_dir)
+        print(f"{datetime.now():%H:%M:%S} {folder} lr {lr:g} {score:.4f}", flush=True)
+
+
+def work(
+    settings: dict[str, Setting], runs: Path, args: argparse.Namespace
+) -> Iterator[tuple[Setting, str, int, Callable[[str], float]]]:
+    """Every run there is: grid, questions, text, each seed by seed."""
+    digits_rate = Rates(runs, "digits", [settings["digits_dirichlet_equal_full"],
+        settings["digits_dirichlet_mixed_sparse"], settings["digits_dirichlet_equal_sparse"]],
+        DIGIT_RATES)  # fmt: skip
+    groups: list[tuple[list[str], Callable[[str], float]]] = [
+        (FIRST, digits_rate),
+        ([name for name in common() if "0.003" in name], lambda label: 0.003),
+        ([name for name in common() if "0.01" in name], lambda label: 0.01),
+        (list(questions()), digits_rate),
+        ([name for name in grid() if name not in FIRST], digits_rate),
+    ]
+    for name in (n for n in settings if n.startswith("text")):
+        groups.append(([name], lambda label: TEXT_RATE))
+    for names, rate in groups:
+        for seed in range(args.seeds):
+            for name in names:
+                if args.only in name:
+                    for label in settings[name].content["methods"]:
+                        yield settings[name], label, seed, rate
+
+
+class Rates:
+    """Learning rates by method: the best mean over up to two settings on a seed of its own."""
+
+    def __init__(self, runs: Path, name: str, settings: list[Setting], rates: list[float]) -> None:
+        self.folder, self.settings, self.rates = runs / "sweep" / name, settings, rates
+
+    def __call__(self, label: str) -> float:
+        arms = self.settings[0].content["methods"]
+        if label not in arms:  # ablations learn at one rate, that of consensus
+            return self("consensus")
+        where = [s for s in self.settings if label in s.content["methods"]][:2]
+        outcome = self.folder / f"{label}.json"
+        if not outcome.exists():
+            scores: dict[str, dict[str, float]] = {}
+            best = self.rates[0]
+            for lr in self.rates:  # upwards, until it gets worse
+                scores[f"{lr:g}"] = {
+                    s.content["name"]: one(
+                        s, label, SWEEP_SEED, lr,
+                        self.folder / label / s.content["name"] / f"lr{lr:g}", None,
+                    )
+                    for s in where
+                }  # fmt: skip
+                if sum(scores[f"{lr:g}"].values()) < sum(scores[f"{best:g}"].values()):
+                    break
+                best = lr
+            outcome.parent.mkdir(parents=True, exist_ok=True)
+            outcome.write_text(json.dumps({"scores": scores, "chosen": best}, indent=1) + "\n")
+            print(f"{datetime.now():%H:%M:%S} sweep {outcome} {best:g} {scores}", flush=True)
+        return float(json.loads(outcome.read_text())["chosen"])
+
+
+if __name__ == "__main__":
+    main()
