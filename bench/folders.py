@@ -19,9 +19,7 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
     "llama-2-7b": (
         32,
         {
-            **dict.fromkeys(
-                [f"self_attn.{x}_proj" for x in ("q", "k", "v", "o")], (4096, 4096)
-            ),
+            **dict.fromkeys([f"self_attn.{x}_proj" for x in ("q", "k", "v", "o")], (4096, 4096)),
             "mlp.gate_proj": (11008, 4096),
             "mlp.up_proj": (11008, 4096),
             "mlp.down_proj": (4096, 11008),
