@@ -32,6 +32,12 @@ def slow(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--slow")
 
 
+def rounds_of(case: Case) -> int:
+    """By size: ten minutes for everything."""
+    numbers = case.rows * (case.d_out + case.d_in)
+    return 30 if numbers < 2**20 else 15 if numbers < 2**23 else 9
+
+
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """race(case, target, arms, floor, judge): time, weigh, and write it all into extra_info.
@@ -47,6 +53,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
         floor: Floor,
         judge: Callable[[str, Any], dict[str, float]],
         modules: int = 1,
+        rounds: int = 0,
         **described: Any,
     ) -> None:
         quality = {"glora": judge("glora", target())}
@@ -55,7 +62,7 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
                 arm.reset()
             quality[arm.name] = judge(arm.name, arm.call())
         asked = request.config.getoption("--rounds")
-        interleave(benchmark, target, arms, asked or (15 if case.d_out >= 2048 else 40))
+        interleave(benchmark, target, arms, asked or rounds or rounds_of(case))
         info = benchmark.extra_info
         info.update(
             case=str(case), d_out=case.d_out, d_in=case.d_in, clients=case.clients,

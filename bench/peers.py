@@ -1,7 +1,8 @@
 """What glora is measured against, each as an expert would write it today in plain torch.
 
 Rules of the house, so that no peer is weak by accident:
-- inputs are those of glora, in fp32; peers (0), (1), (3), (4) start from row stacks already in
+- inputs are those of glora; bf16 ones are converted to fp32 on the peer's clock, as torch's QR and
+  SVD take nothing narrower; peers (0), (1), (3), (4) start from row stacks already in
   memory (no stacking on their clock), (2) and (5) from the clients' own tensors, as they must;
 - test matrices Ω are drawn before the clock starts (glora keeps its own between calls too);
 - LAPACK gets one thread or all of them, whichever is faster for that peer on that machine: the
@@ -104,14 +105,14 @@ def randomized_svd(p: Population, rank: int, steps: int, om: Tensor, lapack: Lap
 
     Halko, Martinsson, Tropp 2011, algorithms 4.3 and 5.1; `steps` power iterations.
     """
-    return _implicit(p.b, p.a, p.coef, rank, steps, om, lapack)
+    return _implicit(p.b.float(), p.a.float(), p.coef, rank, steps, om, lapack)
 
 
 def randomized_svd_from_lists(
     p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack
 ) -> Factors:
     """(0) with the stacking on its clock: from the clients' own lora_B and lora_A."""
-    b, a = torch.cat(p.lora_b, 1), torch.cat(p.lora_a)
+    b, a = torch.cat(p.lora_b, 1).float(), torch.cat(p.lora_a).float()
     return _implicit(b.mT, a, p.coef, rank, steps, om, lapack)
 
 
@@ -120,17 +121,18 @@ def stacked_qr(p: Population, rank: int, lapack: Lapack) -> Factors:
 
     Q stays in reflectors: only the R columns wanted are ever multiplied out.
     """
-    left, tau_l = lapack.geqrf(p.b.mT * p.coef.mT)
-    right, tau_r = lapack.geqrf(p.a.mT)
-    x, s, yh = lapack.svd(left[: min(p.b.shape)].triu() @ right[: min(p.a.shape)].triu().mT)
-    u, v = p.b.new_zeros(p.b.shape[1], rank), p.a.new_zeros(p.a.shape[1], rank)
+    b, a = p.b.float(), p.a.float()
+    left, tau_l = lapack.geqrf(b.mT * p.coef.mT)
+    right, tau_r = lapack.geqrf(a.mT)
+    x, s, yh = lapack.svd(left[: min(b.shape)].triu() @ right[: min(a.shape)].triu().mT)
+    u, v = b.new_zeros(b.shape[1], rank), a.new_zeros(a.shape[1], rank)
     u[: x.shape[0]], v[: yh.shape[1]] = x[:, :rank], yh[:rank].mT
     return lapack.ormqr(left, tau_l, u), s[:rank], lapack.ormqr(right, tau_r, v)
 
 
 def dense_mean(p: Population) -> Tensor:
     """(d_out, d_in): one product of the stacks, not K of them."""
-    return p.b.mT @ (p.coef * p.a)
+    return p.b.float().mT @ (p.coef * p.a.float())
 
 
 def dense_lowrank(p: Population, rank: int) -> Factors:
@@ -209,10 +211,11 @@ def naive_loop(p: Population, rank: int, om_u: Tensor, om_v: Tensor, lapack: Lap
         y = mean_projector(lapack.orthonormal(mean_projector(om)))
         return lapack.svd(y)[0][:, :rank]
 
-    u = top(p.lora_b, om_u)
-    v = top([a.mT for a in p.lora_a], om_v)
+    lora_b, lora_a = ([x.float() for x in side] for side in (p.lora_b, p.lora_a))
+    u = top(lora_b, om_u)
+    v = top([a.mT for a in lora_a], om_v)
     core = u.new_zeros(rank, rank)
-    for c, b, a in zip((p.weights * p.scaling).tolist(), p.lora_b, p.lora_a, strict=True):
+    for c, b, a in zip((p.weights * p.scaling).tolist(), lora_b, lora_a, strict=True):
         core.addmm_(u.mT @ b, a @ v, alpha=c)
     x, s, yh = lapack.svd(core)
     return u @ x, s, v @ yh.mT

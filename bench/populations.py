@@ -52,7 +52,8 @@ class Case:
 
     def __str__(self) -> str:
         r = "-".join(map(str, self.ranks))
-        return f"{self.d_out}x{self.d_in}-K{self.clients}-r{r}-R{self.rank}-{self.kind}"
+        dtype = "" if self.dtype == torch.float32 else f"-{self.dtype}".replace("torch.", "")
+        return f"{self.d_out}x{self.d_in}-K{self.clients}-r{r}-R{self.rank}-{self.kind}{dtype}"
 
     @property
     def rows(self) -> int:
@@ -96,12 +97,12 @@ class Population:
 
     @cached_property
     def coef(self) -> Tensor:
-        """(N, 1): w_i s_i at each row of client i, so that the mean is bᵀ(coef·a)."""
+        """(N, 1) fp32: w_i s_i at each row of client i, so that the mean is bᵀ(coef·a)."""
         ranks = torch.tensor([x.shape[0] for x in self.lora_a])
-        return (self.weights * self.scaling).repeat_interleave(ranks)[:, None].to(self.a.dtype)
+        return (self.weights * self.scaling).repeat_interleave(ranks)[:, None].float()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def population(case: Case) -> Population:
     """Draw the clients of a case.
 

@@ -38,6 +38,6 @@ class Truth:
         return (2 * inner - own) / self.energy
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def truth_of(case: Case) -> Truth:
     return Truth(population(case))

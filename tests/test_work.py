@@ -1,0 +1,181 @@
+"""How much work an aggregation is, counted and never timed: products, eigenproblems, bytes.
+
+Flops of the long dimension are counted where the algorithm asks its vocabulary for them, in units
+of 2N(d_out + d_in)(R + p): one pass of all factors over a block of the width of the iteration.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.ops import Ops
+from torch import Tensor
+
+import glora_ops  # noqa: F401  # registers the ops
+from glora_ops.isolation import exact_products
+from glora_ops.ragged import Ragged
+
+P = 16
+
+
+class Counted(CpuVocabulary):
+    """The CPU's vocabulary with a tally; what one word says in others is counted there."""
+
+    def __init__(self) -> None:
+        self.flops: Counter[str] = Counter()
+        self.eigenproblems: list[tuple[int, ...]] = []
+        self.singular: list[tuple[int, ...]] = []
+
+    def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
+        squares = int(ragged.ranks.square().sum())
+        self.flops["gram"] += 2 * rows.shape[0] * squares * rows.shape[-1]
+        return super().gram(rows, ragged)
+
+    def times(self, rows: Tensor, omega: Tensor) -> Tensor:
+        self.flops["times"] += 2 * rows.numel() * omega.shape[-1]
+        return super().times(rows, omega)
+
+    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        n = rows.shape[-2]
+        self.flops["overlaps"] += rows.numel() * (n + 2 * t.shape[-1])  # half of the square
+        before = self.flops["times"]
+        out = super().overlaps(rows, ragged, t)
+        assert self.flops["times"] == before
+        return out
+
+    def lift(self, rows: Tensor, z: Tensor) -> Tensor:
+        self.flops["lift"] += 2 * rows.numel() * z.shape[-1]
+        return super().lift(rows, z)
+
+    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+        self.flops["combine"] += 2 * y.numel() * c.shape[-1]
+        return super().combine(y, c)
+
+    def inner(self, y: Tensor, z: Tensor) -> Tensor:
+        self.flops["inner"] += 2 * y.numel() * z.shape[-1]
+        return super().inner(y, z)
+
+    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        self.eigenproblems.append(tuple(g.shape))
+        return super().eigh(g)
+
+    def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.singular.append(tuple(c.shape))
+        return super().svd(c)
+
+
+def counted(
+    basis: str, clients: int, rank: int, d: int, server: int, modules: int = 1, steps: int = -1
+) -> Counted:
+    rng = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(modules, clients * rank, d, generator=rng) for _ in range(2))
+    v, ones = Counted(), torch.ones(clients)
+    with exact_products():
+        Ops(v).aggregate(
+            b, a, torch.arange(clients + 1) * rank, ones / clients, ones, server, basis,
+            power_iters=steps,
+        )  # fmt: skip
+    return v
+
+
+def passes(v: Counted, clients: int, rank: int, d: int, server: int, modules: int = 1) -> float:
+    return v.flops.total() / (4 * modules * clients * rank * d * (server + P))
+
+
+def orders(v: Counted) -> list[int]:
+    return [shape[-1] for shape in v.eigenproblems]
+
+
+# The Gram route makes one N × N product per side, which is N/(R + p) passes, and the rest is a few.
+@pytest.mark.parametrize(
+    ("basis", "most"), [("update", 2.0), ("consensus", 3.5), ("projector", 3.5)]
+)
+@pytest.mark.parametrize("shape", [(8, 8, 512, 16), (16, 16, 512, 32), (4, 4, 300, 8)])
+def test_products_of_the_gram_route(
+    basis: str, most: float, shape: tuple[int, int, int, int]
+) -> None:
+    clients, rank, _, server = shape
+    v = counted(basis, *shape)
+    assert passes(v, *shape) <= most + clients * rank / (server + P)
+    assert v.flops["overlaps"] == 0
+
+
+# Fixed numbers of power steps: the products must not grow beyond these passes.
+@pytest.mark.parametrize(
+    ("basis", "steps", "most"),
+    [("update", 0, 5), ("update", 2, 9), ("consensus", 0, 16), ("consensus", 2, 26)],
+)
+@pytest.mark.parametrize("shape", [(80, 16, 1024, 16), (160, 16, 1024, 16)])
+def test_products_of_the_krylov_route(
+    basis: str, steps: int, most: float, shape: tuple[int, int, int, int]
+) -> None:
+    v = counted(basis, *shape, steps=steps)
+    assert passes(v, *shape) <= most
+
+
+@pytest.mark.parametrize("basis", ["update", "consensus", "projector"])
+@pytest.mark.parametrize(
+    ("small", "large", "factor"),
+    [
+        ((8, 8, 512, 16), (8, 8, 1024, 16), 2.0),
+        ((80, 16, 1024, 16), (80, 16, 2048, 16), 2.0),
+        ((80, 16, 1024, 16), (160, 16, 1024, 16), 2.0),
+    ],
+)
+def test_products_grow_in_proportion(
+    basis: str,
+    small: tuple[int, int, int, int],
+    large: tuple[int, int, int, int],
+    factor: float,
+) -> None:
+    """Twice the dimension, or on the Krylov route twice the clients: twice the work, no more."""
+    one, two = (counted(basis, *shape, steps=2) for shape in (small, large))
+    ratio = two.flops.total() / one.flops.total()
+    assert ratio <= 1.02 * factor
+    assert ratio >= 0.9 * factor
+
+
+@pytest.mark.parametrize("basis", ["update", "consensus", "projector"])
+def test_eigenproblems_of_the_gram_route(basis: str) -> None:
+    """As many calls for 24 clients as for 4 and for 5 modules as for 1, none above N + R."""
+    calls = set()
+    for clients, modules in ((4, 1), (24, 1), (4, 5)):
+        v = counted(basis, clients, 8, 256, 16, modules)
+        calls.add((len(v.eigenproblems), len(v.singular)))
+        assert max(orders(v)) <= clients * 8 + 16
+        assert {shape[0] for shape in v.eigenproblems} == {modules}
+        assert v.singular == [(modules, 16, 16)]
+    ((eigenproblems, _),) = calls
+    assert eigenproblems <= (4 if basis == "update" else 8)
+
+
+@pytest.mark.parametrize(("basis", "most"), [("update", 8), ("consensus", 30), ("projector", 30)])
+def test_eigenproblems_of_the_krylov_route(basis: str, most: int) -> None:
+    """None of them knows N: their orders are those of the block, R + p, and of its powers."""
+    for clients in (80, 240):
+        v = counted(basis, clients, 16, 512, 16, steps=2)
+        assert len(v.eigenproblems) <= most
+        assert max(orders(v)) <= 3 * (16 + P)
+
+
+@pytest.mark.parametrize("basis", ["update", "consensus"])
+def test_the_counts_would_notice(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass too many, or one eigenproblem of order N, breaks the limits above."""
+    plain: Callable[..., Tensor] = Counted.gram
+
+    def wasteful(self: Counted, rows: Tensor, ragged: Ragged) -> Tensor:
+        for _ in range(4):
+            self.times(rows, rows.new_ones(rows.shape[0], rows.shape[-1], 16 + P))
+        self.eigh(torch.eye(rows.shape[-2], dtype=torch.float64)[None])
+        return plain(self, rows, ragged)
+
+    monkeypatch.setattr(Counted, "gram", wasteful)
+    with pytest.raises(AssertionError):
+        test_products_of_the_krylov_route(basis, 2, {"update": 9, "consensus": 26}[basis],
+                                          (80, 16, 1024, 16))  # fmt: skip
+    with pytest.raises(AssertionError):
+        test_eigenproblems_of_the_krylov_route(basis, {"update": 8, "consensus": 30}[basis])
