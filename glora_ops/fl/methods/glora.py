@@ -49,7 +49,7 @@ class Glora(Method):
     momentum: float = 0.0
     server_vote: float = 0.5
     tau_rel: float = 0.1
-    anchor: float = 0.5
+    anchor: float = 1.0
 
     def __post_init__(self) -> None:
         require(self.rank is None or self.rank >= 1, "rank", self.rank, "an integer ≥ 1")
