@@ -42,7 +42,7 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl
 
-bench: $(READY)  ## glora beside its peers, interleaved; JSON, table and picture
+bench: $(READY)  ## glora beside its peers, interleaved; JSON, then docs/performance.md from it
 	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json
 	$(BIN)/python bench/report.py bench/results/cpu.json
 

@@ -1,19 +1,23 @@
-"""Tables and a picture from stored benchmark JSON, and from nothing else.
+"""docs/performance.md and its pictures from stored benchmark JSON, and from nothing else.
 
-python bench/report.py [JSON …] [--readme] [--picture PNG]
+python bench/report.py [JSON …] [--docs FOLDER] [--readme]
 
 Without files: every JSON under bench/results. Ratios are peer time over glora time, per round,
-medians: ×2.0 means glora was twice as fast. --readme prints the table for the README alone.
+medians: ×2.0 means glora was twice as fast. --readme prints the table for the README alone and
+writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 NAMES = {
     "peer0_q0": "(0) randomized SVD of stacks, q = 0",
     "peer1_qr": "(1) thin QR of stacks + SVD",
@@ -22,7 +26,8 @@ NAMES = {
     "peer4_svd": "(4) dense mean + full SVD",
     "peer5_loop": "(5) QR loop over clients",
     "glora_projector": "glora, projector",
-    "one_by_one": "the same op, module by module",
+    "one_module": "glora, one module alone",
+    "glora_op": "the op alone",
     "formed": "formed bases, plain products",
     "loop_qr": "QR loop over clients",
     "plain": "plain torch",
@@ -54,7 +59,8 @@ class Row:
         size = f"{i['d_out']}²" if i["d_out"] == i["d_in"] else f"{i['d_out']}×{i['d_in']}"
         many = f"{i['modules']} × " if i["modules"] > 1 else ""
         shape = f"{many}{size}, K = {i['clients']}, r = {ranks}, R = {i['rank']}"
-        return f"{shape}, {i['population']}"
+        dtype = "" if i["dtype"] == "float32" else f", {i['dtype']}"
+        return f"{shape}, {i['population']}{dtype}"
 
     @property
     def call(self) -> str:
@@ -235,7 +241,10 @@ def picture(rows: list[Row], path: Path) -> None:
     cases = [
         case
         for case in dict.fromkeys(row.case for row in rows)
-        if case.endswith(", partly") and "/" not in case and (case, "consensus") in raced
+        if case.endswith(", partly")
+        and "/" not in case
+        and "K = 128" not in case
+        and {(case, "update"), (case, "consensus")} <= raced.keys()
     ]
     if not cases:
         return
@@ -268,30 +277,255 @@ def picture(rows: list[Row], path: Path) -> None:
     plt.close(fig)
 
 
+# --- growth ----------------------------------------------------------------------------------
+
+AXES = {"K": "clients K", "d": "dimension d", "r": "client rank r", "R": "server rank R"}
+Curve = dict[tuple[str, str, str], list[dict[str, Any]]]
+
+
+def curves(growth: list[dict[str, Any]]) -> Curve:
+    """Points by (route, basis, axis), in order."""
+    found: Curve = defaultdict(list)
+    for i in sorted(growth, key=lambda i: i["value"]):
+        found[i["growth"], i["basis"], i["axis"]].append(i)
+    return found
+
+
+def exponent(points: list[dict[str, Any]], what: str) -> float:
+    """Least-squares slope of log(what) over log(value)."""
+    x = [math.log(i["value"]) for i in points]
+    y = [math.log(i[what]) for i in points]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / sum((a - mean_x) ** 2 for a in x)
+
+
+def growth_table(growth: list[dict[str, Any]]) -> str:
+    header = [
+        "route", "basis", "grows", "values", "ms", "exponent", "predicted", "peak MB",
+        "captured / attainable",
+    ]  # fmt: skip
+    body = []
+    for (route, basis, axis), points in curves(growth).items():
+        body.append([
+            route, basis, AXES[axis], ", ".join(str(i["value"]) for i in points),
+            ", ".join(ms(i["median_ms"]) for i in points),
+            f"{exponent(points, 'median_ms'):.2f}", f"{exponent(points, 'predicted'):.2f}",
+            ", ".join(f"{i['memory_mb']:.0f}" for i in points),
+            f"{min(i['captured_of_optimum'] for i in points):.4f}",
+        ])  # fmt: skip
+    return table(header, body)
+
+
+def growth_picture(growth: list[dict[str, Any]], path: Path) -> None:
+    """Time over each size on double logarithmic axes; lines rise with the predicted exponent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    routes = sorted({i["growth"] for i in growth})
+    fig, grid = plt.subplots(
+        len(routes), len(AXES), figsize=(15, 3.6 * len(routes)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for (route, basis, axis), points in curves(growth).items():
+        axes = grid[routes.index(route)][list(AXES).index(axis)]
+        color = ACCENT if basis == "consensus" else QUIET
+        x = [i["value"] for i in points]
+        line = [points[0]["median_ms"] * i["predicted"] / points[0]["predicted"] for i in points]
+        axes.plot(x, line, color=color, lw=1, alpha=0.5)
+        axes.plot(
+            x, [i["median_ms"] for i in points], "o", color=color, ms=5,
+            label=f"{basis}: {exponent(points, 'median_ms'):.2f}, "
+            f"predicted {exponent(points, 'predicted'):.2f}",
+        )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(x, [str(value) for value in x])
+        axes.set_title(f"{route} route, {AXES[axis]}", loc="left", fontsize=10, color=INK)
+        axes.set_ylabel("ms", fontsize=8, color=QUIET)
+        axes.legend(fontsize=8, frameon=False)
+        axes.grid(color=RULE, lw=0.6)
+        axes.tick_params(colors=QUIET, which="both", labelsize=8)
+    fig.savefig(path, dpi=110, facecolor="white")
+    plt.close(fig)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def files_table(files: list[dict[str, Any]]) -> str:
+    header = [
+        "clients", "each, MB", "modules", "files → state, s", "in memory → state, s",
+        "rate of in memory", "peak MB, whole process", "allowed: state + 2 × largest + 300",
+        "captured / attainable",
+    ]  # fmt: skip
+    body = [
+        [
+            f"{i['clients']} ({i['model']}, r = {i['r']}, {i['dtype']})",
+            f"{i['adapter_mb']:.0f}", str(i["modules"]), f"{i['files_ms'] / 1e3:.2f}",
+            f"{i['memory_ms'] / 1e3:.2f}", f"{100 * i['rate_of_memory']:.0f} %",
+            f"{i['peak_mb']:.0f} (import alone {i['import_mb']:.0f})",
+            f"{allowed(i):.0f} ({i['state_mb']:.0f} + 2 × {i['largest_mb']:.1f} + 300)",
+            f"{i['captured_of_optimum']:.4f}",
+        ]
+        for i in files
+    ]  # fmt: skip
+    return table(header, body)
+
+
+def allowed(i: dict[str, Any]) -> float:
+    """MB: the state, twice the factors of the largest module, and 300."""
+    return i["state_mb"] + 2 * i["largest_mb"] + 300
+
+
+def model_table(rows: list[Row]) -> str:
+    header = [
+        "model", "call", "ms", "ms a module", "of one module alone", "vs loop of (0), q = 1",
+        "vs loop of (1)", "captured / optimum", "peak beyond inputs",
+    ]  # fmt: skip
+    body = []
+    for row in rows:
+        body.append([
+            row.case, row.call, row.time, ms(row.ms / row.info["modules"]),
+            f"× {of_one_alone(row):.2f}", row.against("peer0_q1"), row.against("peer1_qr"),
+            f"{row.info['captured_of_optimum']:.4f}", row.memory,
+        ])  # fmt: skip
+    return table(header, body)
+
+
+def of_one_alone(row: Row) -> float:
+    """Time of one module of many over that of one module alone."""
+    return 1 / (row.info["modules"] * row.arms["one_module"]["ratio"])
+
+
+def goals(steps: list[Row], models: list[Row], files: list[dict[str, Any]]) -> str:
+    """What was aimed at, what came of it."""
+    found = {(row.case, row.info["basis"]): row for row in steps if row.info["op"] == "aggregate"}
+    large = "4096², K = 32, r = 16, R = 32, "
+    small, many = "1024², K = 8, r = 8, R = 16, partly", "1024², K = 32, r = 8, R = 16, partly"
+    body: list[list[str]] = []
+
+    def ratio(case: str, basis: str, arm: str, least: float) -> None:
+        row = found.get((case, basis))
+        arm = (row.info.get("matched", arm) if arm == "peer0" else arm) if row else arm
+        if row is not None and arm in row.arms:
+            value = row.arms[arm]["ratio"]
+            body.append([
+                f"{case}: {basis} ≥ {least:g} × {name_of(arm)}", f"×{value:.2f}",
+                met(value >= least),
+            ])  # fmt: skip
+
+    ratio(large + "partly", "update", "peer0", 1.3)
+    ratio(large + "partly", "update", "peer1_qr", 8)
+    ratio(large + "partly", "consensus", "peer1_qr", 3)
+    ratio(small, "update", "peer1_qr", 1.3)
+    ratio(small, "consensus", "peer1_qr", 1)
+    ratio(many, "update", "peer3_lowrank", 1)
+    for kind in ("shared", "partly"):
+        row = found.get((large + kind, "consensus"))
+        if row is not None:
+            held = row.info["captured"] / row.info["attainable"]
+            body.append([f"{row.case}: consensus captured / attainable ≥ 0.98", f"{held:.4f}",
+                         met(held >= 0.98)])  # fmt: skip
+    for row in models:
+        value = of_one_alone(row)
+        body.append([f"{row.case}, {row.info['basis']}: a module ≤ 0.7 × one alone",
+                     f"× {value:.2f}", met(value <= 0.7)])  # fmt: skip
+    for i in files:
+        what = f"files, K = {i['clients']}"
+        body.append([f"{what}: ≥ 60 % of the in-memory rate", f"{100 * i['rate_of_memory']:.0f} %",
+                     met(i["rate_of_memory"] >= 0.6)])  # fmt: skip
+        body.append([f"{what}: peak ≤ state + 2 × largest module + 300 MB",
+                     f"{i['peak_mb']:.0f} of {allowed(i):.0f} MB",
+                     met(i["peak_mb"] <= allowed(i))])  # fmt: skip
+    return table(["goal", "measured", "met"], body)
+
+
+def met(yes: bool) -> str:
+    return "yes" if yes else "**no**"
+
+
+def page(
+    rows: list[Row], growth: list[dict[str, Any]], files: list[dict[str, Any]], docs: Path
+) -> str:
+    steps = [r for r in rows if r.is_step and "one_module" not in r.arms]
+    models = [r for r in rows if "one_module" in r.arms]
+    ops = [r for r in rows if not r.is_step]
+    parts = [
+        "# Performance",
+        "Generated by `python bench/report.py` from the JSON under `bench/results`, which "
+        "`make bench` stores; how it is measured stands in [bench/README.md](../bench/README.md). "
+        "Ratios are peer ÷ glora within interleaved rounds: above 1 glora is faster. glora's "
+        "times include certificates and per-client statistics, which no peer computes. "
+        "`update` answers the question of peers (0)–(4); `consensus` answers another, so its "
+        "ratios compare cost alone.",
+        conditions(rows),
+        "## Goals",
+        goals(steps, models, files),
+        "## One server step",
+        steps_table(steps),
+    ]
+    if steps:
+        picture(steps, docs / "performance.png")
+        parts.append("![Times of one server step](performance.png)")
+    if models:
+        parts += ["## A whole model in one call", model_table(models)]
+    if files:
+        parts += [
+            "## Files to result",
+            "Adapter folders in the system's cache → state. In memory: `aggregate` on the same "
+            "tensors, read before. Peak: highest resident memory of a fresh process that also "
+            "saves the state.",
+            files_table(files),
+        ]
+    if growth:
+        growth_picture(growth, docs / "growth.png")
+        parts += [
+            "## Growth",
+            "One size at a time, two power steps. Predicted: the exponent, fitted over the same "
+            "values, of N·d·(N + 2R) on the Gram route and N·d·(R + 16) on the Krylov route.",
+            growth_table(growth),
+            "![Growth](growth.png)",
+        ]
+    parts += ["## Every arm", arms_table([*steps, *models])]
+    if ops:
+        parts += ["## Single ops", ops_table(ops)]
+    return "\n\n".join(parts) + "\n"
+
+
+def load(files: list[Path]) -> tuple[list[Row], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Races, points of growth curves, and runs from files."""
+    rows, growth, runs = [], [], []
+    for entry in (e for file in files for e in json.loads(file.read_text())["benchmarks"]):
+        info = entry["extra_info"]
+        if "growth" in info:
+            growth.append(info)
+        elif "files" in info:
+            runs.append(info | {"files_ms": 1e3 * entry["stats"]["median"]})
+        else:
+            rows.append(Row(entry))
+    return rows, growth, runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="*", type=Path, help="default: bench/results/*.json")
-    parser.add_argument("--readme", action="store_true", help="the headline table alone")
-    parser.add_argument("--picture", type=Path, help="default: beside the first JSON, .png")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page is written")
+    parser.add_argument("--readme", action="store_true", help="print the headline table alone")
     given = parser.parse_args()
     files = given.json or sorted(RESULTS.glob("*.json"))
     if not files:
         parser.error(f"no JSON in {RESULTS}: run pytest bench --benchmark-json FILE first")
-    rows = [Row(e) for file in files for e in json.loads(file.read_text())["benchmarks"]]
-    steps, ops = [r for r in rows if r.is_step], [r for r in rows if not r.is_step]
-    if steps:
-        print(steps_table(steps), end="\n\n")
-    print(conditions(rows))
+    rows, growth, runs = load(files)
     if given.readme:
+        print(steps_table([r for r in rows if r.is_step and r.info["op"] == "aggregate"]))
+        print("\n" + conditions(rows))
         return
-    if steps:
-        print("\n### Every arm\n\n" + arms_table(steps))
-    if ops:
-        print("\n### Single ops\n\n" + ops_table(ops))
-    if steps:
-        path = given.picture or files[0].with_suffix(".png")
-        picture(steps, path)
-        print(f"\nPicture: {path}")
+    path = given.docs / "performance.md"
+    path.write_text(page(rows, growth, runs, given.docs))
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

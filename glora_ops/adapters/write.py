@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,9 @@ def write_adapter(
         conv = entry["kind"] == "conv2d"
         tensors[a_key] = a.reshape(rank, -1, kh, kw) if conv else a
         tensors[b_key] = b.reshape(-1, rank, 1, 1) if conv else b
-    # Copies: safetensors takes neither views nor tensors that share memory.
-    tensors = {
-        key: t.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for key, t in tensors.items()
-    }
+    tensors = {key: _own(t.detach().to("cpu", torch.float32)) for key, t in tensors.items()}
+    places = Counter(t.data_ptr() for t in tensors.values())
+    tensors = {key: t.clone() if places[t.data_ptr()] > 1 else t for key, t in tensors.items()}
     modules_to_save: set[str] = set()
     for name, tensor in (dense or {}).items():
         owners = saved_by(name, layout["modules_to_save"])
@@ -121,6 +120,12 @@ def write_adapter(
         card = _model_card(config, len(factors), sorted(dense or {}))
         (path / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)
+
+
+def _own(t: Tensor) -> Tensor:
+    """`t`, or a copy where it is part of something larger: safetensors takes no views."""
+    whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
+    return t if whole else t.clone(memory_format=torch.contiguous_format)
 
 
 def _model_card(config: Mapping[str, Any], modules: int, dense: list[str]) -> str:
