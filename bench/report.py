@@ -323,6 +323,7 @@ def growth_picture(growth: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     routes = sorted({i["growth"] for i in growth})
     fig, grid = plt.subplots(
@@ -342,6 +343,7 @@ def growth_picture(growth: list[dict[str, Any]], path: Path) -> None:
         )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(x, [str(value) for value in x])
         axes.set_title(f"{route} route, {AXES[axis]}", loc="left", fontsize=10, color=INK)
         axes.set_ylabel("ms", fontsize=8, color=QUIET)
