@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from .bindings.schemas import BASES
-from .errors import Refusal, Refused, require
+from .errors import Refusal, Refused, require, unfit
 
 __all__ = [
     "LEAST", "MOST", "check_settings", "check_weights", "integer", "kind", "number", "sequence",
@@ -94,7 +94,8 @@ def sequence(name: str, value: Any, expected: str) -> list[Any]:
     """`value` as a list, where it is something to go through in order."""
     ordered = isinstance(value, (Sequence, np.ndarray, Tensor))
     ordered = ordered and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) != 0
-    require(ordered, name, kind(value), expected)
+    if not ordered:  # only then: describing a list of factors prints them all
+        raise unfit(name, kind(value), expected)
     return list(value)
 
 
