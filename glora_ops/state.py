@@ -190,7 +190,7 @@ class State:
             for name, m in self.modules.items()
             for part in _TENSORS
         } | {f"dense/{name}": x.contiguous() for name, x in self.dense.items()}
-        here = path.absolute().parent
+        here = path.resolve().parent
         described = {
             "format_version": FORMAT_VERSION,
             "modules": list(self.modules),
@@ -238,7 +238,7 @@ class State:
             complete = {"basis", "missing", "rank"} <= set(about["settings"]) and len(
                 about["clients"]
             ) == len(about["weights"])
-            here = path.absolute().parent
+            here = path.resolve().parent
             record = _moved(about.get("record"), lambda place: _absolute(place, here))
         except (ValueError, TypeError, KeyError):
             found = f"{path}, which carries no glora metadata"
@@ -342,8 +342,10 @@ def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[s
 
 def _relative(path: str, folder: Path) -> str:
     """`path` as seen from `folder`, where there is a way: state and clients may move together."""
+    place = Path(path)
+    real = place.parent.resolve() / place.name  # a link keeps its name: clients go by it
     try:
-        return Path(os.path.relpath(path, folder)).as_posix()
+        return Path(os.path.relpath(real, folder)).as_posix()
     except ValueError:  # another drive
         return path
 

@@ -416,6 +416,19 @@ def test_state_and_clients_may_move_together(four: list[Path], tmp_path: Path) -
     )
 
 
+def test_links_to_states_and_clients(four: list[Path], tmp_path: Path) -> None:
+    """A state found through a link elsewhere, of a client that is a link and goes by its name."""
+    (tmp_path / "merged/2026").mkdir(parents=True)
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / "ann").symlink_to(four[0])
+    (tmp_path / "deep/er/latest").symlink_to(tmp_path / "merged/2026")
+    state = aggregate_adapters([tmp_path / "ann", four[1]], rank=4)
+    state.save(tmp_path / "merged/2026/s.safetensors")
+    found = State.load(tmp_path / "deep/er/latest/s.safetensors")
+    assert found.record == state.record
+    assert update_adapters(found, remove=["client-1"]).clients == ("ann",)
+
+
 def test_what_was_recorded(four: list[Path]) -> None:
     state = aggregate_adapters(four[:2], [3, 1], rank=4, base="tiny/mixed")
     record = state.record
