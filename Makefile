@@ -19,7 +19,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY)  ## real adapters of different ranks, trained on digits, become one
 	$(BIN)/python examples/digits_demo.py --out demo-out
 
-test: lint test-kernels  ## the whole test suite, about fifteen minutes on two cores
+test: lint test-kernels  ## the whole test suite, six to ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # A process of its own: Triton is either interpreter or compiler (tests/test_compile.py).
