@@ -170,8 +170,7 @@ def aggregate(
     clients = canonicalize(v, *grams, ragged, scaling, tau_rel, roundoff)
     if not (captured or exact):
         route = tall = KrylovRoute(v, left, right, grams, how)
-        limit = dual_route_limit(rank, min(b.shape[-1], a.shape[-1]), basis == "update")
-        if ragged.rows <= limit:
+        if ragged.rows <= dual_route_limit(rank, b.shape[-1], a.shape[-1]):
             route = DualRoute(v, left, right, clients, tall)
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)

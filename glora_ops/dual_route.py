@@ -9,7 +9,8 @@ Gram matrices of raw factors are not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +20,12 @@ from .krylov import Operator, Ritz, block_krylov
 from .krylov_route import KrylovRoute, principal_krylov, start_block
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, working
 
 __all__ = ["DualRoute"]
 
 # An eigenvalue below this fraction of the top is not resolved by fp32 Gram matrices.
 RESOLVED = 1e-5
-# A cut that leaves less of a mean's energy than this may be none: digits then count.
-CUT = 1e-4
 # A sum over pairs of clients this small against the clients' own energy may be rounding.
 NOISE = 2.0**-16
 
@@ -71,14 +70,19 @@ class DualRoute:
         self.sigma = clients.sigma
         self.sides = {side.name: side for side in (left, right)}
         self.t = {"left": clients.t_u, "right": clients.t_v}
-        self.grams = {
-            name: v.overlaps(side.rows, side.ragged, self.t[name])
+        self.dtype = working(left.rows.dtype)
+        self._seen: dict[str, Tensor] = {}
+
+    @cached_property
+    def grams(self) -> dict[str, Tensor]:
+        return {
+            name: self.v.overlaps(side.rows, side.ragged, self.t[name])
             for name, side in self.sides.items()
         }
-        self.metrics = {name: Metric(v, gram) for name, gram in self.grams.items()}
-        self.both = self.grams["left"] * self.grams["right"]
-        self.dtype = self.both.dtype
-        self._seen: dict[str, Tensor] = {}
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        return {name: Metric(self.v, gram) for name, gram in self.grams.items()}
 
     def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
         ritz = self._iterate(
@@ -87,15 +91,8 @@ class DualRoute:
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
     def update(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
-        found = self.triplets(mean, rank, warm)
-        y = orthonormalise(self.v, self._lift(self.sides["right"], found.y))
-        energies = found.sigma[..., :rank].square()
-        missed = found.norm.square() - energies.sum(-1)
-        clear = energies[..., -1] > RESOLVED * energies[..., 0]
-        if not bool((clear & (missed > CUT * found.norm.square())).all()):
-            return self.tall.update(mean, rank, y)
-        x = orthonormalise(self.v, self._lift(self.sides["left"], found.x))
-        return replace(found, x=x, y=y)
+        """One problem alone does not pay for two Gram matrices."""
+        return self.tall.update(mean, rank, warm)
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         known = None if warm is None else self._pull(self.sides["right"], warm)
@@ -162,7 +159,8 @@ class DualRoute:
         """Ritz approximation of Q D Zᵀ, D = p σ; known: Zᵀ y of columns y to start from."""
         left, right = self.metrics["left"], self.metrics["right"]
         strength = (mean.share * self.sigma)[..., None]
-        total = (strength * self.v.times(self.both, strength)).sum((-2, -1))
+        both = self.grams["left"] * self.grams["right"]
+        total = (strength * self.v.times(both, strength)).sum((-2, -1))
         # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
         total = total.where(total > NOISE * strength.square().sum((-2, -1)), 0.0)
         operator = Operator(

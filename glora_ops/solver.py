@@ -179,14 +179,13 @@ def gram_route_limit(rank: int) -> int:
     return max(128, 3 * (rank + 16))
 
 
-def dual_route_limit(rank: int, d: int, update: bool) -> int:
-    """Largest N for which N × N Gram matrices cost less than the passes they save; d the shorter.
+def dual_route_limit(rank: int, d_out: int, d_in: int) -> int:
+    """Largest N for which N × N Gram matrices cost less than the passes they save.
 
     Gram matrices of both sides cost as much as N/(2(R + 16)) pairs of passes over the stacks;
-    the four problems of a consensus take about ten. The one of an update takes five, and what it
-    saves beside them grows with d/N (measured, CPU).
+    the four problems of a consensus take about ten. A stack wider than long has nothing to gain.
     """
-    return min(20 * (rank + 16), d // 8 if update else d)
+    return min(20 * (rank + 16), d_out, d_in)
 
 
 def fill(x: Tensor, columns: int) -> Tensor:

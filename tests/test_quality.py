@@ -278,7 +278,7 @@ def test_the_route_is_chosen_by_the_number_of_rows():
 def test_krylov_keeps_up_with_the_exact_route(make, basis, rank, m, n):
     """N = 320: captured within 1e-3 of the reference's, error ≤ 1.01 × its error + 1e-3·‖W̄‖."""
     rng = np.random.default_rng(0)
-    assert (dual_route_limit(rank, min(m, n), False) >= 320) == (m == 400)
+    assert (dual_route_limit(rank, m, n) >= 320) == (m == 400)
     clients = stored(rng, make(rng, count=80, m=m, n=n))
     result = Result(clients, rank, basis)
     assert result.stat("krylov") == 1
@@ -305,7 +305,7 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     """Nearly dependent clients: N-space is mostly null space, where rounding has room to grow."""
     rng = np.random.default_rng(0)
     count, r, m, n = 20, 8, 1400, 1360
-    assert gram_route_limit(16) < count * r <= dual_route_limit(16, n, basis == "update")
+    assert gram_route_limit(16) < count * r <= dual_route_limit(16, m, n)
     shared_u, shared_v = orthonormal(rng, m, r // 2), orthonormal(rng, n, r // 2)
     clients = []
     for _ in range(count):
