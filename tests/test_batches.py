@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora_ops as glora
 from glora_ops import State, batches
@@ -240,3 +241,51 @@ def test_workers_compute_on_one_thread_and_change_nobody_elses(threads: None) ->
         newcomer.join()
         assert fresh == [3]
     assert torch.get_num_threads() == 3
+
+
+class Elsewhere(TorchDispatchMode):
+    """Meta tensors stand for a GPU's: every value looked at is true, what comes back is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back: list[int] = []
+        self.steps: list[dict[str, object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.__name__
+        away = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if name.startswith("aggregate"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.steps.append(dict(zip(names, args, strict=False)) | kwargs)
+        if away and name.startswith("_local_scalar_dense"):
+            return True
+        if away and name.startswith("_to_copy") and str(kwargs.get("device")) == "cpu":
+            self.back.append(args[0].numel())
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def test_factors_elsewhere_stay_there() -> None:
+    """Stacks, bases, a warm start read from a file and readouts; certificates come to the CPU."""
+    clients = model()
+    known = glora.aggregate(clients, rank=4)
+    away = [{m: (b.to("meta"), a.to("meta")) for m, (b, a) in c.items()} for c in clients]
+    with Elsewhere() as mode:
+        state = glora.aggregate(away, rank=4, warm=known)
+        readouts = state.readout(2)
+        state.report()
+    for step in mode.steps:
+        assert all(step[name].is_meta for name in ("b", "a", "warm_u", "warm_v"))
+        assert step["offsets"].is_cpu
+    for name, m in state.modules.items():
+        bases = {part for part, x in vars(m).items() if x.is_meta}
+        assert bases == {"u", "s", "v"}
+        assert all(x.is_meta for x in readouts[name])
+    # Eigenvalues of both sides, stats and client stats of each module, and nothing else.
+    assert sum(mode.back) == len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+def test_factors_in_two_places_are_refused() -> None:
+    one, two = factors(0, 2, 9, 8), tuple(x.to("meta") for x in factors(1, 2, 9, 8))
+    with pytest.raises(glora.GloraError, match=r"cpu \(client 0\) and meta \(client 1\)"):
+        glora.aggregate([one, two])
