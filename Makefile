@@ -54,7 +54,9 @@ bench: $(READY)  ## glora beside its peers, interleaved; JSON, then docs/perform
 	$(BIN)/python bench/report.py bench/results/cpu.json
 
 bench-gpu: $(READY)  ## the same question on a GPU, with events, graphs and floors; skips without one
-	@if $(GPU); then $(BIN)/python -m pytest bench/test_gpu.py --benchmark-json bench/results/gpu.json; else $(NO_GPU); fi
+	@if $(GPU); then set -e; \
+	$(BIN)/python -m pytest bench/test_gpu.py --benchmark-json bench/results/gpu/$$(date +%Y-%m-%d-%H%M).json; \
+	$(BIN)/python bench/report.py; else $(NO_GPU); fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -244,10 +244,11 @@ def test_workers_compute_on_one_thread_and_change_nobody_elses(threads: None) ->
 
 
 class Elsewhere(TorchDispatchMode):
-    """Meta tensors stand for a GPU's: every value looked at is true, what comes back is zero."""
+    """Meta tensors stand for a GPU's; whatever comes back to the CPU has one value."""
 
-    def __init__(self) -> None:
+    def __init__(self, value: float = 0.0) -> None:
         super().__init__()
+        self.value = value
         self.back: list[int] = []
         self.steps: list[dict[str, object]] = []
 
@@ -257,11 +258,9 @@ class Elsewhere(TorchDispatchMode):
         if name.startswith("aggregate"):
             names = [argument.name for argument in func._schema.arguments]
             self.steps.append(dict(zip(names, args, strict=False)) | kwargs)
-        if away and name.startswith("_local_scalar_dense"):
-            return True
         if away and name.startswith("_to_copy") and str(kwargs.get("device")) == "cpu":
             self.back.append(args[0].numel())
-            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+            return torch.full(args[0].shape, self.value, dtype=args[0].dtype)
         return func(*args, **kwargs)
 
 
@@ -281,8 +280,17 @@ def test_factors_elsewhere_stay_there() -> None:
         bases = {part for part, x in vars(m).items() if x.is_meta}
         assert bases == {"u", "s", "v"}
         assert all(x.is_meta for x in readouts[name])
-    # Eigenvalues of both sides, stats and client stats of each module, and nothing else.
-    assert sum(mode.back) == len(state.modules) * (2 * 20 + 16 + 3 * 4)
+    # The extent of every factor; eigenvalues, stats and client stats of each module; no more.
+    pairs = sum(len(client) for client in clients)
+    assert sum(mode.back) == 2 * 2 * pairs + len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+@pytest.mark.parametrize("value", [2.0**101, -(2.0**-101)])
+def test_what_a_gpu_cannot_scale_is_refused_there(value: float) -> None:
+    pair = factors(0, 2, 9, 8)
+    assert glora.aggregate([tuple(x * 2.0**101 for x in pair)]).captured > 0.999
+    with Elsewhere(value), pytest.raises(glora.Refused, match="for a GPU"):
+        glora.aggregate([tuple(x.to("meta") for x in pair)])
 
 
 def test_factors_in_two_places_are_refused() -> None:
