@@ -223,3 +223,17 @@ def test_three_bf16_terms_are_an_fp32():
     for term in terms:
         assert torch.equal(term, term.bfloat16().float())
     assert torch.equal(sum(term.double() for term in terms), x.double())
+
+
+@triton.jit
+def careless_kernel(Y, n, shift, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(Y + shift + o, 1.0, mask=o < n)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_write_beside_a_buffer_is_seen(shift):
+    with poisoned():
+        launch(careless_kernel, (1,), torch.empty(9, device=DEVICE), 9, 0, num_warps=1, B=16)
+    with pytest.raises(AssertionError, match="a buffer"), poisoned():
+        launch(careless_kernel, (1,), torch.empty(9, device=DEVICE), 9, shift, num_warps=1, B=16)
