@@ -101,6 +101,23 @@ def test_offsets_beyond_two_to_the_31():
     assert_close(z, x, w.expand(2, -1, -1))
 
 
+def test_strides_beyond_two_to_the_31_in_all():
+    """Entry 39 of a row stands 39 · 2²⁶ elements after its first: a transposed view of a giant."""
+    x = torch.empty_strided((1, 3, 40), (1, 1, 2**26), dtype=torch.float16, device=DEVICE)
+    x.copy_(randn(1, 3, 40, dtype=torch.float16))
+    plain, w = x.contiguous(), randn(1, 40, 4, seed=1).half()
+    offsets, coef = torch.tensor([0, 2, 3], device=DEVICE), randn(1, 3).double()
+    assert torch.equal(launch_times(x, w), launch_times(plain, w))
+    z = w[:, :3].float()
+    assert torch.equal(launch_accumulate(x, z), launch_accumulate(plain, z))
+    for one, two in zip(
+        (*launch_sketch([x], offsets, 2, [w[0]]), launch_core(x, x, w, w, coef)),
+        (*launch_sketch([plain], offsets, 2, [w[0]]), launch_core(plain, plain, w, w, coef)),
+        strict=True,
+    ):
+        assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_sketch_reads_both_stacks_once(ranks, dtype):
