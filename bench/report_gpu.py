@@ -65,8 +65,8 @@ def measured(rows: list[dict[str, Any]]) -> str:
     return table(header, body)
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Cold device milliseconds of every way of the server step, a panel per case."""
+def picture(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Cold device milliseconds of every way of the server step, a panel per case, if any ran."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,6 +78,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             steps = f", q = {i['steps']}" if i.get("steps") is not None else ""
             name = f"{i['case']}, {i['dtype'].removeprefix('torch.')}, {i['ranks']}"
             cases[name].append((i["way"] + steps, i["event_ms_cold"]))
+    if not cases:
+        return False
     fig, grid = plt.subplots(
         len(cases), 1, figsize=(9, 2.6 * len(cases)), squeeze=False, layout="constrained"
     )
@@ -87,6 +89,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{name}: ms, cold", loc="left", fontsize=10)
     fig.savefig(path, dpi=110, facecolor="white")
     plt.close(fig)
+    return True
 
 
 def section(docs: Path, folder: Path = FOLDER) -> list[str]:
@@ -128,13 +131,13 @@ def section(docs: Path, folder: Path = FOLDER) -> list[str]:
     for path in runs:
         rows = [e["extra_info"] for e in json.loads(path.read_text())["benchmarks"]]
         first = rows[0]
-        shown = docs / f"gpu_{path.stem}.png"
-        picture(rows, shown)
         parts += [
             f"### {first['device']}, {path.stem}",
             f"torch {first['torch']} (CUDA or HIP {first['cuda']}), Triton {first['triton']}, "
             f"commit {first['commit']}; `make bench-gpu`.",
             measured(rows),
-            f"![Server steps on {first['device']}]({shown.name})",
         ]
+        shown = docs / f"gpu_{path.stem}.png"
+        if picture(rows, shown):
+            parts.append(f"![Server steps on {first['device']}]({shown.name})")
     return parts
