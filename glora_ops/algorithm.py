@@ -6,6 +6,8 @@ are whose, weights and scaling are (L, K) fp64.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .captured_route import CapturedRoute
 from .certificates import STATS, U32, Cut, certify, information_vote
 from .clients import Clients, canonicalize
 from .dual_route import DualRoute
-from .gram_route import GramRoute, principal_gram, whole_gram
+from .gram_route import GramRoute, lifted, principal_gram, rounding2, whole_gram
 from .krylov import Iteration
 from .krylov_route import KrylovRoute, principal_krylov
 from .ragged import Ragged
@@ -44,6 +46,8 @@ __all__ = [
 ]
 
 ANCHOR_EPSILON = 0.02
+# Squared rounding of a sum of rows, in units of its own roundoff, beyond which it takes fp64.
+CANCELLING = 16.0
 
 
 def factor_voters(v: Vocabulary, side: Side) -> Tensor:
@@ -68,8 +72,21 @@ def projector_svd(
 ) -> Principal:
     """Leading eigenpairs of Σ_i x_iᵀ T_i diag(c_i) T_iᵀ x_i + extra extraᵀ, by either route."""
     if side.ragged.rows <= gram_route_limit(rank):
-        return principal_gram(v, side, whole_gram(v, side), voters, rank)
+        return _exact_svd(v, side, voters, rank)
     return principal_krylov(v, side, voters, rank, how, warm)
+
+
+def _exact_svd(v: Vocabulary, side: Side, voters: Coordinates, rank: int) -> Principal:
+    """By the Gram route, with the extra columns as further rows of the stack."""
+    rows = torch.cat([side.rows, voters.extra.mT], -2)
+    gram = whole_gram(v, rows)
+    extra = torch.eye(rows.shape[-2], dtype=gram.dtype, device=gram.device)
+    extra = extra[:, side.ragged.rows :].expand(len(rows), -1, -1)
+    z, lam, _ = principal_gram(v, side.ragged, gram, replace(voters, extra=extra))
+    leading = z[..., :rank]
+    cancelling = rounding2(gram, leading).amax(-1) > CANCELLING
+    basis = fill(lifted(v, rows, leading, cancelling), rank)
+    return Principal(basis, lam, torch.zeros_like(lam), lam.sum(-1), 0)
 
 
 def core(
@@ -152,12 +169,10 @@ def aggregate(
         grams = v.gram(b, ragged), v.gram(a, ragged)
     clients = canonicalize(v, *grams, ragged, scaling, tau_rel, roundoff)
     if not (captured or exact):
-        dual = basis != "update" and ragged.rows <= dual_route_limit(rank, b.shape[-1], a.shape[-1])
-        route = (
-            DualRoute(v, left, right, clients, how)
-            if dual
-            else KrylovRoute(v, left, right, grams, how)
-        )
+        route = tall = KrylovRoute(v, left, right, grams, how)
+        limit = dual_route_limit(rank, min(b.shape[-1], a.shape[-1]), basis == "update")
+        if ragged.rows <= limit:
+            route = DualRoute(v, left, right, clients, tall)
     votes = weights / _positive(weights.sum(-1, keepdim=True))
     scale = (weights.abs() * clients.size).sum(-1)
     # Powers of two keep W̄ near one inside, whatever its size; they return at the end.
@@ -168,7 +183,7 @@ def aggregate(
     cut = Cut(one, one, one, 0 * one, 0 * one)
 
     if basis == "update":
-        best = route.triplets(mean, rank, warm_v)
+        best = route.update(mean, rank, warm_v)
         u, w, sigma, norm = best.x, best.y, best.sigma, best.norm
         eig_u = fill(sigma * unit[..., None], count)
         eig_v = eig_u.clone()

@@ -79,7 +79,7 @@ class CapturedRoute:
         ritz = self._ritz(mean.coef, None, 0)
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
-    def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+    def update(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         v, ritz = self.v, self._ritz(mean.coef, warm, self.steps)
         leading = ritz.vectors[..., :rank]
         x = gram_schmidt(v, v.combine(ritz.basis, leading), passes=2)
@@ -110,6 +110,8 @@ class CapturedRoute:
         missed = image - v.combine(basis, v.inner(basis, image))
         outside = energies(missed).sum(-1) / probes
         return Ritz(basis, images, theta, vectors, theta.sum(-1) + outside)
+
+    triplets = update
 
     def principal(
         self,

@@ -9,14 +9,14 @@ Gram matrices of raw factors are not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .clients import Clients
-from .krylov import Iteration, Operator, Ritz, block_krylov
-from .krylov_route import principal_krylov, start_block
+from .krylov import Operator, Ritz, block_krylov
+from .krylov_route import KrylovRoute, principal_krylov, start_block
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
 from .vocabulary import Vocabulary
@@ -25,6 +25,8 @@ __all__ = ["DualRoute"]
 
 # An eigenvalue below this fraction of the top is not resolved by fp32 Gram matrices.
 RESOLVED = 1e-5
+# A cut that leaves less of a mean's energy than this may be none: digits then count.
+CUT = 1e-4
 # A sum over pairs of clients this small against the clients' own energy may be rounding.
 NOISE = 2.0**-16
 
@@ -56,13 +58,16 @@ class Metric:
 class DualRoute:
     """N × N products instead of passes; one module at a time.
 
+    What ends within the rank must be found to the last digit: `tall` blocks do that, from what is
+    known by then.
+
     Cost per module: 2 N d r + N² d flops a side, then 2 N² k flops a product.
     """
 
     def __init__(
-        self, v: Vocabulary, left: Side, right: Side, clients: Clients, how: Iteration
+        self, v: Vocabulary, left: Side, right: Side, clients: Clients, tall: KrylovRoute
     ) -> None:
-        self.v, self.how = v, how
+        self.v, self.how, self.tall = v, tall.how, tall
         self.sigma = clients.sigma
         self.sides = {side.name: side for side in (left, right)}
         self.t = {"left": clients.t_u, "right": clients.t_v}
@@ -72,6 +77,7 @@ class DualRoute:
         }
         self.metrics = {name: Metric(v, gram) for name, gram in self.grams.items()}
         self.both = self.grams["left"] * self.grams["right"]
+        self.dtype = self.both.dtype
         self._seen: dict[str, Tensor] = {}
 
     def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,6 +85,17 @@ class DualRoute:
             mean, rank, None if known is None else self.metrics["right"].image(known)
         )
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
+
+    def update(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+        found = self.triplets(mean, rank, warm)
+        y = orthonormalise(self.v, self._lift(self.sides["right"], found.y))
+        energies = found.sigma[..., :rank].square()
+        missed = found.norm.square() - energies.sum(-1)
+        clear = energies[..., -1] > RESOLVED * energies[..., 0]
+        if not bool((clear & (missed > CUT * found.norm.square())).all()):
+            return self.tall.update(mean, rank, y)
+        x = orthonormalise(self.v, self._lift(self.sides["left"], found.x))
+        return replace(found, x=x, y=y)
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         known = None if warm is None else self._pull(self.sides["right"], warm)
@@ -114,7 +131,14 @@ class DualRoute:
         known = pull if warm is None else torch.cat([pull, self._pull(side, warm)], -1)
         image = fold(self._first(side, rank, known))
         plain = Metric(v, None)
-        operator = Operator(apply, lambda y: fold(metric.image(y)), metric, plain)
+        operator = Operator(
+            apply,
+            lambda y: fold(metric.image(y)),
+            metric,
+            plain,
+            self.dtype,
+            self._noise(side.name),
+        )
         ritz = block_krylov(
             operator,
             apply(whiten(plain, image, 1e-14)),
@@ -127,7 +151,6 @@ class DualRoute:
         clear = int((lam[..., :rank] > RESOLVED * lam[..., :1]).sum())
         basis = orthonormalise(v, self._lift(side, pairs[..., :clear]))
         if clear < rank:
-            # What ends within the rank must be found to the last digit: tall blocks do that.
             long = Coordinates(voters.t, voters.votes, self._lift(side, extra))
             return principal_krylov(v, side, long, rank, self.how, None, mean.coef, other, basis)
         strength = (mean.share * self.sigma)[..., None]
@@ -143,12 +166,21 @@ class DualRoute:
         # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
         total = total.where(total > NOISE * strength.square().sum((-2, -1)), 0.0)
         operator = Operator(
-            lambda z: strength * right.image(z), lambda y: strength * left.image(y), left, right
+            lambda z: strength * right.image(z),
+            lambda y: strength * left.image(y),
+            left,
+            right,
+            self.dtype,
+            self._noise("left"),
         )
         start = strength * self._first(self.sides["right"], rank, known)
         return block_krylov(
             operator, start, lambda block, seen: (total - seen).clamp(min=0), rank, self.how
         )
+
+    def _noise(self, name: str) -> Tensor:
+        """(L,): bound of the rounding of zᵀ G z for unit coordinates z."""
+        return 64 * torch.finfo(self.dtype).eps / 2 * self.grams[name].abs().sum(-1).amax(-1)
 
     def _first(self, side: Side, rank: int, known: Tensor | None) -> Tensor:
         """(L, N, k): Qᵀ times known columns (given as that) and seeded signs to fill up."""

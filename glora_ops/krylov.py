@@ -74,12 +74,19 @@ class Operator:
     apply, apply_t : callable
         O z and Oᵀ y for blocks of columns.
     left, right : Space
+    dtype : torch.dtype
+        The precision of the products, whatever blocks are kept in.
+    noise : Tensor (L,), optional
+        Squared length on the left that rounding may give to unit coordinates; without it the
+        coordinates are the vectors.
     """
 
     apply: Callable[[Tensor], Tensor]
     apply_t: Callable[[Tensor], Tensor]
     left: Space
     right: Space
+    dtype: torch.dtype
+    noise: Tensor | None = None
 
 
 def block_krylov(
@@ -105,9 +112,9 @@ def block_krylov(
         ‖(I − QQᵀ)O‖_F² or an estimate, called once for every block of Q as it is added, with
         seen = ‖QᵀO‖_F² over all of them.
     """
-    drop = max((64 * torch.finfo(start.dtype).eps) ** 2, 1e-14)
+    drop = max((64 * torch.finfo(o.dtype).eps) ** 2, 1e-14)
     steps = how.most if how.power_iters < 0 else how.power_iters
-    q = whiten(o.left, start, drop)
+    q = whiten(o.left, start, drop, noise=o.noise)
     last = o.apply_t(q)
     basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
     h = o.right.inner(last, last)
@@ -135,7 +142,7 @@ def block_krylov(
         size = h[..., -q.shape[-1] :].square().sum((-2, -1))  # of what w has inside the basis
         for _ in range(2):
             w = o.left.without(basis.all, w)
-        q = whiten(o.left, w, drop, size)
+        q = whiten(o.left, w, drop, size, o.noise, basis.all)
         last = o.apply_t(q)
         basis.append(q)
         images.append(last)

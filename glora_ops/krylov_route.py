@@ -59,7 +59,7 @@ class KrylovRoute:
         ritz = self._iterate(mean.coef, rank, known, how)
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
-    def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+    def update(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         v, dtype = self.v, working(self.left.rows.dtype)
         ritz = self._iterate(mean.coef, rank, warm, self.how)
         leading = ritz.vectors[..., :rank]
@@ -87,8 +87,10 @@ class KrylovRoute:
             outside.reached = v.times(b, y)
             return v.lift(a, weight * outside.reached)
 
-        operator = Operator(apply, apply_t, v, v)
+        operator = Operator(apply, apply_t, v, v, working(b.dtype))
         return block_krylov(operator, image[..., :block], outside, rank, how)
+
+    triplets = update
 
     def principal(
         self,
@@ -198,7 +200,9 @@ def principal_krylov(
         known = extra[..., : int((extra != 0).any(-2).sum())]
     first = start_block(side, rank, how, known, warm)
     start = apply(whiten(v, apply_t(first), 1e-14))
-    ritz = block_krylov(Operator(apply, apply_t, v, v), start, unseen, rank, how)
+    ritz = block_krylov(
+        Operator(apply, apply_t, v, v, working(rows.dtype)), start, unseen, rank, how
+    )
     pairs = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]
     energies = torch.zeros_like(lam)

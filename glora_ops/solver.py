@@ -104,8 +104,7 @@ class Triplets:
     Attributes
     ----------
     x, y : Tensor (L, d_out, R), (L, d_in, R)
-        Orthonormal, or zero where the rank ends. `DualRoute` gives coordinates (L, N, R) in its
-        stacks instead: good for `extra` columns of its own `principal`, and nothing else.
+        Orthonormal, or zero where the rank ends.
     sigma : Tensor (L, ≥ R + 1) fp64
         Leading singular values, more than R of them where they exist, zero beyond the rank.
     norm : Tensor (L,) fp64
@@ -154,8 +153,12 @@ class Route(Protocol):
         """
         ...
 
-    def triplets(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
+    def update(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
         """Leading triplets of a mean."""
+        ...
+
+    def triplets(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
+        """The same, x and y in the route's own coordinates: `extra` columns of its `principal`."""
         ...
 
     def principal(
@@ -172,17 +175,18 @@ class Route(Protocol):
 
 
 def gram_route_limit(rank: int) -> int:
-    """Largest N for which N × N eigenproblems are taken on the CPU."""
-    return max(256, 8 * (rank + 16))
+    """Largest N for which N × N eigenproblems cost no more than iterations (measured, CPU)."""
+    return max(128, 3 * (rank + 16))
 
 
-def dual_route_limit(rank: int, d_out: int, d_in: int) -> int:
-    """Largest N for which N × N Gram matrices cost less than the passes they save.
+def dual_route_limit(rank: int, d: int, update: bool) -> int:
+    """Largest N for which N × N Gram matrices cost less than the passes they save; d the shorter.
 
     Gram matrices of both sides cost as much as N/(2(R + 16)) pairs of passes over the stacks;
-    the four problems of a consensus take about ten. A stack wider than long has nothing to gain.
+    the four problems of a consensus take about ten. The one of an update takes five, and what it
+    saves beside them grows with d/N (measured, CPU).
     """
-    return min(20 * (rank + 16), d_out, d_in)
+    return min(20 * (rank + 16), d // 8 if update else d)
 
 
 def fill(x: Tensor, columns: int) -> Tensor:

@@ -62,28 +62,44 @@ def orthonormalise(space: Space, y: Tensor) -> Tensor:
 
 
 def whiten(
-    space: Space, y: Tensor, drop: float, reference: Tensor | None = None, again: bool = True
+    space: Space,
+    y: Tensor,
+    drop: float,
+    reference: Tensor | None = None,
+    noise: Tensor | None = None,
+    basis: Tensor | None = None,
+    again: bool = True,
 ) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
 
-    A second pass repairs what the first loses to an ill-conditioned y.
+    A second pass repairs what the first loses to an ill-conditioned y, or to noise.
 
     Parameters
     ----------
     y : Tensor (L, d, k)
     drop : float
         Relative to the largest eigenvalue of yᵀy, or to `reference` (L,) where that is larger.
+    noise : Tensor (L,), optional
+        Squared length that rounding may give to unit coordinates; directions below it go too.
+    basis : Tensor (L, d, m), optional
+        What y has been made orthogonal to: a second pass does so again, and leaves out what that
+        takes more than half of.
     again : bool
         Whether a second pass may follow.
     """
     lam, vec = space.eigh(space.inner(y, y))
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
     kept = lam > drop * top
+    if noise is not None:
+        kept &= lam > noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
     q = space.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
-    well_conditioned = bool((smallest >= 1e-6 * lam[..., 0]).all())
-    return q if well_conditioned or not again else whiten(space, q, drop, again=False)
+    if not again or (noise is None and bool((smallest >= 1e-6 * lam[..., 0]).all())):
+        return q
+    if basis is not None:
+        q, drop = space.without(basis, q), max(drop, 0.25)
+    return whiten(space, q, drop, noise=noise, again=False)
 
 
 def gram_schmidt(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
