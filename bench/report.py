@@ -16,6 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import report_gpu
+
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NAMES = {
@@ -494,6 +496,7 @@ def page(
     parts += ["## Every arm", arms_table([*steps, *models])]
     if ops:
         parts += ["## Single ops", ops_table(ops)]
+    parts += report_gpu.section(docs)
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,6 +1,6 @@
 """glora on a GPU beside the same mathematics and other answers in plain torch on that GPU.
 
-    make bench-gpu        # pytest bench/test_gpu.py --benchmark-json bench/results/gpu.json
+    make bench-gpu        # pytest bench/test_gpu.py, JSON under bench/results/gpu, then the report
 
 A row is one case × way × arm. Device time is taken with events around each call, cold (inputs
 rotated through more memory than L2) and warm apart, captured calls also as graph replays. Values
@@ -11,16 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
+import measure
 import peers
 import pytest
 import torch
+import triton
+from glora_ops.bindings import ops as bindings_ops
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
+from glora_ops import algorithm
 from glora_ops.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(
@@ -31,6 +37,7 @@ pytestmark = pytest.mark.skipif(
 LLAMA_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 L2_BYTES = 2**27  # more than any L2: inputs cycled through this much memory are cold
 ROUNDS = 20
+GRAM_ROWS = 1024  # the exact route's N × N eigenproblems take minutes beyond
 
 
 @dataclass(frozen=True)
@@ -165,51 +172,120 @@ def record(benchmark: Any, call: Callable[[], object], **described: Any) -> None
         described,
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
+        cuda=torch.version.cuda or torch.version.hip,
+        triton=triton.__version__,
+        commit=measure.conditions()["commit"],
         event_ms_warm=device_ms(call),
         event_ms_cold=device_ms(call, cold=True),
         peak_bytes=torch.cuda.max_memory_allocated(),
     )
 
 
-def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], object]]:
-    plain = torch.no_grad()(Ops(TorchVocabulary(), captured=True).aggregate)
-    compiled = torch.compile(plain, dynamic=False)
+def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
+    """By the Gram route, however many rows."""
 
-    def each(aggregate: Callable[..., Any], **settings: Any) -> Callable[[], object]:
+    def run(*args: Any, **settings: Any) -> Any:
+        always = partial(patch.object, attribute="gram_route_limit", new=lambda rank: 2**31)
+        with always(algorithm), always(bindings_ops):
+            return aggregate(*args, **settings)
+
+    return run
+
+
+def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], Any]]:
+    """What makes each way's call; nothing is compiled or recorded before it is asked for."""
+    glora = torch.ops.glora.aggregate
+    plain = torch.no_grad()(Ops(TorchVocabulary(), captured=True).aggregate)
+
+    def each(aggregate: Callable[..., Any], **settings: Any) -> Callable[[], Any]:
         return lambda: [
             aggregate(*p.pair, p.offsets, p.weights, p.scaling, case.rank, **settings)
             for p in parts
         ]
 
-    glora = torch.ops.glora.aggregate
-    captured = each(glora, power_iters=steps)
     return {
-        "adaptive (default)": each(glora),
-        "captured": captured,
-        "captured, replayed": replayed(captured),
-        "plain torch": each(plain, power_iters=steps),
-        "plain torch, compiled": each(compiled, power_iters=steps),
+        "adaptive (default)": lambda: each(glora),
+        "Gram": lambda: each(exact(glora)),
+        "captured": lambda: each(glora, power_iters=steps),
+        "captured, replayed": lambda: replayed(each(glora, power_iters=steps)),
+        "plain torch": lambda: each(plain, power_iters=steps),
+        "plain torch, compiled": lambda: each(
+            torch.compile(plain, dynamic=False), power_iters=steps
+        ),
     }
 
 
-@pytest.mark.parametrize("way", ["adaptive (default)", "captured", "captured, replayed",
-                                 "plain torch", "plain torch, compiled"])  # fmt: skip
-@pytest.mark.parametrize("steps", [1, 2])
+WAYS = {  # which depend on the number of power steps
+    "adaptive (default)": False, "Gram": False, "captured": True, "captured, replayed": True,
+    "plain torch": True, "plain torch, compiled": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("way", "steps"),
+    [(way, steps) for way, counted in WAYS.items() for steps in ((1, 2) if counted else (1,))],
+)
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_aggregate(benchmark, case, dtype, ranks, steps, way):
+def test_aggregate(benchmark, case, dtype, ranks, way, steps):
     parts = stacks(case, RANKS[ranks], dtype)
+    rows = parts[0].pair[0].shape[1]
+    if way == "Gram" and rows > GRAM_ROWS:
+        pytest.skip(f"Gram route at N = {rows}: minutes")
     arms = ways(parts, case, steps)
-    u, s, v, *_ = arms["captured"]()[0]  # type: ignore[index]
-    other, t, w, *_ = arms["plain torch"]()[0]  # type: ignore[index]
+    u, s, v, *_ = arms["captured"]()()[0]
+    other, t, w, *_ = arms["plain torch"]()()[0]
     gap = (u[0].double() * s[0]) @ v[0].double().mT - (other[0].double() * t[0]) @ w[0].double().mT
     assert float(gap.norm() / s[0].norm()) < 5e-2  # one mathematics, another rounding of ties
     factors = sum(x.nbytes for p in parts for x in p.pair)
     record(
-        benchmark, arms[way], case=str(case), dtype=str(dtype), ranks=ranks, steps=steps, way=way,
-        factor_bytes=factors, one_pass_floor_ms=1e3 * factors / copy_bandwidth(),
+        benchmark, arms[way](), case=str(case), dtype=str(dtype), ranks=ranks, way=way,
+        steps=steps if WAYS[way] else None, factor_bytes=factors,
+        one_pass_floor_ms=1e3 * factors / copy_bandwidth(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["Gram", "adaptive (default)", "captured, replayed"])
+@pytest.mark.parametrize("clients", [8, 16, 32, 64])
+def test_crossover(benchmark, clients, way):
+    """Where N × N eigenproblems stop paying: N = 128 … 1024 rows of one 4096² module."""
+    case = Case("4096", {(4096, 4096): 1}, clients, 32)
+    call = ways(stacks(case, [16], torch.bfloat16), case, 1)[way]()
+    record(benchmark, call, case=str(case), dtype="torch.bfloat16", way=way, rows=16 * clients)
+
+
+@pytest.mark.parametrize("scheduled", ["all together", "by module"])
+def test_schedule(benchmark, scheduled):
+    """128 modules in one call, or one after another so that each one's stacks stay in L2."""
+    case = Case("4096", {(4096, 4096): 128}, 100, 64)
+    (part,) = stacks(case, [16], torch.bfloat16)
+    pieces = [part] if scheduled == "all together" else [
+        Stacks(tuple(x[l : l + 1] for x in part.pair), part.offsets, part.weights, part.scaling)  # type: ignore[arg-type]
+        for l in range(128)
+    ]  # fmt: skip
+    call = ways(pieces, case, 1)["captured, replayed"]()
+    record(benchmark, call, case=str(case), dtype="torch.bfloat16", way=scheduled)
+
+
+@pytest.mark.parametrize("problem", ["eigh", "svd", "torch eigh", "torch svd"])
+@pytest.mark.parametrize("modules", [1, 224])
+@pytest.mark.parametrize("n", [32, 64, 80, 128])
+def test_small_problems(benchmark, n, modules, problem):
+    """Latency of the batched eigenproblem and SVD, fp64, beside the library's."""
+    from glora_ops.kernels.eigh import launch_eigh
+    from glora_ops.kernels.svd import launch_svd
+
+    rng = torch.Generator(device="cuda").manual_seed(0)
+    x = torch.randn(modules, n, n, generator=rng, device="cuda", dtype=torch.float64)
+    g = x @ x.mT
+    solve = {
+        "eigh": lambda: launch_eigh(g),
+        "svd": lambda: launch_svd(x),
+        "torch eigh": lambda: torch.linalg.eigh(g),
+        "torch svd": lambda: torch.linalg.svd(x),
+    }[problem]
+    record(benchmark, solve, case=f"{modules} × {n}²", dtype="torch.float64", way=problem)
 
 
 @pytest.mark.parametrize("peer", ["implicit randomized SVD", "stacked QR", "dense, svd_lowrank",
@@ -226,6 +302,10 @@ def test_peers(benchmark, case, peer):
         "dense, svd_lowrank": lambda: peers.dense_lowrank(p, case.rank),
         "dense, linalg.svd": lambda: peers.dense_svd(p, case.rank),
     }[peer]
+    ours = torch.ops.glora.aggregate(
+        *part.pair, part.offsets, part.weights, part.scaling, case.rank, "update"
+    )[1][0]
+    assert float((call()[1] - ours).norm() / ours.norm()) < 0.1  # a flat spectrum, two steps
     record(benchmark, call, case=str(case), way=peer, dtype="torch.float32")
 
 
@@ -239,11 +319,12 @@ def test_pass_kernels(benchmark, case, kernel, dtype):
     part = stacks(case, [16], dtype)[0]
     b, a = part.pair
     marks, k = part.offsets.cuda(), min(2 * case.rank, 128)
-    tests = [torch.ones(x.shape[-1], k, device="cuda", dtype=dtype) for x in (b, a)]
+    tests = [torch.ones(k, x.shape[-1], device="cuda", dtype=dtype).mT for x in (b, a)]
     y = torch.randn(b.shape[0], k, b.shape[-1], device="cuda").mT
     z = torch.randn(*b.shape[:2], k, device="cuda")
     u, v = (torch.randn(x.shape[0], case.rank, x.shape[-1], device="cuda").mT for x in (b, a))
     coef = torch.ones(b.shape[:2], device="cuda", dtype=torch.float64)
+    columns = {"sketch": 2 * k, "times": k, "accumulate": k, "core": 2 * case.rank}[kernel]
     call, moved = {
         "sketch": (
             lambda: sketch.launch_sketch([b, a], marks, 16, tests),
@@ -257,5 +338,6 @@ def test_pass_kernels(benchmark, case, kernel, dtype):
         ),
     }[kernel]
     floor = 1e3 * moved / copy_bandwidth()
-    record(benchmark, call, case=str(case), kernel=kernel, dtype=str(dtype), bytes=moved,
-           floor_ms=floor, share_of_copy=floor / device_ms(call, cold=True))  # fmt: skip
+    record(benchmark, call, case=str(case), way=kernel, dtype=str(dtype), bytes=moved,
+           flops=2 * b.shape[0] * b.shape[1] * b.shape[2] * columns, floor_ms=floor,
+           share_of_copy=floor / device_ms(call, cold=True))  # fmt: skip

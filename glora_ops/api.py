@@ -54,9 +54,10 @@ def aggregate(
     clients : sequence of (B, A), of mappings from module name to (B, A), or of sources
         B (d_out, r_i) and A (r_i, d_in) as PEFT stores them, fp32, bf16, fp16 or fp64; ranks may
         differ between clients and modules. Gradients are not recorded. NumPy arrays are copied
-        into tensors. A client may also be an object with ``modules`` and ``factors(module)``
-        (`glora_ops.batches.Source`), whose factors are read when their module's turn comes and
-        whose values are taken as checked.
+        into tensors. Factors on a GPU, all on one, stay there and are computed with there, and
+        the state's ``u``, ``s`` and ``v`` are left there. A client may also be an object with
+        ``modules`` and ``factors(module)`` (`glora_ops.batches.Source`), whose factors are read
+        to the CPU when their module's turn comes and whose values are taken as checked.
     weights : sequence of float, optional
         How much each client counts, ≥ 0; equal by default. Normalised to sum 1.
     scalings : sequence of float, or of mappings from module name to float, optional
@@ -113,7 +114,8 @@ def aggregate(
     Modules of one shape and like ranks run together in batches of up to 4 MiB (`max_bytes`, if
     that is less), each on one thread and as many at a time as `torch.get_num_threads` says. The
     result is the same to the last bit for any number of threads; only a model of one batch, such
-    as a single module, runs on all threads and may differ in its last digits.
+    as a single module, runs on all threads and may differ in its last digits. On a GPU batches
+    hold up to 1 GiB and run one after another; ``power_iters`` chooses the mode (docs/ops.md).
     """
     clients = sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
     count = len(clients)
@@ -136,6 +138,7 @@ def aggregate(
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, sources, names)
+    device = _device(sources, names)
     _check_values(sources, names)
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
@@ -145,7 +148,7 @@ def aggregate(
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
             sources, modules, factor_weights, scale, missing, max_bytes, report, warm,
-            rank=server_rank, **solver,
+            device, rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
@@ -242,6 +245,25 @@ def _sources(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
     if refusals:
         raise Refused(refusals)
     return out
+
+
+def _device(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
+    """Where all factors are; what is read when its turn comes is read to the CPU."""
+    found: dict[torch.device, str] = {}
+    for name, source in zip(names, sources, strict=True):
+        if isinstance(source, _InMemory):
+            pairs = source.modules.values()
+            found |= {x.device: name for pair in pairs for x in (pair.b, pair.a)}
+        else:
+            found[torch.device("cpu")] = name
+    require(
+        len(found) == 1,
+        "clients",
+        "factors on " + " and ".join(f"{device} ({name})" for device, name in found.items()),
+        "all factors on one device",
+        "move them first: x.to(device)",
+    )
+    return next(iter(found))
 
 
 def _tensor(x: object) -> Tensor | None:

@@ -28,6 +28,8 @@ __all__ = ["Batch", "Pair", "Source", "plan", "solve"]
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
 #: cache. A module may be larger alone.
 BATCH_BYTES = 2**22
+#: The same away from the CPU, where modules run batch after batch: enough to fill the device.
+DEVICE_BATCH_BYTES = 2**30
 #: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
 PADDING = 0.25
 
@@ -140,15 +142,19 @@ def solve(
     max_bytes: int | None,
     progress: Callable[[int, int], None] | None,
     warm: State | None,
+    device: torch.device,
     **settings: Any,
 ) -> dict[str, ModuleState]:
-    """`torch.ops.glora.aggregate` of every module.
+    """`torch.ops.glora.aggregate` of every module, on `device`.
 
-    The calling thread reads and stacks the next batch while the workers compute; no more than
-    `max_bytes` of stacked factors exist at a time. None makes room for two of the largest module,
-    and at least for a batch per thread and one more.
+    On the CPU the calling thread reads and stacks the next batch while the workers compute; no
+    more than `max_bytes` of stacked factors exist at a time. None makes room for two of the
+    largest module, and at least for a batch per thread and one more. Elsewhere batches run one
+    after another; bases stay there, certificates, which are read one by one, come to the CPU.
     """
-    batches = plan(sources, modules, min(BATCH_BYTES, max_bytes or BATCH_BYTES))
+    on_cpu = device.type == "cpu"
+    wanted = BATCH_BYTES if on_cpu else DEVICE_BATCH_BYTES
+    batches = plan(sources, modules, min(wanted, max_bytes or wanted))
     largest, threads = batches[0], torch.get_num_threads()
     require(
         max_bytes is None or largest.bytes <= max_bytes,
@@ -168,12 +174,11 @@ def solve(
         s = torch.tensor(
             [[scale.get(m, 0.0) for scale in scalings] for m in batch.modules], dtype=torch.float64
         )
-        start = {} if warm is None else _warm(warm, batch.modules)
+        start = {} if warm is None else _warm(warm, batch.modules, device)
         offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
-        out = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
-        return {
-            m: ModuleState(*(x[l] for x in (*out, present))) for l, m in enumerate(batch.modules)
-        }
+        u, s, v, *told = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
+        parts = u, s, v, *(x.cpu() for x in told), present
+        return {m: ModuleState(*(x[l] for x in parts)) for l, m in enumerate(batch.modules)}
 
     done: dict[str, ModuleState] = {}
 
@@ -182,8 +187,9 @@ def solve(
         if progress is not None:
             progress(len(done), len(modules))
 
-    if len(batches) == 1:
-        finish(compute(largest, _stack(sources, largest)))
+    if len(batches) == 1 or not on_cpu:
+        for batch in batches:
+            finish(compute(batch, _stack(sources, batch, device)))
         return done
     flying: dict[Future[dict[str, ModuleState]], int] = {}
     with workers(threads) as pool:
@@ -192,17 +198,17 @@ def solve(
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     del flying[future]
                     finish(future.result())
-            flying[pool.submit(compute, batch, _stack(sources, batch))] = batch.bytes
+            flying[pool.submit(compute, batch, _stack(sources, batch, device))] = batch.bytes
         for future in flying:
             finish(future.result())
     return done
 
 
-def _stack(sources: Sequence[Source], batch: Batch) -> list[Tensor]:
-    """b (L, N, d_out), a (L, N, d_in) and offsets, read pair by pair; zeros fill what is short."""
+def _stack(sources: Sequence[Source], batch: Batch, device: torch.device) -> list[Tensor]:
+    """b (L, N, d_out), a (L, N, d_in), read pair by pair, zeros where short; offsets on the CPU."""
     shape = len(batch.modules), sum(batch.rows)
-    b = torch.empty(*shape, batch.d_out, dtype=batch.b_dtype)
-    a = torch.empty(*shape, batch.d_in, dtype=batch.a_dtype)
+    b = torch.empty(*shape, batch.d_out, dtype=batch.b_dtype, device=device)
+    a = torch.empty(*shape, batch.d_in, dtype=batch.a_dtype, device=device)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
         for l, name in enumerate(batch.modules):
@@ -217,11 +223,11 @@ def _stack(sources: Sequence[Source], batch: Batch) -> list[Tensor]:
     return [b, a, offsets]
 
 
-def _warm(state: State, modules: Sequence[str]) -> dict[str, Tensor]:
+def _warm(state: State, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
     """Bases of an earlier state for a batch, where it knows every module of it."""
     if any(m not in state.modules for m in modules):
         return {}
     return {
-        "warm_u": torch.stack([state.modules[m].u for m in modules]),
-        "warm_v": torch.stack([state.modules[m].v for m in modules]),
+        "warm_u": torch.stack([state.modules[m].u for m in modules]).to(device),
+        "warm_v": torch.stack([state.modules[m].v for m in modules]).to(device),
     }

@@ -7,7 +7,7 @@ graph. Both stacks are read once for the clients' Gram matrices *and* the first 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +33,11 @@ class Ritz:
     theta: Tensor
     vectors: Tensor
     total: Tensor
+
+
+def energies(y: Tensor) -> Tensor:
+    """(L, k) fp64: squared lengths of tall columns, read once and not copied to fp64."""
+    return torch.linalg.vector_norm(y, dim=-2).double().square()
 
 
 class CapturedRoute:
@@ -103,7 +108,7 @@ class CapturedRoute:
         images = v.lift(a, weight * v.times(b, basis))
         theta, vectors = v.eigh(v.inner(images, images))
         missed = image - v.combine(basis, v.inner(basis, image))
-        outside = missed.double().square().sum((-2, -1)) / probes
+        outside = energies(missed).sum(-1) / probes
         return Ritz(basis, images, theta, vectors, theta.sum(-1) + outside)
 
     triplets = update
@@ -149,7 +154,7 @@ class CapturedRoute:
         images = apply_t(y, z)
         lam, vectors = v.eigh(v.inner(images, images))
         reach = v.lift(other.rows, mean.coef[..., None] * (z @ vectors))
-        energies = reach.double().square().sum(-2)
         basis = gram_schmidt(v, v.combine(y, vectors[..., :rank]), passes=2)
-        trace = voters.trace(ragged)
-        return Principal(fill(basis, rank), lam, energies, trace, self.steps)
+        own = replace(voters, extra=extra[..., :0]).trace(ragged)
+        trace = own + energies(extra).sum(-1)
+        return Principal(fill(basis, rank), lam, energies(reach), trace, self.steps)

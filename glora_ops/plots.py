@@ -194,7 +194,7 @@ def _lines(axes: Axes, spectra: Mapping[str, Tensor], *, logarithmic: bool = Tru
     drawn = [values[values > FLOOR * top] for values in spectra.values()]
     for shown, colour in zip(drawn, line_colours(len(spectra)), strict=True):
         axes.plot(
-            range(1, len(shown) + 1), shown.numpy(), "o-", color=colour, linewidth=1.3,
+            range(1, len(shown) + 1), shown.tolist(), "o-", color=colour, linewidth=1.3,
             markersize=3.5 if len(spectra) <= NAMED_LINES else 2, alpha=0.9,
         )  # fmt: skip
     if logarithmic and top > 0:

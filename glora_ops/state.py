@@ -49,6 +49,10 @@ class ModuleState:
         `glora_ops.certificates.CLIENT_STATS`.
     present : Tensor (K,) bool
         Which clients had the module.
+
+    Notes
+    -----
+    u, s and v are where the factors were, the rest on the CPU.
     """
 
     u: Tensor

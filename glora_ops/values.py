@@ -8,6 +8,8 @@ from torch import Tensor
 __all__ = ["extent", "out_of_range", "value_fault"]
 
 LEAST, MOST = 1e-40, 1e40
+# Of a tensor in any other dtype on a GPU, whose kernels scale nothing (docs/ops.md).
+DEVICE_LEAST, DEVICE_MOST = 2.0**-100, 2.0**100
 
 
 def extent(x: Tensor) -> Tensor:
@@ -31,12 +33,17 @@ def out_of_range(low_high: Tensor) -> tuple[str, str, str] | None:
 
 
 def value_fault(x: Tensor) -> tuple[str, str, str] | None:
-    """(problem, found, expected) of values that cannot be computed with."""
+    """(problem, found, expected) of values that cannot be computed with where they are."""
     if x.numel() == 0:
         return None
-    low_high = extent(x)
+    low_high = extent(x).cpu()
     if not bool(low_high.isfinite().all()):
         bad = (~torch.isfinite(x)).nonzero()
         found = f"{len(bad)} of {x.numel()}, the first at {bad[0].tolist()}"
         return "value is not finite", found, "finite numbers"
+    if not x.is_cpu and x.dtype != torch.float64:
+        peak = float(low_high.abs().max())
+        if peak != 0 and not DEVICE_LEAST <= peak <= DEVICE_MOST:
+            problem = "values are too large or too small for a GPU"
+            return problem, f"{peak:.3g}", "moduli of 2^-100 to 2^100, or the factors on the CPU"
     return out_of_range(low_high)

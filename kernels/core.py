@@ -35,6 +35,7 @@ def project(
     for c in range(0, d, BC):
         o_c = c + tl.arange(0, BC)
         m_c = o_c < d
+        o_c = o_c.to(tl.int64)
         b_X = tl.load(
             X + o_n[:, None] * xn + o_c[None, :] * xd, mask=m_n[:, None] & m_c[None, :], other=0.0
         )

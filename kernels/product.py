@@ -66,7 +66,7 @@ def product_kernel(
     b_Y = zeros(BM, BN, MODE)
     first = i_s * chunk
     for c in range(first, tl.minimum(first + chunk, C), BC):
-        o_c = c + tl.arange(0, BC)
+        o_c = c + tl.arange(0, BC).to(tl.int64)
         m_c = o_c < C
         # [BM, BC], [BC, BN]
         b_X = tl.load(

@@ -68,7 +68,7 @@ def sketch_side(
     b_G = tl.zeros((R, R) if CLIENTS == 1 else (CLIENTS, R, R), tl.float64)
     b_Z = zeros(CLIENTS * R, BN, MODE)
     for c in range(0, d, BC):
-        o_c = c + tl.arange(0, BC)
+        o_c = c + tl.arange(0, BC).to(tl.int64)
         m_c = o_c < d
         # [CLIENTS · R, BC], [BC, BN]
         b_X = tl.load(

@@ -31,6 +31,14 @@ def times_fp32() -> None:
     launch_times(meta(MODULES, ROWS, WIDTH), meta(MODULES, COLUMNS, WIDTH).mT)
 
 
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def times_fp16() -> None:
+    from glora_ops.kernels.product import launch_times
+
+    x = meta(MODULES, ROWS, WIDTH, dtype=torch.float16)
+    launch_times(x, meta(MODULES, COLUMNS, WIDTH).mT)
+
+
 @case(tensor_cores="HGMMA|HMMA")
 def accumulate_bf16() -> None:
     from glora_ops.kernels.product import launch_accumulate
@@ -43,6 +51,14 @@ def accumulate_fp32() -> None:
     from glora_ops.kernels.product import launch_accumulate
 
     launch_accumulate(meta(MODULES, ROWS, WIDTH), meta(MODULES, ROWS, COLUMNS))
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def accumulate_fp16() -> None:
+    from glora_ops.kernels.product import launch_accumulate
+
+    x = meta(MODULES, ROWS, WIDTH, dtype=torch.float16)
+    launch_accumulate(x, meta(MODULES, ROWS, COLUMNS))
 
 
 @case(tensor_cores="DMMA")
@@ -58,6 +74,14 @@ def inner_fp32() -> None:
     from glora_ops.kernels.product import launch_inner
 
     y = meta(MODULES, COLUMNS, WIDTH).mT
+    launch_inner(y, y)
+
+
+@case(tensor_cores="DMMA")
+def inner_fp64() -> None:
+    from glora_ops.kernels.product import launch_inner
+
+    y = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
     launch_inner(y, y)
 
 
@@ -85,6 +109,11 @@ def sketch_bf16_rank_16() -> None:
 @case(tensor_cores="HGMMA|HMMA")
 def sketch_bf16_ragged() -> None:
     sketch(HALF, 64, 47, COLUMNS)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def sketch_fp16_ragged() -> None:
+    sketch(torch.float16, 64, 47, COLUMNS)
 
 
 @case(tensor_cores="HGMMA|HMMA", tf32=True)
@@ -119,6 +148,11 @@ def core(dtype: torch.dtype) -> None:
 @case(tensor_cores="HGMMA|HMMA")
 def core_bf16() -> None:
     core(HALF)
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def core_fp16() -> None:
+    core(torch.float16)
 
 
 @case(tensor_cores="HGMMA|HMMA", tf32=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -16,20 +16,41 @@ __all__ = ["DEVICE", "DTYPES", "guarded", "poisoned"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# Numbers before and after every buffer, and what stands there: no rounding of anything.
+EDGE, MARK = 128, 77
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN (or a huge integer), so that whatever a kernel forgets to write shows."""
+    """Fresh memory is NaN (or a huge integer) inside a marked frame, which is looked at in the end.
 
-    def fill(x: Tensor) -> Tensor:
-        return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(2**30)
+    Whatever a kernel forgets to write shows, and so does whatever it writes beside its output.
+    """
+    frames: list[Tensor] = []
+    empty = torch.empty
 
-    empty, like, new = torch.empty, torch.empty_like, Tensor.new_empty
+    def framed(make: Callable[..., Tensor], fresh: bool) -> Callable[..., Tensor]:
+        def made(*args: object, **kwargs: object) -> Tensor:
+            x = make(*args, **kwargs)
+            if fresh:
+                x.fill_(torch.nan if x.is_floating_point() else 2**30)
+            frame = empty(x.numel() + 2 * EDGE, dtype=x.dtype, device=x.device).fill_(MARK)
+            frames.append(frame)
+            return frame[EDGE:-EDGE].view(x.shape).copy_(x)
+
+        return made
+
     with (
-        patch.object(torch, "empty", lambda *a, **k: fill(empty(*a, **k))),
-        patch.object(torch, "empty_like", lambda *a, **k: fill(like(*a, **k))),
-        patch.object(Tensor, "new_empty", lambda *a, **k: fill(new(*a, **k))),
+        patch.object(torch, "empty", framed(empty, True)),
+        patch.object(torch, "empty_like", framed(torch.empty_like, True)),
+        patch.object(torch, "zeros_like", framed(torch.zeros_like, False)),
+        patch.object(Tensor, "new_empty", framed(Tensor.new_empty, True)),
+        patch.object(Tensor, "new_zeros", framed(Tensor.new_zeros, False)),
     ):
         yield
+    for frame in frames:
+        assert (frame[:EDGE] == MARK).all(), "written before a buffer"
+        assert (frame[-EDGE:] == MARK).all(), "written beyond a buffer"
 
 
 def guarded(x: Tensor, rows: int = 3) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora_ops as glora
 from glora_ops import State, batches
@@ -240,3 +241,59 @@ def test_workers_compute_on_one_thread_and_change_nobody_elses(threads: None) ->
         newcomer.join()
         assert fresh == [3]
     assert torch.get_num_threads() == 3
+
+
+class Elsewhere(TorchDispatchMode):
+    """Meta tensors stand for a GPU's; whatever comes back to the CPU has one value."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.value = value
+        self.back: list[int] = []
+        self.steps: list[dict[str, object]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.__name__
+        away = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if name.startswith("aggregate"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.steps.append(dict(zip(names, args, strict=False)) | kwargs)
+        if away and name.startswith("_to_copy") and str(kwargs.get("device")) == "cpu":
+            self.back.append(args[0].numel())
+            return torch.full(args[0].shape, self.value, dtype=args[0].dtype)
+        return func(*args, **kwargs)
+
+
+def test_factors_elsewhere_stay_there() -> None:
+    """Stacks, bases, a warm start read from a file and readouts; certificates come to the CPU."""
+    clients = model()
+    known = glora.aggregate(clients, rank=4)
+    away = [{m: (b.to("meta"), a.to("meta")) for m, (b, a) in c.items()} for c in clients]
+    with Elsewhere() as mode:
+        state = glora.aggregate(away, rank=4, warm=known)
+        readouts = state.readout(2)
+        state.report()
+    for step in mode.steps:
+        assert all(step[name].is_meta for name in ("b", "a", "warm_u", "warm_v"))
+        assert step["offsets"].is_cpu
+    for name, m in state.modules.items():
+        bases = {part for part, x in vars(m).items() if x.is_meta}
+        assert bases == {"u", "s", "v"}
+        assert all(x.is_meta for x in readouts[name])
+    # The extent of every factor; eigenvalues, stats and client stats of each module; no more.
+    pairs = sum(len(client) for client in clients)
+    assert sum(mode.back) == 2 * 2 * pairs + len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+@pytest.mark.parametrize("value", [2.0**101, -(2.0**-101)])
+def test_what_a_gpu_cannot_scale_is_refused_there(value: float) -> None:
+    pair = factors(0, 2, 9, 8)
+    assert glora.aggregate([tuple(x * 2.0**101 for x in pair)]).captured > 0.999
+    with Elsewhere(value), pytest.raises(glora.Refused, match="for a GPU"):
+        glora.aggregate([tuple(x.to("meta") for x in pair)])
+
+
+def test_factors_in_two_places_are_refused() -> None:
+    one, two = factors(0, 2, 9, 8), tuple(x.to("meta") for x in factors(1, 2, 9, 8))
+    with pytest.raises(glora.GloraError, match=r"cpu \(client 0\) and meta \(client 1\)"):
+        glora.aggregate([one, two])

@@ -5,6 +5,7 @@ A subprocess a target (compiling.py); each case says what is expected of whom.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+KERNELS = HERE.parent / "kernels"
 # Bytes of shared memory a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TMEM_COLUMNS = 512
@@ -110,3 +112,27 @@ def test_the_gate_can_fail() -> None:
                 {"loads_128": 0}, {"loads_16": 2}, {"HGMMA": 0}, {"num_warps": 64},
                 {"error": "no"}):  # fmt: skip
         assert faults(good | bad, expected), bad
+
+
+def unstated(code: str) -> list[int]:
+    """Lines with a product of blocks that leaves its precision to Triton's default."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1].startswith("dot"):
+            given = [ast.unparse(k.value) for k in node.keywords if k.arg == "input_precision"]
+            if not {"'ieee'", "MODE"}.issuperset(given or [""]):
+                found.append(node.lineno)
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            found.append(node.lineno)
+    return found
+
+
+def test_every_product_states_its_precision() -> None:
+    """ "ieee", or the MODE that `precision.product_mode` chose, which has a row in its table."""
+    assert unstated("b = tl.dot(x, y)") == [1]
+    assert unstated('b = tl.dot(x, y, input_precision="tf32")') == [1]
+    assert unstated("b = language.dot(x, y, out_dtype=tl.float64)") == [1]
+    assert unstated("b = x @ y") == [1]
+    files = {path.name: path.read_text() for path in KERNELS.glob("*.py")}
+    assert sum(code.count("tl.dot(") for code in files.values()) >= 9
+    assert {name: lines for name, code in files.items() if (lines := unstated(code))} == {}

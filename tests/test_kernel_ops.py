@@ -30,6 +30,8 @@ class Quick(CudaVocabulary):
         eigh, svd, canonical = CpuVocabulary.eigh, CpuVocabulary.svd, CpuVocabulary.canonical
 
 
+# torch's own, beside the kernels of a captured `aggregate`: the README's.
+OPERATIONS = {"consensus": 457, "projector": 364, "update": 247}
 OPS, WHOLE = Ops(Quick(), captured=True), Ops(CudaVocabulary(), captured=True)
 CPU = Ops(CpuVocabulary(), captured=True)
 HARD = [
@@ -151,6 +153,23 @@ def test_the_parts_are_the_cpus():
 # --- launches ----------------------------------------------------------------------------------
 
 
+class Between(TorchDispatchMode):
+    """Names of torch's own operations that are no views: what a device launches beside kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = torch.utils._pytree.tree_leaves(out)
+        makes = any(isinstance(x, torch.Tensor) and x.is_meta for x in made)
+        view = any(x.alias_info for x in func._schema.returns) and not func._schema.is_mutable
+        if makes and not view and not func.__name__.startswith(("empty", "new_empty", "_unsafe")):
+            self.names.append(func.__name__)
+        return out
+
+
 def launches(modules: int, ranks: list[int], basis: str, rank: int = 64) -> list[str]:
     """Kernels of a captured `aggregate` with one step at 4096 × 11008, bf16.
 
@@ -176,7 +195,7 @@ def launches(modules: int, ranks: list[int], basis: str, rank: int = 64) -> list
 
 @pytest.mark.parametrize("basis", BASES)
 def test_launches_do_not_depend_on_modules_or_clients(basis):
-    """The anchor included; the count is the README's."""
+    """The anchor included; the counts are the README's."""
     counts = {
         tuple(launches(modules, [16] * clients, basis))
         for modules, clients in ((1, 8), (32, 8), (1, 100), (32, 100))
@@ -186,6 +205,24 @@ def test_launches_do_not_depend_on_modules_or_clients(basis):
     assert len(names) == {"consensus": 135, "projector": 92, "update": 44}[basis]
     ragged = launches(4, [4, 16, 64] * 30, basis)
     assert sorted(ragged) == sorted([*names, *["canonical_kernel"] * 2])
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_neither_do_the_operations_between_them(basis):
+    """No library eigenproblem or factorisation, which no graph can record; sums of splits apart.
+
+    A long contraction of few modules is cut so that it fills the device; its parts are one sum.
+    """
+    found = []
+    for modules, clients in ((1, 8), (64, 8), (64, 100)):
+        launches(modules, [16] * clients, basis)  # plans are made once
+        with Between() as between:
+            launches(modules, [16] * clients, basis)
+        assert not [n for n in between.names if "linalg" in n and "vector_norm" not in n]
+        found.append(len(between.names))
+    cut, *others = found
+    assert others == [OPERATIONS[basis]] * 2
+    assert cut <= OPERATIONS[basis] + len(launches(1, [16] * 8, basis))
 
 
 class Copies(TorchDispatchMode):

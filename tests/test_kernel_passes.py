@@ -101,6 +101,23 @@ def test_offsets_beyond_two_to_the_31():
     assert_close(z, x, w.expand(2, -1, -1))
 
 
+def test_strides_beyond_two_to_the_31_in_all():
+    """Entry 39 of a row stands 39 · 2²⁶ elements after its first: a transposed view of a giant."""
+    x = torch.empty_strided((1, 3, 40), (1, 1, 2**26), dtype=torch.float16, device=DEVICE)
+    x.copy_(randn(1, 3, 40, dtype=torch.float16))
+    plain, w = x.contiguous(), randn(1, 40, 4, seed=1).half()
+    offsets, coef = torch.tensor([0, 2, 3], device=DEVICE), randn(1, 3).double()
+    assert torch.equal(launch_times(x, w), launch_times(plain, w))
+    z = w[:, :3].float()
+    assert torch.equal(launch_accumulate(x, z), launch_accumulate(plain, z))
+    for one, two in zip(
+        (*launch_sketch([x], offsets, 2, [w[0]]), launch_core(x, x, w, w, coef)),
+        (*launch_sketch([plain], offsets, 2, [w[0]]), launch_core(plain, plain, w, w, coef)),
+        strict=True,
+    ):
+        assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_sketch_reads_both_stacks_once(ranks, dtype):
@@ -223,3 +240,17 @@ def test_three_bf16_terms_are_an_fp32():
     for term in terms:
         assert torch.equal(term, term.bfloat16().float())
     assert torch.equal(sum(term.double() for term in terms), x.double())
+
+
+@triton.jit
+def careless_kernel(Y, n, shift, B: tl.constexpr):
+    o = tl.arange(0, B)
+    tl.store(Y + shift + o, 1.0, mask=o < n)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_a_write_beside_a_buffer_is_seen(shift):
+    with poisoned():
+        launch(careless_kernel, (1,), torch.empty(9, device=DEVICE), 9, 0, num_warps=1, B=16)
+    with pytest.raises(AssertionError, match="a buffer"), poisoned():
+        launch(careless_kernel, (1,), torch.empty(9, device=DEVICE), 9, shift, num_warps=1, B=16)
