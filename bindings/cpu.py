@@ -199,15 +199,18 @@ class CpuVocabulary:
                 return y.mT @ z
         out = y.new_zeros(modules, k, m, dtype=torch.float64)
         columns = k + (z is not y) * m or 1
-        width = max(256, CHUNK // columns)
-        step = max(1, CHUNK // (columns * min(d, width)))
+        width = min(d, max(256, CHUNK // columns))
+        step = max(1, CHUNK // (columns * width))
+        across = max(256, CHUNK // width)  # columns of a y that is wider than tall
         with _threads(modules * d * k * m):
             for first in range(0, modules, step):
                 for start in range(0, d, width):
                     here = slice(first, first + step), slice(start, start + width)
-                    left = y[here].mT.double()
-                    right = left if z is y else z[here].mT.double()
-                    out[here[0]].baddbmm_(left, right.mT)
+                    right = z[here].mT.double()
+                    for column in range(0, k, across):
+                        part = slice(column, column + across)
+                        left = right if z is y and k <= across else y[(*here, part)].mT.double()
+                        out[here[0], part].baddbmm_(left, right.mT)
         return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
