@@ -31,7 +31,7 @@ from .adapters.read import (
 from .api import aggregate
 from .arguments import check_settings, check_weights, kind
 from .errors import GloraWarning, Refusal, Refused, listing, require, unfit
-from .isolation import workers
+from .isolation import release_freed, workers
 from .state import State
 
 __all__ = ["aggregate_adapters", "merge", "renew", "update_adapters"]
@@ -194,12 +194,17 @@ def merge(
     names = [adapter.name for adapter in adapters]
     holders = _dense_holders(adapters)
     means = _dense_means(adapters, holders, voices, tell)
+
+    def tell_modules(done: int, total: int) -> None:
+        release_freed()  # a tenth of the time, and memory stays that of a few modules
+        tell("modules", done, total)
+
     state = aggregate(
         adapters,
         voices,
         [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
         names=names,
-        progress=lambda done, total: tell("modules", done, total),
+        progress=tell_modules,
         **settings,
     )
     recorded = {
