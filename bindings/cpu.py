@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from glora_ops import tall
+from glora_ops import scratch, tall
 from glora_ops.canonical import Balanced, Forms, canonical_forms
 from glora_ops.isolation import all_threads
 from glora_ops.ragged import Ragged
@@ -31,7 +31,8 @@ def _threads(work: int) -> AbstractContextManager[None]:
 
 def _working(x: Tensor) -> Tensor:
     """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
-    x = x if x.dtype in SAFE else x.float()
+    if x.dtype not in SAFE:
+        return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
@@ -209,7 +210,8 @@ class CpuVocabulary:
                     right = z[here].mT.double()
                     for column in range(0, k, across):
                         part = slice(column, column + across)
-                        left = right if z is y and k <= across else y[(*here, part)].mT.double()
+                        whole = z is y and k <= across
+                        left = right if whole else y[here][..., part].mT.double()
                         out[here[0], part].baddbmm_(left, right.mT)
         return out
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import require
 from .isolation import workers
+from .scratch import empty, in_folder
 from .state import Factors, ModuleState, State
 
 __all__ = ["Batch", "Pair", "Source", "plan", "solve"]
@@ -138,6 +139,7 @@ def solve(
     scalings: Sequence[Mapping[str, float]],
     missing: str,
     max_bytes: int | None,
+    scratch: str | None,
     progress: Callable[[int, int], None] | None,
     warm: State | None,
     **settings: Any,
@@ -146,19 +148,27 @@ def solve(
 
     The calling thread reads and stacks the next batch while the workers compute; no more than
     `max_bytes` of stacked factors exist at a time. None makes room for two of the largest module,
-    and at least for a batch per thread and one more.
+    and at least for a batch per thread and one more. A module that is larger than `max_bytes` is
+    stacked in a file in the folder `scratch`, alone.
     """
     batches = plan(sources, modules, min(BATCH_BYTES, max_bytes or BATCH_BYTES))
     largest, threads = batches[0], torch.get_num_threads()
     require(
-        max_bytes is None or largest.bytes <= max_bytes,
+        max_bytes is None or largest.bytes <= max_bytes or scratch is not None,
         "max_bytes",
         max_bytes,
         f"at least {largest.bytes}, the factors of {largest.modules[0] or 'one module'!r} from "
         f"{len(sources)} clients",
-        "raise it, or leave it out",
+        "raise it, leave it out, or name a folder for larger ones with scratch",
     )
     room = max_bytes or max(2 * largest.bytes, (threads + 1) * BATCH_BYTES)
+
+    def place(batch: Batch) -> str | None:
+        return scratch if batch.bytes > room else None
+
+    def stack(batch: Batch) -> list[Tensor]:
+        with in_folder(place(batch)):
+            return _stack(sources, batch)
 
     def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
         present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
@@ -170,7 +180,8 @@ def solve(
         )
         start = {} if warm is None else _warm(warm, batch.modules)
         offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
-        out = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
+        with in_folder(place(batch)):
+            out = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
         return {
             m: ModuleState(*(x[l] for x in (*out, present))) for l, m in enumerate(batch.modules)
         }
@@ -183,7 +194,7 @@ def solve(
             progress(len(done), len(modules))
 
     if len(batches) == 1:
-        finish(compute(largest, _stack(sources, largest)))
+        finish(compute(largest, stack(largest)))
         return done
     flying: dict[Future[dict[str, ModuleState]], int] = {}
     with workers(threads) as pool:
@@ -192,7 +203,7 @@ def solve(
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     del flying[future]
                     finish(future.result())
-            flying[pool.submit(compute, batch, _stack(sources, batch))] = batch.bytes
+            flying[pool.submit(compute, batch, stack(batch))] = batch.bytes
         for future in flying:
             finish(future.result())
     return done
@@ -201,8 +212,8 @@ def solve(
 def _stack(sources: Sequence[Source], batch: Batch) -> list[Tensor]:
     """b (L, N, d_out), a (L, N, d_in) and offsets, read pair by pair; zeros fill what is short."""
     shape = len(batch.modules), sum(batch.rows)
-    b = torch.empty(*shape, batch.d_out, dtype=batch.b_dtype)
-    a = torch.empty(*shape, batch.d_in, dtype=batch.a_dtype)
+    b = empty((*shape, batch.d_out), batch.b_dtype)
+    a = empty((*shape, batch.d_in), batch.a_dtype)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
         for l, name in enumerate(batch.modules):

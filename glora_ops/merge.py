@@ -223,7 +223,7 @@ def merge(
         layout=adapter_layout(adapters, base),
         record={
             "arguments": {"dense": dense, "base": base}
-            | {name: value for name, value in settings.items() if name != "warm"},
+            | {name: value for name, value in settings.items() if name not in ("warm", "scratch")},
             "clients": [
                 _entry(adapter, digests[i], None if weights is None else float(weights[i]))
                 for i, adapter in clients.items()
@@ -238,6 +238,7 @@ def update_adapters(
     add: Sequence[str | os.PathLike[str]] = (),
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
 ) -> State:
@@ -260,6 +261,8 @@ def update_adapters(
         One per folder in `add`, if the state's weights were given; a replaced client keeps its
         own by default. Other states take ``num_examples`` of all clients, or equal weights, as
         a fresh run does.
+    scratch
+        As in `aggregate`; the state remembers ``max_bytes`` but not where there was room.
     max_file_bytes, progress
         As in `aggregate_adapters`.
 
@@ -276,8 +279,8 @@ def update_adapters(
         The state records no clients: it was not made from folders, or by an older glora.
     """
     return renew(
-        state, add=add, remove=remove, weights=weights, max_file_bytes=max_file_bytes,
-        progress=progress,
+        state, add=add, remove=remove, weights=weights, scratch=scratch,
+        max_file_bytes=max_file_bytes, progress=progress,
     )  # fmt: skip
 
 
