@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from glora_ops import tall
+from glora_ops import scratch, tall
 from glora_ops.canonical import Balanced, Forms, canonical_forms
 from glora_ops.isolation import all_threads
 from glora_ops.ragged import Ragged
@@ -31,7 +31,8 @@ def _threads(work: int) -> AbstractContextManager[None]:
 
 def _working(x: Tensor) -> Tensor:
     """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
-    x = x if x.dtype in SAFE else x.float()
+    if x.dtype not in SAFE:
+        return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
@@ -199,15 +200,19 @@ class CpuVocabulary:
                 return y.mT @ z
         out = y.new_zeros(modules, k, m, dtype=torch.float64)
         columns = k + (z is not y) * m or 1
-        width = max(256, CHUNK // columns)
-        step = max(1, CHUNK // (columns * min(d, width)))
+        width = min(d, max(256, CHUNK // columns))
+        step = max(1, CHUNK // (columns * width))
+        across = max(256, CHUNK // width)  # columns of a y that is wider than tall
         with _threads(modules * d * k * m):
             for first in range(0, modules, step):
                 for start in range(0, d, width):
                     here = slice(first, first + step), slice(start, start + width)
-                    left = y[here].mT.double()
-                    right = left if z is y else z[here].mT.double()
-                    out[here[0]].baddbmm_(left, right.mT)
+                    right = z[here].mT.double()
+                    for column in range(0, k, across):
+                        part = slice(column, column + across)
+                        whole = z is y and k <= across
+                        left = right if whole else y[here][..., part].mT.double()
+                        out[here[0], part].baddbmm_(left, right.mT)
         return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ def aggregate(
     warm: State | None = None,
     seed: int = 0,
     max_bytes: int | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
@@ -84,10 +86,15 @@ def aggregate(
     warm : State, optional
         Last round's state: its bases start the randomized iteration.
     max_bytes : int, optional
-        Bytes of stacked factors that exist at a time, at least those of the largest module. By
-        default room for two of it, and for 4 MiB per thread and 4 MiB more. The solver's own
-        3(N + R + p)(d_out + d_in) numbers per module come on top, for as many batches of modules
-        as there are threads.
+        Bytes of stacked factors that are in memory at a time, at least those of the largest module
+        unless there is `scratch`. By default room for two of it, and for 4 MiB per thread and
+        4 MiB more. The solver's own 3(N + R + p)(d_out + d_in) numbers per module come on top,
+        for as many batches of modules as there are threads.
+    scratch : path, optional
+        Folder on a disk (tmpfs is memory). A module whose factors exceed `max_bytes` is stacked
+        in a nameless file there, and computed on through the system's cache of that file: the
+        same bits, at the disk's speed where memory is short. Takes the stack as it is stored,
+        and for bf16 and fp16 once more in fp32.
     progress : callable (done, total), optional
         Called in the calling thread after every batch of modules.
 
@@ -133,6 +140,10 @@ def aggregate(
         warm is None or isinstance(warm, State), "warm", kind(warm), "a State or None",
         "glora.State.load reads one",
     )  # fmt: skip
+    require(
+        scratch is None or os.path.isdir(scratch), "scratch", repr(scratch), "an existing folder",
+        "make it, or leave scratch out",
+    )  # fmt: skip
     factor_weights = check_weights(weights, names, settings)
     sources = _sources(clients, names)
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
@@ -147,8 +158,9 @@ def aggregate(
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
-            sources, modules, factor_weights, scale, missing, max_bytes, report, warm,
-            device, rank=server_rank, **solver,
+            sources, modules, factor_weights, scale, missing, max_bytes,
+            None if scratch is None else os.fspath(scratch), report, warm, device,
+            rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),

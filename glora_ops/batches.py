@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import require
 from .isolation import workers
+from .scratch import empty, in_folder
 from .state import Factors, ModuleState, State
 
 __all__ = ["Batch", "Pair", "Source", "plan", "solve"]
@@ -140,6 +141,7 @@ def solve(
     scalings: Sequence[Mapping[str, float]],
     missing: str,
     max_bytes: int | None,
+    scratch: str | None,
     progress: Callable[[int, int], None] | None,
     warm: State | None,
     device: torch.device,
@@ -149,7 +151,8 @@ def solve(
 
     On the CPU the calling thread reads and stacks the next batch while the workers compute; no
     more than `max_bytes` of stacked factors exist at a time. None makes room for two of the
-    largest module, and at least for a batch per thread and one more. Elsewhere batches run one
+    largest module, and at least for a batch per thread and one more. A module that is larger than
+    `max_bytes` is stacked in a file in the folder `scratch`, alone. Elsewhere batches run one
     after another; bases stay there, certificates, which are read one by one, come to the CPU.
     """
     on_cpu = device.type == "cpu"
@@ -157,14 +160,21 @@ def solve(
     batches = plan(sources, modules, min(wanted, max_bytes or wanted))
     largest, threads = batches[0], torch.get_num_threads()
     require(
-        max_bytes is None or largest.bytes <= max_bytes,
+        max_bytes is None or largest.bytes <= max_bytes or (on_cpu and scratch is not None),
         "max_bytes",
         max_bytes,
         f"at least {largest.bytes}, the factors of {largest.modules[0] or 'one module'!r} from "
         f"{len(sources)} clients",
-        "raise it, or leave it out",
+        "raise it, leave it out, or name a folder for larger ones with scratch",
     )
     room = max_bytes or max(2 * largest.bytes, (threads + 1) * BATCH_BYTES)
+
+    def place(batch: Batch) -> str | None:
+        return scratch if batch.bytes > room else None
+
+    def stack(batch: Batch) -> list[Tensor]:
+        with in_folder(place(batch)):
+            return _stack(sources, batch, device)
 
     def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
         present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
@@ -176,7 +186,8 @@ def solve(
         )
         start = {} if warm is None else _warm(warm, batch.modules, device)
         offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
-        u, s, v, *told = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
+        with in_folder(place(batch)):
+            u, s, v, *told = torch.ops.glora.aggregate(b, a, offsets, w, s, **settings, **start)
         parts = u, s, v, *(x.cpu() for x in told), present
         return {m: ModuleState(*(x[l] for x in parts)) for l, m in enumerate(batch.modules)}
 
@@ -189,7 +200,7 @@ def solve(
 
     if len(batches) == 1 or not on_cpu:
         for batch in batches:
-            finish(compute(batch, _stack(sources, batch, device)))
+            finish(compute(batch, stack(batch)))
         return done
     flying: dict[Future[dict[str, ModuleState]], int] = {}
     with workers(threads) as pool:
@@ -198,7 +209,7 @@ def solve(
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     del flying[future]
                     finish(future.result())
-            flying[pool.submit(compute, batch, _stack(sources, batch, device))] = batch.bytes
+            flying[pool.submit(compute, batch, stack(batch))] = batch.bytes
         for future in flying:
             finish(future.result())
     return done
@@ -207,8 +218,9 @@ def solve(
 def _stack(sources: Sequence[Source], batch: Batch, device: torch.device) -> list[Tensor]:
     """b (L, N, d_out), a (L, N, d_in), read pair by pair, zeros where short; offsets on the CPU."""
     shape = len(batch.modules), sum(batch.rows)
-    b = torch.empty(*shape, batch.d_out, dtype=batch.b_dtype, device=device)
-    a = torch.empty(*shape, batch.d_in, dtype=batch.a_dtype, device=device)
+    make = empty if device.type == "cpu" else partial(torch.empty, device=device)
+    b = make((*shape, batch.d_out), dtype=batch.b_dtype)
+    a = make((*shape, batch.d_in), dtype=batch.a_dtype)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
         for l, name in enumerate(batch.modules):

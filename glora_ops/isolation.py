@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-__all__ = ["all_threads", "exact_products", "one_thread", "workers"]
+__all__ = ["all_threads", "exact_products", "one_thread", "release_freed", "workers"]
 
 _lock = threading.Lock()
 _inside = 0
@@ -109,3 +110,21 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's, where that is the C library."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return trim
+
+
+_TRIM = _malloc_trim()
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system, which glibc keeps for every thread up to 64 MB."""
+    if _TRIM is not None:
+        _TRIM(0)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.cpu import CHUNK, CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora_ops  # noqa: F401  # registers the ops
 from glora_ops.isolation import exact_products
@@ -179,3 +181,28 @@ def test_the_counts_would_notice(basis: str, monkeypatch: pytest.MonkeyPatch) ->
                                           (80, 16, 1024, 16))  # fmt: skip
     with pytest.raises(AssertionError):
         test_eigenproblems_of_the_krylov_route(basis, {"update": 8, "consensus": 30}[basis])
+
+
+@pytest.mark.parametrize(("d", "k", "m"), [(192, 8192, 32), (4096, 48, 16), (700, 900, 900)])
+def test_fp64_copies_are_pieces(d: int, k: int, m: int) -> None:
+    """fp64 inner products of fp32 columns, tall, wide or both: no operand is copied whole."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float64 and "_to_copy" in str(func):
+                self.numbers = max(self.numbers, out.numel())
+            return out
+
+    rng = torch.Generator().manual_seed(0)
+    y, z = (torch.randn(2, d, n, generator=rng) for n in (k, m))
+    for other in (z, y) if k < d else (z,):
+        with Largest() as copies:
+            found = CpuVocabulary().inner(y, other)
+        assert 0 < copies.numbers <= 2 * CHUNK
+        want = y.double().mT @ other.double()
+        assert float((found - want).abs().max()) <= 1e-12 * float(want.abs().max())
