@@ -34,12 +34,12 @@ def mirror(folder: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=0) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(folder), purge_step=0) as writer:
 
         def write(line: Mapping[str, Any]) -> None:
             for name, value in _scalars(line).items():
-                writer.add_scalar(name, value, line["round"])  # type: ignore[no-untyped-call]
-            writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, line["round"])
+            writer.flush()
 
         yield write
 
