@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,15 +61,20 @@ def run(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="RUNS", help="Folder of all runs.")
     ] = Path("runs"),
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Metrics as TensorBoard events as well, into this folder; "
+                     "needs the extra tensorboard."),
+    ] = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run a federated experiment: every method with every seed.
 
     Each run commits its state after every round; killed at any moment, it goes on with --resume to
     the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. **glora fl report** makes
     tables and pictures of them.
     """
-    with answering(as_json, writes=False):
+    with answering(as_json, writes=False), _resumable():
         from ..fl.config import load_config
         from ..fl.experiment import Result, run_experiment
         from ..fl.run import EngineFactory, local_engine
@@ -80,7 +86,7 @@ def run(
             def experiment(carrier: EngineFactory) -> list[Result]:
                 return run_experiment(
                     loaded, out, methods=wanted, seeds=range(seeds), engine=carrier,
-                    data_dir=data_dir, resume=resume, progress=report,
+                    data_dir=data_dir, resume=resume, progress=report, tensorboard=tensorboard,
                 )  # fmt: skip
 
             if engine == "flower":
@@ -205,6 +211,15 @@ def configs(as_json: Json = False) -> None:
         for name, c in loaded.items():
             shown.add_row(name, c.about, c.hours)
         console().print(shown)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console(stderr=True).print("every finished round is kept: go on with --resume")
+        raise
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..errors import GloraError, require
+from ..errors import GloraError, require, unfit
 from .gauge import regauge
 from .messages import Client, Pairs, Sent
 from .seeds import number, numpy_stream
@@ -67,7 +67,12 @@ class Trainer:
 
     def __init__(self, task: Task, how: LocalTraining) -> None:
         self.task, self.how = task, how
-        base = task.model().to(how.device)
+        try:
+            base = task.model().to(how.device)
+        except (AssertionError, RuntimeError) as error:  # torch names what it lacks
+            why = str(error).splitlines()[0]
+            raise unfit("model.device", f"{how.device!r} ({why})", "a device torch has here",
+                        "cpu always works") from None  # fmt: skip
         # Parameters by name, before PEFT renames them.
         self._dense = {
             name: p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -260,8 +261,8 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
         if model is not None:
             content["model"] = {**content.get("model", {}), "name": model}
         return Config.model_validate(content)
-    except tomllib.TOMLDecodeError as error:
-        raise GloraError(f"config: {path} is no TOML ({error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
     except ValidationError as error:
         raise Refused(_refusals(error, "", path)) from None
 
@@ -275,11 +276,18 @@ def _refusals(error: ValidationError, prefix: str, path: Path | None = None) -> 
             Refusal(
                 f"unknown key {field!r}" if unknown else f"{field or 'config'}: {e['msg']}",
                 file=None if path is None else str(path),
-                found="" if unknown or e["type"] == "missing" else repr(e["input"])[:80],
+                found="" if e["type"] == "missing" else repr(e["input"])[:80],
+                expected=f"one of {', '.join(_fields(e['loc'][:-1]))}" if unknown else "",
                 remedy="docs/federated.md lists every field" if unknown else "",
             )
         )
     return out
+
+
+def _fields(section: Sequence[Any]) -> Iterable[str]:
+    """Keys of the configuration's section, or of its top."""
+    kind = Config.model_fields[section[0]].annotation if section else Config
+    return kind.model_fields  # type: ignore[union-attr]
 
 
 def describe_fields() -> list[tuple[str, str, Any, str]]:

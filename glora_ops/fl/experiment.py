@@ -10,6 +10,7 @@ from pathlib import Path
 from .config import Config
 from .files import write_text
 from .run import EngineFactory, Plan, local_engine, run
+from .tensorboard import mirror, require_tensorboard
 
 __all__ = ["Result", "run_experiment"]
 
@@ -37,8 +38,11 @@ def run_experiment(
     data_dir: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    tensorboard: Path | None = None,
 ) -> list[Result]:
     """Run `methods` (all by default) with every seed into ``out/<config name>``.
+
+    With `tensorboard`, a folder, the metrics go there too, as events for TensorBoard.
 
     Raises
     ------
@@ -46,6 +50,8 @@ def run_experiment(
         For a method that the configuration does not have or that cannot do what it asks for, before
         anything is trained.
     """
+    if tensorboard is not None:
+        require_tensorboard()
     labels = list(methods) or list(config.methods)
     for label in labels:
         config.method(label).check(config.ranks, config.clients.start == "shared")
@@ -56,7 +62,10 @@ def run_experiment(
         for seed in seeds:
             folder = home / label / f"seed{seed}"
             plan = Plan(config, label, seed, lr, data_dir)
-            lines = run(plan, folder, engine=engine, resume=resume, progress=progress)
+            with mirror(tensorboard and tensorboard / folder.relative_to(out)) as watch:
+                lines = run(
+                    plan, folder, engine=engine, resume=resume, progress=progress, watch=watch
+                )
             results.append(Result(label, seed, folder, lines[-1]["metrics"]))
     return results
 

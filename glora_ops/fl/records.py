@@ -110,7 +110,10 @@ class Run:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.about_path, json.dumps(about, indent=1, sort_keys=True) + "\n")
-        return self.checkpoint_path.exists()
+        going_on = self.checkpoint_path.exists()
+        if not going_on and not self.done:  # killed before its first: that line goes too
+            self.metrics_path.unlink(missing_ok=True)
+        return going_on
 
     def append(self, line: Mapping[str, Any]) -> None:
         with self.metrics_path.open("a", encoding="utf-8") as file:

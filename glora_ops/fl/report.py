@@ -86,12 +86,12 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[RunData], dict[str, dict[st
     runs, sweeps = [], {}
     folders = list(folders)
     for path in sorted({p for folder in folders for p in folder.rglob("run.json")}):
-        if "sweep" in path.relative_to(path.parents[3]).parts:
+        if not path.parent.name.startswith("seed"):  # a trial of a sweep
             continue
         run = Run(path.parent)
         runs.append(RunData(path.parent, json.loads(path.read_text()), run.lines(), run.done))
     for path in sorted({p for folder in folders for p in folder.rglob("sweep/*.json")}):
-        sweeps[f"{path.parents[1].name}/{path.stem}"] = json.loads(path.read_text())
+        sweeps[f"{path.resolve().parents[1].name}/{path.stem}"] = json.loads(path.read_text())
     require(
         bool(runs), "runs", ", ".join(map(str, folders)), "a folder with runs",
         "glora fl run makes them",
@@ -128,10 +128,12 @@ def summarise(
     """
     config = runs[0].about["config"]
     finished = [run for run in runs if run.done]
-    labels = [m for m in config["methods"] if any(run.method == m for run in finished)]
+    _require_one_experiment(runs)
+    known = {m: arm for run in finished for m, arm in run.about["config"]["methods"].items()}
+    labels = [m for m in known if any(run.method == m for run in finished)]
     require(bool(labels), "runs", config["name"], "at least one finished run", "run with --resume")
     grouped = {m: {r.seed: r for r in finished if r.method == m} for m in labels}
-    kinds = {m: config["methods"][m]["kind"] for m in labels}
+    kinds = {m: known[m]["kind"] for m in labels}
     if reference is None:
         reference = next((m for m in labels if kinds[m] == "glora"), labels[0])
     require(reference in labels, "reference", repr(reference), f"one of {labels}")
@@ -156,6 +158,22 @@ def summarise(
         ],
         "unfinished": [str(run.folder) for run in runs if not run.done],
     }  # fmt: skip
+
+
+def _require_one_experiment(runs: Sequence[RunData]) -> None:
+    """Refuse runs that only share the name of their configuration; arms may come later."""
+    seen: dict[tuple[str, int], RunData] = {}
+    for run in runs:
+        one, mine = ({**r.about["config"], "methods": 0, "about": 0, "hours": 0}
+                     for r in (runs[0], run))  # fmt: skip
+        odd = [key for key in mine if mine[key] != one.get(key)]
+        both = f"{runs[0].folder} and {run.folder}"
+        apart = "report them one by one, each with its -o"
+        require(not odd, "runs", f"{both}, which differ in {', '.join(odd)}",
+                f"one configuration {one['name']!r}", apart)  # fmt: skip
+        other = seen.setdefault((run.method, run.seed), run)
+        require(other is run, "runs", f"{other.folder} and {run.folder}",
+                "one run of a method and seed", apart)  # fmt: skip
 
 
 def _population(config: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from .tasks.build import build_task
 __all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
 
 Progress = Callable[[str, int, int], None]
+Watch = Callable[[Mapping[str, Any]], None]
 
 
 class Plan:
@@ -84,6 +85,7 @@ def run(
     resume: bool = False,
     rounds: int | None = None,
     progress: Progress | None = None,
+    watch: Watch = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Run to the end, committing every round; the metrics, round by round.
 
@@ -99,20 +101,31 @@ def run(
     rounds : int, optional
         Instead of the configuration's.
     progress : callable (text, done, total), optional
+    watch : callable (line), optional
+        Is given every round's line, those of before a restart too.
     """
     record = Run(folder)
     total = rounds or plan.config.training.rounds
     going_on = record.begin(_about(plan), resume=resume)
     if record.done:
+        for line in record.lines():
+            watch(line)
         return record.lines()
+
+    def append(line: dict[str, Any]) -> None:
+        record.append(line)
+        watch(line)
+
     with single_thread():
         carrier = engine(plan)
         server = plan.method.start(plan.setup)
         if going_on:
             server, tensors, about = record.restore(server)
             carrier.load(tensors, about)
+            for line in record.lines():
+                watch(line)
         else:
-            record.append(_line(plan, server, None, Answers([]), total, {}))
+            append(_line(plan, server, None, Answers([]), total, {}))
             record.commit(server, carrier.save())
         while server.round < total:
             begun = time.perf_counter()
@@ -120,7 +133,7 @@ def run(
             asked = participants(server, plan.config.clients.participation)
             server, answers = run_round(plan.method, server, carrier, asked)
             seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
-            record.append(_line(plan, server, before, answers, total, seconds))
+            append(_line(plan, server, before, answers, total, seconds))
             # Through the checkpoint's form every round, so that a restart changes no bit.
             server = server_from(server_tensors(server), server_about(server), before)
             record.commit(server, carrier.save())

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from glora_ops.cli import app
+from glora_ops.errors import GloraError
 from glora_ops.fl.report import bootstrap, load_runs, summarise
 
 CONFIG = """
@@ -144,6 +145,28 @@ def test_unfinished_runs_are_left_out_and_named(runs: Path, tmp_path: Path) -> N
     assert summary["differences"]["fedit"]["low"] is None
 
 
+def test_report_from_inside_a_folder_and_not_of_two_experiments_at_once(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.chdir(runs / "tiny")
+    found, sweeps = load_runs([Path(".")])
+    assert len(found) == 4
+    assert summarise(found, sweeps)["sweeps"].keys() == {"glora"}
+    shutil.copytree(runs / "tiny", tmp_path / "other" / "tiny")
+    found, sweeps = load_runs([runs, tmp_path / "other"])
+    with pytest.raises(GloraError, match="one run of a method and seed"):
+        summarise(found, sweeps)
+    for path in (tmp_path / "other").rglob("run.json"):
+        about = json.loads(path.read_text())
+        about["config"]["training"]["steps"] = 5
+        path.write_text(json.dumps(about))
+    found, sweeps = load_runs([runs, tmp_path / "other"])
+    with pytest.raises(GloraError, match="differ in training"):
+        summarise(found, sweeps)
+
+
 def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
     shown = call("partition", runs.parent / "tiny.toml", "--plot", tmp_path / "p.png", "--json")
     counts = np.array(json.loads(shown.output)["counts"])
@@ -158,11 +181,20 @@ def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
     [
         (["run", "nowhere.toml"], ["nowhere.toml", "digits_dirichlet"]),
         (["run", "digits_dirichlet", "--methods", "best"], ["'best'", "fedit"]),
-        (["run", "glue_dirichlet", "--data-dir", "/nowhere"], ["roberta"]),
+        (["run", "glue_dirichlet", "--data-dir", "/nowhere"], ["/nowhere/glue/sst2.train"]),
+        (["run", "utf16.toml"], ["utf16.toml", "UTF-8"]),
+        (["run", "keys.toml"], ["'clients.colour'", "'red'", "participation"]),
+        (["run", "device.toml"], ["model.device", "'gpu'", "cpu always works"]),
         (["report", "/nowhere"], ["glora fl run"]),
     ],
 )
-def test_refusals(arguments: list[str], words: list[str]) -> None:
+def test_refusals(
+    arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("utf16.toml").write_text(CONFIG, encoding="utf-16")
+    Path("keys.toml").write_text(CONFIG.replace("count = 4", 'count = 4\ncolour = "red"'))
+    Path("device.toml").write_text(CONFIG + '[model]\ndevice = "gpu"\n')
     said = call(*arguments, code=1).output
     for word in words:
         assert word in said
@@ -174,3 +206,52 @@ def test_one_rank_methods_with_mixed_ranks_are_refused_before_training(tmp_path:
     said = call("run", path, "-o", tmp_path / "runs", code=1).output
     assert "FFALoRA" in said
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
+# --- TensorBoard -------------------------------------------------------------------------------
+
+
+def events(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard would show of a run, by name and step."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = accumulator.EventAccumulator(str(folder)).Reload()
+    return {
+        name: {event.step: event.value for event in shown.Scalars(name)}
+        for name in shown.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_what_the_metrics_say_also_after_a_restart(
+    runs: Path, tmp_path: Path
+) -> None:
+    """The run has lost its last round, and TensorBoard's folder holds a step that never was."""
+    import shutil
+
+    from glora_ops.fl.tensorboard import mirror
+
+    shutil.copytree(runs / "tiny" / "fedit" / "seed0", tmp_path / "tiny" / "fedit" / "seed0")
+    folder, board = tmp_path / "tiny" / "fedit" / "seed0", tmp_path / "board"
+    with mirror(board / "tiny" / "fedit" / "seed0") as write:
+        write({"round": 9, "failures": [], "metrics": {"accuracy": 2.0}})
+    again = ("run", runs.parent / "tiny.toml", "--methods", "fedit", "--seeds", 1,
+             "-o", tmp_path, "--resume", "--tensorboard", board)  # fmt: skip
+    call(*again)
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    shown = events(board / "tiny" / "fedit" / "seed0")
+    for name in ("accuracy", "loss"):
+        wanted = {x["round"]: pytest.approx(x["metrics"][name]) for x in lines}
+        assert shown[f"metrics/{name}"] == wanted
+    assert shown["bytes_up"] == {x["round"]: x["bytes_up"] for x in lines}
+    assert shown["update/captured"].keys() == {1, 2}
+    assert shown["by_rank/4/accuracy"] == {2: pytest.approx(lines[-1]["by_rank"]["4"]["accuracy"])}
+
+
+def test_without_tensorboard_the_option_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glora_ops.fl.tensorboard.find_spec", lambda name: None)
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    said = call("run", tmp_path / "tiny.toml", "-o", tmp_path / "runs",
+                "--tensorboard", tmp_path / "board", code=1).output  # fmt: skip
+    assert "glora[tensorboard]" in said
+    assert not (tmp_path / "runs").exists()

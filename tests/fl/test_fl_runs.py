@@ -311,6 +311,24 @@ def test_a_crash_between_any_two_writes_loses_nothing(
     assert all(torch.equal(x, state(Run(folder))[n]) for n, x in state(whole).items())
 
 
+def test_killed_before_its_first_checkpoint_a_run_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config({"it": {"kind": "fedit"}}, training={"rounds": 1, "steps": 1})
+    plan = Plan(made, "it", 0, 0.005)
+
+    def crash(self: Run, *args: Any) -> None:
+        with self.metrics_path.open("a") as file:
+            file.write('{"round": 0, "cut o')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, tmp_path / "run")
+    assert [x["round"] for x in run(plan, tmp_path / "run", resume=True)] == [0, 1]
+
+
 def test_resume_refuses_another_run_and_a_damaged_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     made = config({"it": {"kind": "fedit"}}, training={"rounds": 1, "steps": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import require
 from ..config import Config
 from ..seeds import numpy_stream
-from .jsonl import read_jsonl
+from .jsonl import from_hub, read_jsonl
 from .metrics import classification, correlation
 from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
 
@@ -44,11 +45,11 @@ class Glue:
         self.config, self._seed = config, seed
         name = config.task.name
         require(bool(name), "task.name", "''", "a GLUE task such as sst2 or cola")
-        self._tokenizer = tokenizer_of(config.model.name)
         train, dev = (
             sample(_read(name, split, data_dir), size, seed, split)
             for split, size in (("train", config.task.max_train), ("dev", config.task.max_eval))
         )
+        self._tokenizer = tokenizer_of(config.model.name)
         self.regression = any(isinstance(row["label"], float) for row in train)
         self._x, self._y = self._tokens(train), np.array([row["label"] for row in train])
         self._dev_x, self._dev_y = self._tokens(dev), np.array([row["label"] for row in dev])
@@ -114,7 +115,10 @@ class Glue:
 
     def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         first = [row["sentence1"] for row in rows]
-        second = [row["sentence2"] for row in rows] if "sentence2" in rows[0] else None
+        pairs = sum("sentence2" in row for row in rows)
+        require(pairs in (0, len(rows)), "sentence2", f"{pairs} of {len(rows)} lines with one",
+                "all lines, or none")  # fmt: skip
+        second = [row["sentence2"] for row in rows] if pairs else None
         length = self.config.task.max_length
         return dict(self._tokenizer(first, second, truncation=True, max_length=length))
 
@@ -130,13 +134,11 @@ def sample(rows: list[Any], size: int, seed: int, *name: object) -> list[Any]:
 def _read(name: str, split: str, data_dir: Path | None) -> list[dict[str, Any]]:
     if data_dir is not None:
         return read_jsonl(data_dir / "glue" / f"{name}.{split}.jsonl", _problem)
-    from datasets import load_dataset
-
     part = "train" if split == "train" else "validation_matched" if name == "mnli" else "validation"
     columns = COLUMNS.get(name, ("sentence1", "sentence2"))
     return [
         {f"sentence{k}": row[c] for k, c in enumerate(columns, 1)} | {"label": row["label"]}
-        for row in load_dataset(HUB, name, split=part)
+        for row in from_hub(HUB, name, split=part)
     ]
 
 
@@ -144,6 +146,6 @@ def _problem(row: Mapping[str, Any]) -> str:
     label = row.get("label")
     if not isinstance(row.get("sentence1"), str) or not isinstance(row.get("sentence2", ""), str):
         return "sentence1 (and sentence2, if there is one) must be text"
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label:
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not isfinite(label):
         return "label must be a number"
     return "" if isinstance(label, float) or label >= 0 else "a class must be an integer ≥ 0"

@@ -1,4 +1,4 @@
-"""Local data files: one JSON object per line, every line checked, all bad ones listed."""
+"""Local data files, one checked JSON object per line, or data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import Refusal, Refused, require
+from ...errors import GloraError, Refusal, Refused, require
 
-__all__ = ["read_jsonl"]
+__all__ = ["from_hub", "read_jsonl"]
 
 SHOWN = 5
 
@@ -49,3 +49,23 @@ def read_jsonl(path: Path, check: Callable[[Mapping[str, Any]], str]) -> list[di
         raise Refused(refusals)
     require(bool(rows), "data", f"{path} without a line", "at least one example")
     return rows
+
+
+def from_hub(*which: str, split: str) -> Any:
+    """``datasets.load_dataset``.
+
+    Raises
+    ------
+    GloraError
+        Naming the data set that cannot be had.
+    """
+    try:
+        from datasets import load_dataset
+
+        return load_dataset(*which, split=split)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise GloraError(
+            f"data: cannot load {' '.join(which)!r} ({why}); expected a data set on the Hub that "
+            "can be reached, and the package datasets; or give --data-dir DIR with local files"
+        ) from error

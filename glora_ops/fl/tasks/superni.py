@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...errors import require
 from ..config import Config
 from .glue import sample
-from .jsonl import read_jsonl
+from .jsonl import from_hub, read_jsonl
 from .metrics import exact_match, rouge_l
 from .pretrained import batches_by_length, device_of, from_pretrained, pad, tokenizer_of
 
@@ -56,8 +56,8 @@ class SuperNI:
 
     def __init__(self, config: Config, seed: int, data_dir: Path | None) -> None:
         self.config, self._seed = config, seed
-        self._tokenizer = tokenizer_of(config.model.name)
         train, held_out = (_read(part, data_dir) for part in ("train", "heldout"))
+        self._tokenizer = tokenizer_of(config.model.name)
         t = config.task
         chosen_tasks = sample(list(train), t.max_tasks, seed, "tasks")
         train = {name: train[name] for name in chosen_tasks}
@@ -171,10 +171,8 @@ def _read(part: str, data_dir: Path | None) -> dict[str, list[Instance]]:
     """Instances by task, tasks in the order of their names."""
     by_task: dict[str, list[Instance]] = defaultdict(list)
     if data_dir is None:
-        from datasets import load_dataset
-
         whole: dict[str, Instance] = {}
-        for row in load_dataset(HUB, split="train" if part == "train" else "test"):
+        for row in from_hub(HUB, split="train" if part == "train" else "test"):
             key = row["id"]
             if key not in whole:
                 whole[key] = {"task": row["task_name"], "definition": row["definition"],
