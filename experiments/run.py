@@ -33,8 +33,13 @@ MOMENTUM = {"consensus-momentum": GLORA["consensus"] | {"momentum": 0.5}}
 MIXED = GLORA | {kind: {"kind": kind} for kind in ("fedit", "flora", "flexlora", "hetlora")}
 EQUAL = MIXED | {kind: {"kind": kind} for kind in ("ffa", "rolora", "fedex", "fedrot")}
 MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every round
-RATES = [0.0025, 0.005, 0.01, 0.02]
+DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02]
 COMMON_RATE = 0.005
+TEXT_RATES = [0.001, 0.003, 0.01]
+PEERS = ("flora", "fedit")  # the two best in the digits sweeps of mixed ranks
+# R = 8 keeps a quarter of the 30 directions that four clients send: the bases can differ.
+TEXT = {m: MIXED[m] | {"rank": 8} for m in ("consensus", "projector", "update")}
+TEXT |= {m: MIXED[m] for m in PEERS}
 SWEEP_SEED = 1000
 LOUDNESS = 8.0
 
@@ -125,8 +130,26 @@ def questions() -> dict[str, Setting]:
 
 
 def text(model: str) -> dict[str, Setting]:
-    """Real sentences; ranks 2, 4, 8, 16."""
-    return {}
+    """Real sentences, skewed labels, ranks 2, 4, 8, 16."""
+    out = {}
+    for task in ("sst2", "cola"):
+        for turnout, who in (
+            ("full", {"count": 4}),
+            ("sparse", {"count": 20, "participation": 0.2}),
+        ):
+            content = {
+                "name": f"text_{task}_{turnout}",
+                "task": {"kind": "glue", "name": task, "max_train": 2000, "max_eval": 300,
+                         "max_length": 24},
+                "model": {"name": model, "targets": ["query", "value"]},
+                "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": 1.0},
+                "training": {"rounds": 5, "steps": 8, "batch": 8},
+                "evaluation": {"every": 100, "by_rank": "never", "agreement": "never"},
+                "sweep": {"lrs": TEXT_RATES},  # half of the held-out sentences are for it alone
+                "methods": TEXT,
+            }  # fmt: skip
+            out[content["name"]] = Setting(content)
+    return out
 
 
 class Loud:
@@ -155,7 +178,6 @@ def one(setting: Setting, label: str, seed: int, lr: float, folder: Path, data_d
     """
     content = dict(setting.content)
     content["methods"] = {m: {**x, "lr": lr} for m, x in content["methods"].items()}
-    content["sweep"] = {"lrs": RATES}  # keeps half of a text's held-out sentences for the sweep
     if label in MEASURED:
         content["evaluation"] = content["evaluation"] | {"agreement": "every"}
     plan = Plan(Config.model_validate(content), label, seed, lr, data_dir, held_out)
@@ -198,15 +220,19 @@ def work(
         turnout: Rates(f"digits_{turnout}", args, [
             settings[f"digits_{which}_{turnout}"]
             for which in ("dirichlet_mixed", "dirichlet_equal", "iid_equal")
-        ])
+        ], DIGIT_RATES)
         for turnout in ("full", "sparse")
+    }  # fmt: skip
+    text_swept = {
+        task: Rates(task, args, [settings[f"{task}_full"]], TEXT_RATES)
+        for task in ("text_sst2", "text_cola") if f"{task}_full" in settings
     }  # fmt: skip
     groups: list[dict[str, Callable[[str], float]]] = [
         {name: swept[name.rpartition("_")[2]] for name in grid()},
         dict.fromkeys(questions(), swept["full"]),
         dict.fromkeys(common(), lambda label: COMMON_RATE),
         {
-            name: Rates(name.rpartition("_")[0], args, [settings[name]])
+            name: text_swept[name.rpartition("_")[0]]
             for name in settings if name.startswith("text")
         },
     ]  # fmt: skip
@@ -222,9 +248,11 @@ class Rates:
     """Learning rates by method: the best mean over up to two settings on a seed and held-out
     examples of their own, by the second half of the rounds (one draw of clients weighs less)."""
 
-    def __init__(self, name: str, args: argparse.Namespace, settings: list[Setting]) -> None:
-        self.folder, self.settings = args.runs / "sweep" / name, settings
-        self.data_dir = args.data_dir
+    def __init__(
+        self, name: str, args: argparse.Namespace, settings: list[Setting], rates: list[float]
+    ) -> None:
+        self.folder, self.data_dir = args.runs / "sweep" / name, args.data_dir
+        self.settings, self.rates = settings, rates
 
     def __call__(self, label: str) -> float:
         where = [s for s in self.settings if label in s.content["methods"]][:2]
@@ -233,8 +261,8 @@ class Rates:
         outcome = self.folder / f"{label}.json"
         if not outcome.exists():
             scores: dict[str, dict[str, float]] = {}
-            best = RATES[0]
-            for lr in RATES:  # upwards, until it gets worse
+            best = self.rates[0]
+            for lr in self.rates:  # upwards, until it gets worse
                 scores[f"{lr:g}"] = {
                     s.content["name"]: one(
                         s, label, SWEEP_SEED, lr,
