@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every ro
 DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02]
 COMMON_RATE = 0.005
 TEXT_RATES = [0.001, 0.003, 0.01]
+TEXT_SWEPT = ("text_sst2_full",)
 PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, all clients
 # R = 8 keeps a quarter of the 30 directions that four clients send: the bases can differ.
 TEXT = {m: MIXED[m] | {"rank": 8} for m in ("consensus", "projector", "update")}
@@ -208,8 +210,10 @@ def main() -> None:
         folder = args.runs / setting.content["name"] / label / f"seed{seed}"
         if (folder / "done").exists():
             continue
+        begun = perf_counter()
         last, _ = one(setting, label, seed, lr, folder, args.data_dir)
-        print(f"{datetime.now():%H:%M:%S} {folder} lr {lr:g} {last:.4f}", flush=True)
+        took = f"{perf_counter() - begun:.1f} s"
+        print(f"{datetime.now():%H:%M:%S} {folder} lr {lr:g} {last:.4f} in {took}", flush=True)
 
 
 def work(
@@ -223,18 +227,14 @@ def work(
         ], DIGIT_RATES)
         for turnout in ("full", "sparse")
     }  # fmt: skip
-    text_swept = {
-        task: Rates(task, args, [settings[f"{task}_full"]], TEXT_RATES)
-        for task in ("text_sst2", "text_cola") if f"{task}_full" in settings
-    }  # fmt: skip
     groups: list[dict[str, Callable[[str], float]]] = [
         {name: swept[name.rpartition("_")[2]] for name in grid()},
         dict.fromkeys(questions(), swept["full"]),
         dict.fromkeys(common(), lambda label: COMMON_RATE),
-        {
-            name: text_swept[name.rpartition("_")[0]]
-            for name in settings if name.startswith("text")
-        },
+        dict.fromkeys(
+            (name for name in settings if name.startswith("text")),
+            Rates("text", args, [settings[n] for n in TEXT_SWEPT if n in settings], TEXT_RATES),
+        ),
     ]  # fmt: skip
     for group in groups:
         for seed in range(args.seeds):
