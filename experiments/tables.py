@@ -281,7 +281,7 @@ def pictures(runs: Runs, folder: Path) -> None:
 
 def main() -> None:
     runs = load()
-    parts = [overview(runs, prefix) for prefix in GRIDS]
+    parts = [overview(runs, x) for x in GRIDS if any(name.startswith(x) for name in runs)]
     parts += [setting(name, methods) for name, methods in runs.items()]
     parts += [misalignment(runs), collapse(runs), sweeps(), merges(one_round())]
     print("\n".join(parts))
