@@ -1,6 +1,8 @@
 """Folders of runs -> results/rounds.csv (a line per run and round) and results/sweeps.json.
 
 python experiments/collect.py RUNS
+
+Settings and sweeps that RUNS does not hold stay as they are stored.
 """
 
 from __future__ import annotations
@@ -46,18 +48,23 @@ def row(run: Any, line: dict[str, Any], received: float | None) -> dict[str, Any
 def main(home: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     runs, _ = load_runs(p for p in sorted(home.iterdir()) if p.is_dir() and p.name != "sweep")
-    with (RESULTS / "rounds.csv").open("w", newline="", encoding="utf-8") as file:
+    rows = [
+        row(run, line, run.received if line is run.lines[-1] else None)
+        for run in runs if run.done for line in run.lines
+    ]  # fmt: skip
+    path, fresh = RESULTS / "rounds.csv", {x["config"] for x in rows}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows += [x for x in csv.DictReader(file) if x["config"] not in fresh]
+    with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         out.writeheader()
-        for run in (run for run in runs if run.done):
-            for line in run.lines:
-                last = line is run.lines[-1]
-                out.writerow(row(run, line, run.received if last else None))
-    sweeps = {
-        f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
-        for path in sorted((home / "sweep").glob("*/*.json"))
-    }
-    (RESULTS / "sweeps.json").write_text(json.dumps(sweeps, indent=1) + "\n")
+        out.writerows(rows)
+    path = RESULTS / "sweeps.json"
+    sweeps = json.loads(path.read_text()) if path.exists() else {}
+    for outcome in sorted((home / "sweep").glob("*/*.json")):
+        sweeps[f"{outcome.parent.name}/{outcome.stem}"] = json.loads(outcome.read_text())
+    path.write_text(json.dumps(sweeps, indent=1) + "\n")
 
 
 if __name__ == "__main__":

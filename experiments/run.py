@@ -1,6 +1,6 @@
 """The experiments of docs/experiments.md, one after the other: resumable, most wanted first.
 
-OMP_NUM_THREADS=1 python experiments/run.py RUNS [--only digits] [--seeds 3]
+OMP_NUM_THREADS=1 python experiments/run.py RUNS [--only digits] [--seeds 5]
 Text needs --data-dir (GLUE as JSONL) and --model (a folder with a small encoder).
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from glora_ops.fl.config import Config
 from glora_ops.fl.engine_local import Answers
 from glora_ops.fl.messages import Client, Sent
 from glora_ops.fl.run import Plan, local_engine, run
+from glora_ops.fl.tasks.base import HeldOut
 
 GLORA = {
     "consensus": {"kind": "glora", "anchor": 1.0},
@@ -27,17 +30,20 @@ GLORA = {
     "projector": {"kind": "glora", "basis": "projector"},
     "update": {"kind": "glora", "basis": "update"},
 }
+MOMENTUM = {"consensus-momentum": GLORA["consensus"] | {"momentum": 0.5}}
 MIXED = GLORA | {kind: {"kind": kind} for kind in ("fedit", "flora", "flexlora", "hetlora")}
 EQUAL = MIXED | {kind: {"kind": kind} for kind in ("ffa", "rolora", "fedex", "fedrot")}
-# R = 2 max r = 32 would hold all 30 directions of four clients: no basis would matter.
-TEXT = {m: MIXED[m] | {"rank": 16} for m in ("consensus", "projector", "update")}
-TEXT |= {m: MIXED[m] for m in ("flexlora", "flora")}
 MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every round
-DIGIT_RATES = [0.003, 0.01, 0.03]
-TEXT_RATE = 0.003
+DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02]
+COMMON_RATE = 0.005
+TEXT_RATES = [0.003, 0.01]
+TEXT_SWEPT = ("text_sst2_full",)
+PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, all clients
+# R = 8 keeps a quarter of the 30 directions that four clients send: the bases can differ.
+TEXT = {m: MIXED[m] | {"rank": 8} for m in ("consensus", "projector", "update")}
+TEXT |= {m: MIXED[m] for m in PEERS}
 SWEEP_SEED = 1000
 LOUDNESS = 8.0
-FIRST = [f"digits_dirichlet_{which}" for which in ("mixed_full", "equal_full", "mixed_sparse")]
 
 FULL = {"count": 6, "participation": 1.0}
 SPARSE = {"count": 20, "participation": 0.2, "at_least": 10}
@@ -70,8 +76,11 @@ def grid() -> dict[str, Setting]:
         for turnout, who in (("full", FULL), ("sparse", SPARSE)):
             for ranks in ("mixed", "equal"):
                 name = f"digits_{data}_{ranks}_{turnout}"
+                arms = (EQUAL if ranks == "equal" else MIXED) | (
+                    MOMENTUM if turnout == "sparse" else {}
+                )
                 out[name] = digits(
-                    name, EQUAL if ranks == "equal" else MIXED,
+                    name, arms,
                     rounds=5 if turnout == "full" else 8,
                     ranks=RANKS[ranks], **who, **DATA[data],
                 )  # fmt: skip
@@ -79,20 +88,12 @@ def grid() -> dict[str, Setting]:
 
 
 def common() -> dict[str, Setting]:
-    """Mixed ranks at the other rate too, so that every arm is known at both; and momentum."""
-    at = {
-        "0.003": ("consensus", "consensus-delta", "update", "fedit", "flora", "hetlora"),
-        "0.01": ("projector", "flexlora"),
-    }
+    """Skewed clients of mixed ranks with every arm at one rate."""
     out = {}
-    for name in ("digits_dirichlet_mixed_full", "digits_dirichlet_mixed_sparse"):
-        for rate, arms in at.items():
-            content = dict(grid()[name].content)
-            content["name"] = name.replace("dirichlet", f"common_{rate}")
-            content["methods"] = {m: MIXED[m] for m in arms}
-            if name.endswith("sparse"):
-                content["methods"]["consensus-momentum"] = MIXED["consensus"] | {"momentum": 0.5}
-            out[content["name"]] = Setting(content)
+    for turnout in ("full", "sparse"):
+        content = dict(grid()[f"digits_dirichlet_mixed_{turnout}"].content)
+        content["name"] = f"digits_one_rate_{turnout}"
+        out[content["name"]] = Setting(content)
     return out
 
 
@@ -131,22 +132,25 @@ def questions() -> dict[str, Setting]:
 
 
 def text(model: str) -> dict[str, Setting]:
-    """Real sentences; ranks 2, 4, 8, 16."""
+    """Real sentences, skewed labels, ranks 2, 4, 8, 16."""
     out = {}
-    for task, turnout in (("sst2", "full"), ("sst2", "sparse"), ("cola", "full")):
-        name = f"text_{task}_{turnout}"
-        who = {"count": 4} if turnout == "full" else {"count": 20, "participation": 0.2}
-        content = {
-            "name": name,
-            "task": {"kind": "glue", "name": task, "max_train": 2000, "max_eval": 200,
-                     "max_length": 24},
-            "model": {"name": model, "targets": ["query", "value"]},
-            "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": 1.0},
-            "training": {"rounds": 5, "steps": 8, "batch": 8, "lr": TEXT_RATE},
-            "evaluation": {"every": 100, "by_rank": "never", "agreement": "never"},
-            "methods": TEXT,
-        }  # fmt: skip
-        out[name] = Setting(content)
+    for task in ("sst2", "cola"):
+        for turnout, who in (
+            ("full", {"count": 4}),
+            ("sparse", {"count": 20, "participation": 0.2}),
+        ):
+            content = {
+                "name": f"text_{task}_{turnout}",
+                "task": {"kind": "glue", "name": task, "max_train": 2000, "max_eval": 300,
+                         "max_length": 24},
+                "model": {"name": model, "targets": ["query", "value"]},
+                "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": 1.0},
+                "training": {"rounds": 5, "steps": 8, "batch": 8},
+                "evaluation": {"every": 100, "by_rank": "never", "agreement": "never"},
+                "sweep": {"lrs": TEXT_RATES},  # half of the held-out sentences are for it alone
+                "methods": TEXT,
+            }  # fmt: skip
+            out[content["name"]] = Setting(content)
     return out
 
 
@@ -168,19 +172,25 @@ class Loud:
         return replace(answers, replies=replies)
 
 
-def one(setting: Setting, label: str, seed: int, lr: float, folder: Path,
-        data_dir: Path | None) -> float:  # fmt: skip
-    """The last headline metric of one run, which is not repeated where it is finished."""
+def one(setting: Setting, label: str, seed: int, lr: float, folder: Path, data_dir: Path | None,
+        held_out: HeldOut = "test") -> tuple[float, float]:  # fmt: skip
+    """The headline metric of one run after its last round, and its mean over the second half.
+
+    A run that is finished is not repeated.
+    """
     content = dict(setting.content)
     content["methods"] = {m: {**x, "lr": lr} for m, x in content["methods"].items()}
     if label in MEASURED:
         content["evaluation"] = content["evaluation"] | {"agreement": "every"}
-    plan = Plan(Config.model_validate(content), label, seed, lr, data_dir)
+    plan = Plan(Config.model_validate(content), label, seed, lr, data_dir, held_out)
     if "skewed" in setting.disturb:
         rows, train = torch.from_numpy(plan.parts[0]), plan.task.train
         train.y[rows] = (train.y[rows] + 1) % 10
     engine: Callable[[Plan], Any] = Loud if "loud" in setting.disturb else local_engine
-    return float(run(plan, folder, engine=engine, resume=True)[-1]["metrics"][plan.task.metric])
+    lines = run(plan, folder, engine=engine, resume=True)
+    late = [x for x in lines if "metrics" in x and 2 * x["round"] > lines[-1]["round"]]
+    scores = [float(x["metrics"][plan.task.metric]) for x in late]
+    return scores[-1], fmean(scores)
 
 
 def main() -> None:
@@ -193,52 +203,61 @@ def main() -> None:
     p.add_argument("--model", default="")
     args = p.parse_args()
     settings = grid() | common() | questions() | (text(args.model) if args.model else {})
-    for setting, label, seed, rates in work(settings, args.runs, args):
+    for setting, label, seed, rates in work(settings, args):
         lr = rates(label)
         if args.until and datetime.now() > args.until:
             break
         folder = args.runs / setting.content["name"] / label / f"seed{seed}"
         if (folder / "done").exists():
             continue
-        score = one(setting, label, seed, lr, folder, args.data_dir)
-        print(f"{datetime.now():%H:%M:%S} {folder} lr {lr:g} {score:.4f}", flush=True)
+        begun = perf_counter()
+        last, _ = one(setting, label, seed, lr, folder, args.data_dir)
+        took = f"{perf_counter() - begun:.1f} s"
+        print(f"{datetime.now():%H:%M:%S} {folder} lr {lr:g} {last:.4f} in {took}", flush=True)
 
 
 def work(
-    settings: dict[str, Setting], runs: Path, args: argparse.Namespace
+    settings: dict[str, Setting], args: argparse.Namespace
 ) -> Iterator[tuple[Setting, str, int, Callable[[str], float]]]:
-    """Every run there is: grid, questions, text, each seed by seed."""
-    digits_rate = Rates(runs, "digits", [settings["digits_dirichlet_equal_full"],
-        settings["digits_dirichlet_mixed_sparse"], settings["digits_dirichlet_equal_sparse"]],
-        DIGIT_RATES)  # fmt: skip
-    groups: list[tuple[list[str], Callable[[str], float]]] = [
-        (FIRST, digits_rate),
-        ([name for name in common() if "0.003" in name], lambda label: 0.003),
-        ([name for name in common() if "0.01" in name], lambda label: 0.01),
-        (list(questions()), digits_rate),
-        ([name for name in grid() if name not in FIRST], digits_rate),
-    ]
-    for name in (n for n in settings if n.startswith("text")):
-        groups.append(([name], lambda label: TEXT_RATE))
-    for names, rate in groups:
+    """Every run there is: grid, questions, one rate, text; all of a group's seed 0 first."""
+    swept = {
+        turnout: Rates(f"digits_{turnout}", args, [
+            settings[f"digits_{which}_{turnout}"]
+            for which in ("dirichlet_mixed", "dirichlet_equal", "iid_equal")
+        ], DIGIT_RATES)
+        for turnout in ("full", "sparse")
+    }  # fmt: skip
+    groups: list[dict[str, Callable[[str], float]]] = [
+        {name: swept[name.rpartition("_")[2]] for name in grid()},
+        dict.fromkeys(questions(), swept["full"]),
+        dict.fromkeys(common(), lambda label: COMMON_RATE),
+        dict.fromkeys(
+            (name for name in settings if name.startswith("text")),
+            Rates("text", args, [settings[n] for n in TEXT_SWEPT if n in settings], TEXT_RATES),
+        ),
+    ]  # fmt: skip
+    for group in groups:
         for seed in range(args.seeds):
-            for name in names:
+            for name, rate in group.items():
                 if args.only in name:
                     for label in settings[name].content["methods"]:
                         yield settings[name], label, seed, rate
 
 
 class Rates:
-    """Learning rates by method: the best mean over up to two settings on a seed of its own."""
+    """Learning rates by method: the best mean over up to two settings on a seed and held-out
+    examples of their own, by the second half of the rounds (one draw of clients weighs less)."""
 
-    def __init__(self, runs: Path, name: str, settings: list[Setting], rates: list[float]) -> None:
-        self.folder, self.settings, self.rates = runs / "sweep" / name, settings, rates
+    def __init__(
+        self, name: str, args: argparse.Namespace, settings: list[Setting], rates: list[float]
+    ) -> None:
+        self.folder, self.data_dir = args.runs / "sweep" / name, args.data_dir
+        self.settings, self.rates = settings, rates
 
     def __call__(self, label: str) -> float:
-        arms = self.settings[0].content["methods"]
-        if label not in arms:  # ablations learn at one rate, that of consensus
-            return self("consensus")
         where = [s for s in self.settings if label in s.content["methods"]][:2]
+        if not where:  # ablations learn at one rate, that of consensus
+            return self("consensus")
         outcome = self.folder / f"{label}.json"
         if not outcome.exists():
             scores: dict[str, dict[str, float]] = {}
@@ -247,8 +266,9 @@ class Rates:
                 scores[f"{lr:g}"] = {
                     s.content["name"]: one(
                         s, label, SWEEP_SEED, lr,
-                        self.folder / label / s.content["name"] / f"lr{lr:g}", None,
-                    )
+                        self.folder / label / s.content["name"] / f"lr{lr:g}", self.data_dir,
+                        "validation",
+                    )[1]
                     for s in where
                 }  # fmt: skip
                 if sum(scores[f"{lr:g}"].values()) < sum(scores[f"{best:g}"].values()):

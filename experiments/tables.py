@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from glora_ops.fl.report import bootstrap
 
 RESULTS = Path(__file__).parent / "results"
+GRIDS = ("digits_dirichlet_", "digits_iid_", "digits_one_rate_", "text_")
 REFERENCE = {"digits_ablation": "consensus-R8"}
 
 Row = dict[str, str]
@@ -40,7 +41,11 @@ def last(runs: dict[int, list[Row]], column: str) -> dict[int, float]:
 def late(runs: dict[int, list[Row]]) -> dict[int, float]:
     """Mean score over the second half of the rounds, where a draw of clients weighs less."""
     return {
-        s: fmean(float(r["score"]) for r in rows[len(rows) // 2 + 1 :] if r["score"])
+        s: fmean(
+            float(r["score"])
+            for r in rows
+            if r["score"] and 2 * int(r["round"]) > int(rows[-1]["round"])
+        )
         for s, rows in runs.items()
     }
 
@@ -90,6 +95,30 @@ def setting(name: str, methods: dict[str, dict[int, list[Row]]]) -> str:
     return f"### {name}\n\n{table(header, body)}\n"
 
 
+def overview(runs: Runs, prefix: str) -> str:
+    """All settings of a grid side by side: scores, then consensus minus each method."""
+    names = [name for name in runs if name.startswith(prefix)]
+    labels = sorted({label for name in names for label in runs[name]})
+    header = ("method", *(name.removeprefix(prefix) for name in names))
+    parts = []
+    for title, measure in (
+        ("Server model after the last round", lambda x: last(x, "score")),
+        ("Server model, mean over the second half of the rounds", late),
+    ):
+        parts.append(f"**{title}** (mean ± standard deviation over seeds)")
+        parts.append(table(header, [
+            (label, *(pm(measure(runs[n].get(label, {})).values()) for n in names))
+            for label in labels
+        ]))  # fmt: skip
+        parts.append("consensus minus each, paired by seed: mean, 95 % interval, seeds won")
+        parts.append(table(header, [
+            (label, *(", ".join(difference(measure(runs[n]["consensus"]), measure(runs[n][label])))
+                      if label in runs[n] else "–" for n in names))
+            for label in labels if label != "consensus"
+        ]))  # fmt: skip
+    return f"### {prefix}…\n\n" + "\n\n".join(parts) + "\n"
+
+
 def sweeps() -> str:
     found = json.loads((RESULTS / "sweeps.json").read_text())
     rows = []
@@ -106,7 +135,7 @@ def misalignment(runs: Runs) -> str:
     """Clients after local training, where all started from what fedit sent them."""
     rows, pairs = [], []
     for name, methods in runs.items():
-        if "common" in name:
+        if "one_rate" in name:
             continue
         for label in ("fedit", "consensus"):
             lines = [r for rows in methods.get(label, {}).values() for r in rows if r["turn"]]
@@ -130,27 +159,6 @@ def misalignment(runs: Runs) -> str:
     header = ("where, after round", "turn", "apart", "apart, turned", "columns", "rows",
               "captured")  # fmt: skip
     return "### Misalignment\n\n" + table(header, rows) + "\n\n" + "\n".join(said) + "\n"
-
-
-def rates(runs: Runs) -> str:
-    """Mixed ranks: every arm at both rates."""
-    rows = []
-    for which in ("mixed_full", "mixed_sparse"):
-        seen: dict[str, dict[str, dict[int, list[Row]]]] = defaultdict(dict)
-        for prefix in ("dirichlet", "common_0.003", "common_0.01"):
-            for label, seeds in runs.get(f"digits_{prefix}_{which}", {}).items():
-                seen[label][next(iter(seeds.values()))[0]["lr"]] = seeds
-        for label, by in seen.items():
-            cells = []
-            for lr in ("0.003", "0.01"):
-                score = last(by.get(lr, {}), "score")
-                against = last(seen["consensus"].get(lr, {}), "score")
-                cells += [pm(score.values()), *difference(against, score)[:2]]
-            rows.append((f"{which}, {label}", *cells))
-    header = ["where"]
-    for lr in ("0.003", "0.01"):
-        header += [f"at {lr}", "consensus minus it", "95 % interval"]
-    return "### Both rates\n\n" + table(header, rows) + "\n"
 
 
 Merges = dict[tuple[str, str, int, int], list[Row]]  # data, arm, R, loudness: seeds
@@ -261,7 +269,7 @@ def pictures(runs: Runs, folder: Path) -> None:
     figure, ax = plt.subplots(figsize=(4.6, 3.4))
     for name, methods in runs.items():
         lines = [r for rows in methods.get("fedit", {}).values() for r in rows if r["turn"]]
-        if lines and "common" not in name and "gauge" not in name:
+        if lines and "one_rate" not in name and "gauge" not in name:
             ax.scatter([float(r["apart"]) for r in lines],
                        [1 - float(r["captured"]) for r in lines], s=9, label=name)  # fmt: skip
     ax.set(xlabel="clients' factors apart (0: the same)",
@@ -273,8 +281,10 @@ def pictures(runs: Runs, folder: Path) -> None:
 
 def main() -> None:
     runs = load()
-    print("\n".join([*(setting(n, m) for n, m in runs.items()), misalignment(runs),
-                     collapse(runs), sweeps(), rates(runs), merges(one_round())]))  # fmt: skip
+    parts = [overview(runs, x) for x in GRIDS if any(name.startswith(x) for name in runs)]
+    parts += [setting(name, methods) for name, methods in runs.items()]
+    parts += [misalignment(runs), collapse(runs), sweeps(), merges(one_round())]
+    print("\n".join(parts))
     if len(sys.argv) > 1:
         pictures(runs, Path(sys.argv[1]))
         curves(one_round(), Path(sys.argv[1]))

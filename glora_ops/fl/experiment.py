@@ -80,8 +80,8 @@ def learning_rate(
 ) -> float:
     """The method's own rate, or the best of the sweep by the last round's headline metric.
 
-    The sweep uses its own seed; its trials stay in ``sweep/<label>`` and its outcome in
-    ``sweep/<label>.json``.
+    The sweep has a seed and held-out examples of its own; its trials stay in ``sweep/<label>`` and
+    its outcome in ``sweep/<label>.json``.
     """
     own = config.methods[label].lr
     if own is not None or not config.sweep.lrs:
@@ -90,7 +90,7 @@ def learning_rate(
     if not outcome.exists():
         scores = {}
         for lr in config.sweep.lrs:
-            plan = Plan(config, label, config.sweep.seed, lr, data_dir)
+            plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
             lines = run(
                 plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
                 rounds=config.sweep.rounds or None, progress=progress,

@@ -321,7 +321,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
              f"{s['chosen']:g}")
             for label, s in summary["sweeps"].items()
         ]  # fmt: skip
-        parts += ["**Learning rates**, swept on a seed of their own:",
+        parts += ["**Learning rates**, swept on a seed and held-out examples of their own:",
                   _table(("method", *rates, "chosen"), body)]  # fmt: skip
     if summary["failures"]:
         parts.append(f"{len(summary['failures'])} replies failed, the first: "

@@ -23,7 +23,7 @@ from .partition import split
 from .records import Run, server_about, server_from, server_tensors
 from .round import participants, run_round
 from .server import Server, Setup
-from .tasks import Task
+from .tasks.base import HeldOut, Task
 from .tasks.build import build_task
 
 __all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
@@ -36,15 +36,17 @@ class Plan:
     """Everything a run needs before its first round, on the server or on a client's machine.
 
     Built from (config, label, seed, lr, data folder) alone, so that every process of a deployment
-    has the same partition, model and streams.
+    has the same partition, model and streams. `held_out` is what the server judges on: a sweep's
+    trials and the runs that are reported share no example.
     """
 
     def __init__(
-        self, config: Config, label: str, seed: int, lr: float, data_dir: Path | None = None
-    ) -> None:
+        self, config: Config, label: str, seed: int, lr: float, data_dir: Path | None = None,
+        held_out: HeldOut = "test",
+    ) -> None:  # fmt: skip
         self.config, self.label, self.seed, self.lr = config, label, seed, lr
         self.method: Method = config.method(label)
-        self.task: Task = build_task(config, seed, data_dir)
+        self.task: Task = build_task(config, seed, data_dir, held_out)
         t, c = config.training, config.clients
         self.trainer = Trainer(
             self.task,

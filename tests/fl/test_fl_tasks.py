@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from transformers import (
 )
 
 from glora_ops.errors import GloraError, Refused
-from glora_ops.fl.config import Config
+from glora_ops.fl.config import Config, Sweep
 from glora_ops.fl.run import Plan, run
+from glora_ops.fl.tasks.base import HeldOut
+from glora_ops.fl.tasks.digits import VALIDATION, Digits
 from glora_ops.fl.tasks.glue import Glue
 from glora_ops.fl.tasks.metrics import classification, correlation, exact_match, rouge_l
 from glora_ops.fl.tasks.superni import SuperNI, prompt
@@ -153,6 +156,32 @@ def test_samples_are_seeded_and_bounded(tiny: dict[str, str], sst2: Path) -> Non
     assert len(one) == 30
     assert one == same
     assert one != other
+
+
+def test_a_sweep_is_judged_on_other_examples_than_any_run(
+    tiny: dict[str, str], sst2: Path, instructions: Path
+) -> None:
+    def digits(seed: int, held_out: HeldOut) -> set[bytes]:
+        return {x.numpy().tobytes() for x in Digits(seed, held_out).held_out.x}
+
+    def sentences(seed: int, held_out: HeldOut, lrs: list[float]) -> Counter[tuple[int, ...]]:
+        swept = glue(tiny).model_copy(update={"sweep": Sweep(lrs=lrs)})
+        return Counter(map(tuple, Glue(swept, seed, sst2, held_out)._dev_x["input_ids"]))
+
+    def instances(held_out: HeldOut) -> set[tuple[str, str]]:
+        swept = superni(tiny["gpt2"], ["c_attn"]).model_copy(update={"sweep": Sweep(lrs=[0.1])})
+        task = SuperNI(swept, 0, instructions, held_out)
+        return {(x["task"], x["id"]) for x in task._seen + task._unseen}
+
+    assert digits(1000, "validation") == digits(3, "validation")
+    assert len(digits(1000, "validation")) == VALIDATION
+    chosen_on, all_of_it = sentences(1000, "validation", [0.1]), sentences(0, "test", [])
+    assert sentences(7, "validation", [0.1]) == chosen_on
+    for seed in range(3):
+        assert not digits(seed, "test") & digits(1000, "validation")
+        assert sentences(seed, "test", [0.1]) + chosen_on == all_of_it
+    assert not instances("test") & instances("validation")
+    assert len(instances("validation")) == len(instances("test")) > 0
 
 
 def test_glue_through_datasets_by_name(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-__all__ = ["Task"]
+from ..seeds import numpy_stream
+
+__all__ = ["HeldOut", "Task", "half"]
+
+HeldOut = Literal["test", "validation"]  # what runs report, and what a sweep chooses on
+
+
+def half(rows: list[Any], part: HeldOut, *name: object) -> list[Any]:
+    """One half of the held-out rows; the halves are the same for every seed and disjoint."""
+    chosen = set(numpy_stream(0, "validation", *name).permutation(len(rows))[: len(rows) // 2])
+    return [row for i, row in enumerate(rows) if (i in chosen) == (part == "validation")]
 
 
 class Task(Protocol):

@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config import Config
-from .base import Task
+from .base import HeldOut, Task
 
 __all__ = ["build_task"]
 
 
-def build_task(config: Config, seed: int, data_dir: Path | None = None) -> Task:
-    """The configuration's task; only what it needs is imported."""
+def build_task(
+    config: Config, seed: int, data_dir: Path | None = None, held_out: HeldOut = "test"
+) -> Task:
+    """The configuration's task, judged on `held_out`; only what it needs is imported."""
     if config.task.kind == "digits":
         from .digits import Digits
 
-        return Digits(seed)
+        return Digits(seed, held_out)
     if config.task.kind == "glue":
         from .glue import Glue
 
-        return Glue(config, seed, data_dir)
+        return Glue(config, seed, data_dir, held_out)
     from .superni import SuperNI
 
-    return SuperNI(config, seed, data_dir)
+    return SuperNI(config, seed, data_dir, held_out)

@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from ..files import replacing
 from ..seeds import numpy_stream
+from .base import HeldOut
 
 __all__ = ["DigitTransformer", "Digits", "Part", "accuracy", "fit", "pretrain", "split_digits"]
 
 WIDTH = 128
 HELD_OUT = 497
 PRETRAINING = 600
+VALIDATION, TEST = 197, 300  # of the 1197 digits the base has not seen; the rest is trained on
 BASE_NAME = "digits-transformer-1.safetensors"
 
 
@@ -172,7 +174,10 @@ class Digits:
     Parameters
     ----------
     seed : int
-        Of the split between clients (700) and held-out (497) digits.
+        Of the split between clients (700) and test (300) digits. Validation (197) is the same for
+        every seed.
+    held_out : {"test", "validation"}
+        What `evaluate` judges on.
     """
 
     metric = "accuracy"
@@ -180,19 +185,23 @@ class Digits:
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down")
     heads: tuple[str, ...] = ()
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, held_out: HeldOut = "test") -> None:
         from sklearn.model_selection import train_test_split
 
         _, *others = split_digits(0)
         unseen = Part(torch.cat([p.x for p in others]), torch.cat([p.y for p in others]))
         unseen = unseen.on_their_side()
-        rows, held_out = train_test_split(
-            np.arange(len(unseen)),
-            test_size=HELD_OUT,
-            stratify=unseen.y,
+        rest, validation = train_test_split(
+            np.arange(len(unseen)), test_size=VALIDATION, stratify=unseen.y, random_state=0
+        )
+        rows, test = train_test_split(
+            rest,
+            test_size=TEST,
+            stratify=unseen.y[rest],
             random_state=int(numpy_stream(seed, "digits").integers(2**31)),
         )
-        self.train, self.held_out = unseen[rows], unseen[held_out]
+        self.train = unseen[rows]
+        self.held_out = unseen[validation if held_out == "validation" else test]
         self.labels = self.train.y.numpy()
 
     def model(self) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import require
 from ..config import Config
 from ..seeds import numpy_stream
+from .base import HeldOut, half
 from .jsonl import from_hub, read_jsonl
 from .metrics import classification, correlation
 from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
@@ -41,14 +42,18 @@ class Glue:
     of Pearson's and Spearman's correlation.
     """
 
-    def __init__(self, config: Config, seed: int, data_dir: Path | None) -> None:
+    def __init__(
+        self, config: Config, seed: int, data_dir: Path | None, held_out: HeldOut = "test"
+    ) -> None:
         self.config, self._seed = config, seed
         name = config.task.name
         require(bool(name), "task.name", "''", "a GLUE task such as sst2 or cola")
-        train, dev = (
-            sample(_read(name, split, data_dir), size, seed, split)
-            for split, size in (("train", config.task.max_train), ("dev", config.task.max_eval))
-        )
+        train, dev = (_read(name, split, data_dir) for split in ("train", "dev"))
+        if config.sweep.lrs:
+            require(len(dev) > 1, f"{name}.dev", len(dev), "two examples or more, for a sweep")
+            dev = half(dev, held_out)
+        train = sample(train, config.task.max_train, seed, "train")
+        dev = sample(dev, config.task.max_eval, seed, "dev")
         self._tokenizer = tokenizer_of(config.model.name)
         self.regression = any(isinstance(row["label"], float) for row in train)
         self._x, self._y = self._tokens(train), np.array([row["label"] for row in train])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import require
 from ..config import Config
+from .base import HeldOut, half
 from .glue import sample
 from .jsonl import from_hub, read_jsonl
 from .metrics import exact_match, rouge_l
@@ -54,9 +55,11 @@ class SuperNI:
     tasks, and each held-out task by its name.
     """
 
-    def __init__(self, config: Config, seed: int, data_dir: Path | None) -> None:
+    def __init__(
+        self, config: Config, seed: int, data_dir: Path | None, held_out: HeldOut = "test"
+    ) -> None:
         self.config, self._seed = config, seed
-        train, held_out = (_read(part, data_dir) for part in ("train", "heldout"))
+        train, unseen = (_read(part, data_dir) for part in ("train", "heldout"))
         self._tokenizer = tokenizer_of(config.model.name)
         t = config.task
         chosen_tasks = sample(list(train), t.max_tasks, seed, "tasks")
@@ -71,11 +74,15 @@ class SuperNI:
             chosen = {id(instance) for instance in seen}
             rest = [x for x in instances if id(x) not in chosen]
             mine = sample(rest, t.max_train, seed, "train", name)
+            if config.sweep.lrs:
+                seen = half(seen, held_out, name)
             self._seen += sample(seen, t.max_eval, seed, "seen-eval", name)
             self._train += mine
             labels += [k] * len(mine)
+        if config.sweep.lrs:
+            unseen = {name: half(xs, held_out, name) for name, xs in unseen.items()}
         self._unseen = [
-            x for name, xs in held_out.items() for x in sample(xs, t.max_eval, seed, "eval", name)
+            x for name, xs in unseen.items() for x in sample(xs, t.max_eval, seed, "eval", name)
         ]
         self.labels = np.array(labels)
         self.metric = "rouge_l_unseen" if self._unseen else "rouge_l_seen"
