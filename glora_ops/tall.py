@@ -12,6 +12,10 @@ from .vocabulary import Vocabulary
 __all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
 
 
+# Squared length over its own rounding from which one pass leaves a direction orthogonal to 1e-4.
+CLEAR = 256.0
+
+
 class Space(Protocol):
     """Where blocks of columns live: tall vectors (a `Vocabulary`), or coordinates with a metric."""
 
@@ -90,12 +94,16 @@ def whiten(
     lam, vec = space.eigh(space.inner(y, y))
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
     kept = lam > drop * top
+    unsure = torch.zeros_like(kept)
     if noise is not None:
-        kept &= lam > noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
+        rounding = noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
+        kept &= lam > rounding
+        unsure = kept & (lam < CLEAR * rounding)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
     q = space.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
-    if not again or (noise is None and bool((smallest >= 1e-6 * lam[..., 0]).all())):
+    ill_conditioned = unsure.any(-1) | (smallest < 1e-6 * lam[..., 0])
+    if not again or not bool(ill_conditioned.any()):
         return q
     if basis is not None:
         q, drop = space.without(basis, q), max(drop, 0.25)
