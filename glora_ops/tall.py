@@ -93,17 +93,13 @@ def whiten(
     """
     lam, vec = space.eigh(space.inner(y, y))
     top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
-    kept = lam > drop * top
-    unsure = torch.zeros_like(kept)
-    if noise is not None:
-        rounding = noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
-        kept &= lam > rounding
-        unsure = kept & (lam < CLEAR * rounding)
+    rounding = 0 * lam if noise is None else noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
+    kept = (lam > drop * top) & (lam > rounding)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
     q = space.combine(y, vec * scale[..., None, :])
     smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
-    ill_conditioned = unsure.any(-1) | (smallest < 1e-6 * lam[..., 0])
-    if not again or not bool(ill_conditioned.any()):
+    unsure = (kept & (lam < CLEAR * rounding)).any(-1) | (smallest < 1e-6 * lam[..., 0])
+    if not again or not bool(unsure.any()):
         return q
     if basis is not None:
         q, drop = space.without(basis, q), max(drop, 0.25)
