@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glora_ops import scratch, tall
 from glora_ops.canonical import Balanced, Forms, canonical_forms
-from glora_ops.isolation import all_threads
+from glora_ops.isolation import all_threads, keep_freed
 from glora_ops.ragged import Ragged
 from glora_ops.solver import fill
 
@@ -62,6 +62,7 @@ def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
         return None
 
 
+keep_freed()
 ONEDNN = _onednn()
 # Multiply-adds from which oneDNN beats the BLAS by more than its call costs.
 ONEDNN_FROM = 2**21

@@ -142,6 +142,7 @@ class DualRoute:
             lambda block, seen: (trace - seen).clamp(min=0),
             rank,
             self.how,
+            even=extra.shape[-1] == 0,
         )
         pairs = ritz.basis @ ritz.vectors[..., : rank + self.how.oversample]
         lam = ritz.theta[..., : rank + self.how.oversample]

@@ -95,14 +95,15 @@ def block_krylov(
     unseen: Callable[[Tensor, Tensor], Tensor],
     rank: int,
     how: Iteration,
+    even: bool = False,
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
 
-    Adaptive runs stop when what further steps could still gain is too little: below `tol` of the
-    energy found, and moving the error √(1 − captured) by less than `tol`/2 or 1/2 %. The gain to
-    come is at most the energy outside the basis, since a basis loses no more of the best rank-R
-    part than that; after a step it is taken to be at most twice what gains falling at the last
-    rate (1/4 after the first step) would add up to.
+    Adaptive runs stop when what further steps could still gain is too little: below 4/5 `tol` of
+    the whole energy, and moving the error √(1 − captured) by less than (tol + error/100)/2.
+    Before a step the gain to come is bounded by the energy outside the basis; half-way through
+    it, by what `_ahead` expects of it and of gains that go on falling at that rate (by 4 at most
+    in the first two steps, where they fall fastest).
 
     Parameters
     ----------
@@ -111,14 +112,19 @@ def block_krylov(
     unseen : callable (block, seen) → (1,)
         ‖(I − QQᵀ)O‖_F² or an estimate, called once for every block of Q as it is added, with
         seen = ‖QᵀO‖_F² over all of them.
+    even : bool
+        Whether the leading directions count alike, as those of a mean projector without an anchor
+        do: what they hold of the mean update has nothing to do with their eigenvalues. Then they
+        must have settled too, to a mean squared sine of tol/20.
     """
     drop = max((64 * torch.finfo(o.dtype).eps) ** 2, 1e-14)
-    steps = how.most if how.power_iters < 0 else how.power_iters
+    adaptive = how.power_iters < 0
+    steps = how.most if adaptive else how.power_iters
     q = whiten(o.left, start, drop, noise=o.noise)
     last = o.apply_t(q)
     basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
     h = o.right.inner(last, last)
-    found = gained = 0.0
+    found = 0.0
     limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
         theta, vectors = o.left.eigh(h)
@@ -126,29 +132,67 @@ def block_krylov(
         outside = unseen(q, seen)
         if step == steps or basis.all.shape[-1] >= limit:
             break
-        if how.power_iters < 0:
-            before, found, last_gain = found, float(theta[..., :rank].sum()), gained
-            total = max(float(seen + outside), 1e-300)
-            to_come, gained = float(outside), found - before
-            if step > 0:
-                rate = min(max(gained / max(last_gain, 1e-300), 0.0), 0.9) if step > 1 else 0.25
-                to_come = min(to_come, 2 * gained * rate / (1 - rate))
-            gain, missing = max(to_come, 0.0) / total, max(0.0, 1 - found / total)
-            error = math.sqrt(missing)
-            moves = error - math.sqrt(max(0.0, missing - gain))
-            if gain < how.tol * found / total and moves < max(how.tol, 0.01 * error) / 2:
-                break
+        before, found = found, float(theta[..., :rank].sum())
+        total, gained = max(float(seen + outside), 1e-300), found - before
+        if adaptive and _little(float(outside), found, total, how.tol):
+            break
         w = o.apply(last)
-        size = h[..., -q.shape[-1] :].square().sum((-2, -1))  # of what w has inside the basis
+        size = h[..., -q.shape[-1] :].square().sum(-2)  # of what w's columns have inside the basis
         for _ in range(2):
             w = o.left.without(basis.all, w)
-        q = whiten(o.left, w, drop, size, o.noise, basis.all)
+        gram = o.left.inner(w, w)
+        if adaptive:
+            gain, share = _ahead(theta, vectors[..., -q.shape[-1] :, :], gram, rank)
+            rate = min(gain / max(gained, 1e-300), 0.9) if step else 0.0
+            more = 1 / (1 - max(rate, 0.25 if step < 2 else 0.0))
+            gain = min(more * gain, float(outside))
+            if _little(gain, found, total, how.tol) and not (even and more * share > how.tol / 20):
+                break
+        q = whiten(o.left, w, drop, size, o.noise, basis.all, gram)
         last = o.apply_t(q)
         basis.append(q)
         images.append(last)
         edge = o.right.inner(images.all, last)
         h = torch.cat([torch.cat([h, edge[..., : -q.shape[-1], :]], -1), edge.mT], -2)
     return Ritz(basis.all, images.all, theta, vectors, seen + outside, step)
+
+
+def _little(gain: float, found: float, total: float, tol: float) -> bool:
+    """Whether a gain in energy is too small to matter."""
+    error = math.sqrt(max(0.0, 1 - found / total))
+    left = math.sqrt(max(0.0, 1 - (found + gain) / total))
+    return gain < 0.8 * tol * total and error - left < (tol + 0.01 * error) / 2
+
+
+def _ahead(theta: Tensor, last: Tensor, gram: Tensor, rank: int) -> tuple[float, float]:
+    """What the leading eigenvalues are about to gain from a block W that joins the basis.
+
+    Ritz pair k has the residual W·last_k, r_k² = ‖W last_k‖², and against a new direction of
+    Rayleigh quotient ν it grows to the larger eigenvalue of [[θ_k, r_k], [r_k, ν]]; ν lies
+    between 0 and about the first value left out, and half of that is taken.
+
+    Parameters
+    ----------
+    theta : Tensor (1, m)
+    last : Tensor (1, k, m)
+        Rows of the last block in the eigenvectors.
+    gram : Tensor (1, k, k)
+        WᵀW.
+
+    Returns
+    -------
+    gain : float
+        Σ_k of the gains.
+    share : float
+        Mean of gain_k/(θ_k − ν), about the squared sine of the angle by which vector k turns.
+    """
+    lead = last[..., :rank]
+    r2 = (lead * (gram @ lead)).sum(-2)
+    gap = theta[..., :rank] - theta[..., rank : rank + 1].sum(-1, keepdim=True) / 2
+    gain = ((gap.square() + 4 * r2).sqrt() - gap) / 2
+    present = gap > 0
+    share = (gain / gap.where(present, 1.0) * present).mean()
+    return float(gain.sum()), float(share)
 
 
 class Columns:

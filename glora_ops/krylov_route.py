@@ -201,7 +201,12 @@ def principal_krylov(
     first = start_block(side, rank, how, known, warm)
     start = apply(whiten(v, apply_t(first), 1e-14))
     ritz = block_krylov(
-        Operator(apply, apply_t, v, v, working(rows.dtype)), start, unseen, rank, how
+        Operator(apply, apply_t, v, v, working(rows.dtype)),
+        start,
+        unseen,
+        rank,
+        how,
+        even=extra.shape[-1] == 0,
     )
     pairs = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]

@@ -52,7 +52,7 @@ def orthonormalise(space: Space, y: Tensor) -> Tensor:
         unit = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(~alive * 1.0)
         r, info = torch.linalg.cholesky_ex(unit, upper=True)
         if bool(info.any()):
-            return whiten(space, y, 1e-12)
+            return whiten(space, y, 1e-12, again=False)
         dependent = r.diagonal(dim1=-2, dim2=-1) < 1e-6
         if bool(dependent.any()):
             y = y * ~dependent[..., None, :]
@@ -72,6 +72,7 @@ def whiten(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     basis: Tensor | None = None,
+    gram: Tensor | None = None,
     again: bool = True,
 ) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
@@ -82,17 +83,22 @@ def whiten(
     ----------
     y : Tensor (L, d, k)
     drop : float
-        Relative to the largest eigenvalue of yᵀy, or to `reference` (L,) where that is larger.
+        Relative to the largest eigenvalue of yᵀy, or to what `reference`, a squared length for
+        every column (L, k), gives a direction where that is larger.
     noise : Tensor (L,), optional
         Squared length that rounding may give to unit coordinates; directions below it go too.
     basis : Tensor (L, d, m), optional
         What y has been made orthogonal to: a second pass does so again, and leaves out what that
         takes more than half of.
+    gram : Tensor (L, k, k) fp64, optional
+        yᵀy, where it is known.
     again : bool
         Whether a second pass may follow.
     """
-    lam, vec = space.eigh(space.inner(y, y))
-    top = lam[..., :1] if reference is None else torch.maximum(lam[..., :1], reference[..., None])
+    lam, vec = space.eigh(space.inner(y, y) if gram is None else gram)
+    top = lam[..., :1]
+    if reference is not None:
+        top = torch.maximum(top, (vec.square() * reference[..., None]).sum(-2))
     rounding = 0 * lam if noise is None else noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
     kept = (lam > drop * top) & (lam > rounding)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
@@ -102,8 +108,9 @@ def whiten(
     if not again or not bool(unsure.any()):
         return q
     if basis is not None:
-        q, drop = space.without(basis, q), max(drop, 0.25)
-    return whiten(space, q, drop, noise=noise, again=False)
+        q = space.without(basis, q)
+        q = q * (space.inner(q, q).diagonal(dim1=-2, dim2=-1) > 0.25)[..., None, :]
+    return orthonormalise(space, q)
 
 
 def gram_schmidt(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:

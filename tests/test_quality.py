@@ -322,6 +322,22 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     assert result.stat("norm") == pytest.approx(norm(want.w_bar), rel=1e-5)
 
 
+def test_n_space_keeps_directions_that_float32_holds():
+    """Four large directions and many small ones: a block that loses its grading loses those."""
+    p = pack([(torch.tensor(b).float(), torch.tensor(a).float()) for b, a in
+              shared(np.random.default_rng(0), count=100, m=420, n=420, noise=0.3)])  # fmt: skip
+    weights, scaling = torch.full((100,), 0.01, dtype=torch.float64), torch.ones(100).double()
+    low, high = (
+        torch.ops.glora.aggregate(
+            p.b.to(dtype), p.a.to(dtype), p.offsets, weights, scaling, 16, power_iters=2
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert gram_route_limit(16) < p.b.shape[-2] <= dual_route_limit(16, 420, 420)
+    # The same steps in both precisions; the 16th eigenvalue is a fortieth of the first.
+    assert torch.allclose(low[3][:16], high[3][:16], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 @pytest.mark.parametrize(("m", "n"), [(90, 70), (400, 360)], ids=["tall blocks", "N-space"])
 def test_krylov_is_exact_where_the_rank_holds_everything(basis, m, n):
