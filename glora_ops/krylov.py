@@ -138,17 +138,17 @@ def block_krylov(
             break
         w = o.apply(last)
         size = h[..., -q.shape[-1] :].square().sum(-2)  # of what w's columns have inside the basis
-        for _ in range(2):
-            w = o.left.without(basis.all, w)
-        gram = o.left.inner(w, w)
+        w = o.left.without(basis.all, w)
         if adaptive:
-            gain, share = _ahead(theta, vectors[..., -q.shape[-1] :, :], gram, rank)
+            last_rows = vectors[..., -q.shape[-1] :, :]
+            gain, share = _ahead(theta, last_rows, o.left.inner(w, w), rank)
             rate = min(gain / max(gained, 1e-300), 0.9) if step else 0.0
             more = 1 / (1 - max(rate, 0.25 if step < 2 else 0.0))
             gain = min(more * gain, float(outside))
             if _little(gain, found, total, how.tol) and not (even and more * share > how.tol / 20):
                 break
-        q = whiten(o.left, w, drop, size, o.noise, basis.all, gram)
+        w = o.left.without(basis.all, w)
+        q = whiten(o.left, w, drop, size, o.noise, basis.all)
         last = o.apply_t(q)
         basis.append(q)
         images.append(last)

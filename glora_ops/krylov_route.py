@@ -72,13 +72,7 @@ class KrylovRoute:
         v, b, a = self.v, self.left.rows, self.right.rows
         weight = coef[..., None]
         first = start_block(self.right, rank, how, known)
-        block = first.shape[-1]
-        if self._grams is None:
-            probes = sign_matrix(how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
-            first = torch.cat([first, probes[None]], -1)
-        z = v.times(a, first)
-        image = v.lift(b, weight * z)
-        outside = Outside(self, weight, z[..., block:], image[..., block:])
+        outside = Outside(self, weight)
 
         def apply(z: Tensor) -> Tensor:
             return v.lift(b, weight * v.times(a, z))
@@ -88,7 +82,7 @@ class KrylovRoute:
             return v.lift(a, weight * outside.reached)
 
         operator = Operator(apply, apply_t, v, v, working(b.dtype))
-        return block_krylov(operator, image[..., :block], outside, rank, how)
+        return block_krylov(operator, apply(first), outside, rank, how)
 
     triplets = update
 
@@ -113,8 +107,8 @@ class Outside:
 
     Parameters
     ----------
-    z, image : Tensor (1, N, PROBES), (1, d_out, PROBES)
-        a · probes and W̄ · probes; without columns where N × N Gram matrices are cheap.
+    weight : Tensor (1, N, 1) fp64
+        W̄ = bᵀ diag(weight) a.
 
     Attributes
     ----------
@@ -124,14 +118,18 @@ class Outside:
 
     reached: Tensor
 
-    def __init__(self, route: KrylovRoute, weight: Tensor, z: Tensor, image: Tensor) -> None:
-        self.v, self.ragged = route.v, route.left.ragged
+    def __init__(self, route: KrylovRoute, weight: Tensor) -> None:
+        self.v = v = route.v
+        b, a = route.left.rows, route.right.rows
+        self.ragged = route.left.ragged
         self.total: Tensor | None = None
         if route._grams is not None:
             gram_b, gram_a = route._grams
             self.total = (weight * gram_b * weight.mT * gram_a).sum((-2, -1))
             return
-        self.image = image
+        probes = sign_matrix(route.how.seed, "probe", a.shape[-1], PROBES, a.dtype, a.device)
+        z = v.times(a, probes[None])
+        self.image = v.lift(b, weight * z)
         self.z, self.scale = self.ragged.pad(z), self.ragged.pad(weight)
         gram_b, self.gram_a = route.client_grams
         self.gram_b = self.scale * gram_b * self.scale.mT
@@ -145,7 +143,7 @@ class Outside:
         self.image = self.image - v.lift(block.mT, v.times(block.mT, self.image))
         own = (self.z * (self.gram_b @ self.z)).sum((-3, -2))
         own_exact = (self.gram_b * self.gram_a).sum((-3, -2, -1))
-        each = self.image.double().square().sum(-2)
+        each = self.image.square().sum(-2, dtype=torch.float64)
         spread = own - own.mean(-1, keepdim=True)
         slope = (spread * each).sum(-1) / spread.square().sum(-1).clamp(min=1e-300)
         return (each.mean(-1) - slope * (own.mean(-1) - own_exact)).clamp(min=0)

@@ -72,7 +72,6 @@ def whiten(
     reference: Tensor | None = None,
     noise: Tensor | None = None,
     basis: Tensor | None = None,
-    gram: Tensor | None = None,
     again: bool = True,
 ) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
@@ -90,12 +89,10 @@ def whiten(
     basis : Tensor (L, d, m), optional
         What y has been made orthogonal to: a second pass does so again, and leaves out what that
         takes more than half of.
-    gram : Tensor (L, k, k) fp64, optional
-        yᵀy, where it is known.
     again : bool
         Whether a second pass may follow.
     """
-    lam, vec = space.eigh(space.inner(y, y) if gram is None else gram)
+    lam, vec = space.eigh(space.inner(y, y))
     top = lam[..., :1]
     if reference is not None:
         top = torch.maximum(top, (vec.square() * reference[..., None]).sum(-2))
