@@ -1,4 +1,4 @@
-"""The captured route's error beside the exact route's, for docs/ops.md: a table, no clock.
+"""The captured route's error beside the reference's, for docs/ops.md: a table, no clock.
 
 python bench/captured_quality.py
 """
@@ -10,17 +10,25 @@ from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from populations import KINDS, Case, population
 
+from glora_ops import reference
+
 STEPS = (0, 1, 2, 4)
 
 
 def errors(kind: str, basis: str) -> list[float]:
-    """‖Ŵ − W̄‖/‖W̄‖ of the exact route, then of the captured one after each of `STEPS`."""
+    """‖Ŵ − W̄‖/‖W̄‖ of the reference, then of the captured route after each of `STEPS`."""
     p = population(Case(512, 384, 32, (8,), 16, kind))
     offsets = 8 * torch.arange(33)
     mean = p.b.double().mT @ (p.coef * p.a.double())
+    clients = [
+        (b.double().numpy(), a.double().numpy()) for b, a in zip(p.lora_b, p.lora_a, strict=True)
+    ]
+    exact = reference.aggregate(
+        clients, p.weights.numpy(), p.scaling.numpy(), 16, basis, unit_roundoff=2.0**-24
+    )
+    out = [float((torch.from_numpy(exact.w_hat) - mean).norm() / mean.norm())]
     ops = Ops(CpuVocabulary(), captured=True)
-    out = []
-    for steps in (-1, *STEPS):
+    for steps in STEPS:
         with torch.no_grad():
             u, s, v, *_ = ops.aggregate(
                 p.b, p.a, offsets, p.weights, p.scaling, 16, basis, power_iters=steps

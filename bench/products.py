@@ -20,7 +20,6 @@ import torch
 from measure import conditions
 from torch import Tensor
 
-import glora_ops  # noqa: F401  # lays out glora_ops.bindings
 from glora_ops.isolation import exact_products
 
 K = 48

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import report_gpu
+from tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -90,11 +91,6 @@ def threads(info: dict[str, Any]) -> str:
 
 def ms(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def steps_table(rows: list[Row]) -> str:
@@ -275,7 +271,7 @@ def picture(rows: list[Row], path: Path) -> None:
         "certificates; the peers compute none.",
         x=0.012, y=0.2 / height, ha="left", fontsize=9, color=QUIET,
     )  # fmt: skip
-    fig.savefig(path, dpi=130, facecolor="white")
+    fig.savefig(path, dpi=80, facecolor="white")
     plt.close(fig)
 
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tables import table
+
 __all__ = ["section"]
 
 FOLDER = Path(__file__).resolve().parent / "results" / "gpu"
@@ -15,11 +17,6 @@ GOALS = {
     "7B, K = 100, r = 16, R = 64, bf16": "≤ 25 ms, ≥ 5 × plain torch of the same mathematics",
     "1024², K = 8, replayed": "no goal: reported",
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(x: float | None) -> str:

@@ -119,11 +119,11 @@ def stacks(case: Case, ranks: list[int], dtype: torch.dtype) -> list[Stacks]:
     weights = torch.full((case.clients,), 1 / case.clients, device="cuda")
     out = []
     for (d_out, d_in), modules in case.shapes.items():
-        pair = tuple(
+        b, a = (
             torch.randn(modules, sum(each), d, generator=rng, device="cuda", dtype=dtype)
             for d in (d_out, d_in)
         )
-        out.append(Stacks(pair, offsets, weights, torch.ones_like(weights)))  # type: ignore[arg-type]
+        out.append(Stacks((b, a), offsets, weights, torch.ones_like(weights)))
     return out
 
 
@@ -260,8 +260,9 @@ def test_schedule(benchmark, scheduled):
     """128 modules in one call, or one after another so that each one's stacks stay in L2."""
     case = Case("4096", {(4096, 4096): 128}, 100, 64)
     (part,) = stacks(case, [16], torch.bfloat16)
+    b, a = part.pair
     pieces = [part] if scheduled == "all together" else [
-        Stacks(tuple(x[l : l + 1] for x in part.pair), part.offsets, part.weights, part.scaling)  # type: ignore[arg-type]
+        Stacks((b[l : l + 1], a[l : l + 1]), part.offsets, part.weights, part.scaling)
         for l in range(128)
     ]  # fmt: skip
     call = ways(pieces, case, 1)["captured, replayed"]()

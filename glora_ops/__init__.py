@@ -14,7 +14,8 @@ from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
 
 if TYPE_CHECKING:
-    from .merge import aggregate_adapters, update_adapters
+    from .merge import aggregate_adapters
+    from .renew import update_adapters
 
 __all__ = [
     "CLIENT_STATS",
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name in ("aggregate_adapters", "update_adapters"):  # read folders: loaded when wanted
-        from . import merge
+        from . import merge, renew
 
-        return getattr(merge, name)
+        return getattr(merge if name == "aggregate_adapters" else renew, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,7 +68,7 @@ def integer(name: str, value: Any, least: int = -(2**63), also: str = "") -> int
         f"{value!r:.80}",
         f"an integer from {least} to {most - 1}{also}",
     )
-    return index  # type: ignore[return-value]
+    return index  # type: ignore[return-value]  # not None: `require` has seen to it
 
 
 def number(value: Any) -> float | None:

@@ -63,7 +63,7 @@ class GramRoute:
         mean: Mean,
         warm: Tensor | None = None,
     ) -> Principal:
-        if not voters.extra.shape[-1]:
+        if not voters.extra.shape[-1]:  # without an anchor it has d rows, not N
             voters = replace(voters, extra=voters.t[..., :0])
         z, lam, image = principal_gram(self.v, side.ragged, self.grams[side.name], voters)
         reach = mean.coef[..., None] * image

@@ -1,25 +1,21 @@
-"""Client folders in, one server state out; and the same state again for other clients."""
+"""Client folders in, one server state out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.config import CONFIG_NAME
-from .adapters.modules import PREFIX
 from .adapters.read import (
     EXAMPLES_NAME,
     MAX_BYTES,
@@ -29,12 +25,13 @@ from .adapters.read import (
     inspect_adapter,
 )
 from .api import aggregate
-from .arguments import check_settings, check_weights, kind
-from .errors import GloraWarning, Refusal, Refused, listing, require, unfit
+from .arguments import check_settings, check_weights
+from .dense import dense_holders, dense_means, with_dense, without_mean
+from .errors import GloraWarning, Refusal, Refused, listing, require
 from .isolation import release_freed, workers
 from .state import State
 
-__all__ = ["aggregate_adapters", "merge", "renew", "update_adapters"]
+__all__ = ["Progress", "aggregate_adapters", "merge"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -165,13 +162,13 @@ def merge(
     if clients:
         _note(refused, clients, incompatible(list(clients.values()), base))
     if dense == "refuse":
-        _note(refused, clients, _with_dense(list(clients.values())))
+        _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
     if good and not common:
         voices, _ = _voices(good, weights)
         with listing(common):
             check_weights(voices, [adapter.name for adapter in good.values()], settings)
-        common += _without_mean(list(good.values()), voices)
+        common += without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
 
     digests: dict[int, str] = {}
@@ -192,8 +189,8 @@ def merge(
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)
     names = [adapter.name for adapter in adapters]
-    holders = _dense_holders(adapters)
-    means = _dense_means(adapters, holders, voices, tell)
+    holders = dense_holders(adapters)
+    means = dense_means(adapters, holders, voices, tell)
 
     def tell_modules(done: int, total: int) -> None:
         release_freed()  # a tenth of the time, and memory stays that of a few modules
@@ -230,159 +227,6 @@ def merge(
             ],
         },
     )
-
-
-def update_adapters(
-    state: State,
-    *,
-    add: Sequence[str | os.PathLike[str]] = (),
-    remove: Sequence[str] = (),
-    weights: Sequence[float] | None = None,
-    scratch: str | os.PathLike[str] | None = None,
-    max_file_bytes: int = MAX_BYTES,
-    progress: Progress | None = None,
-) -> State:
-    """Add, replace and withdraw clients of a state: `aggregate_adapters` of who is left.
-
-    The result is to the last bit that of a fresh run over the resulting clients with the settings
-    of the first. Every client's file is read again: the bases depend on all clients together, and
-    only their factors tell how. What need not be given again are the folders, the weights and the
-    settings.
-
-    Parameters
-    ----------
-    state : State
-        Of `aggregate_adapters` or of this function, in memory or loaded.
-    add : sequence of path
-        Folders of new clients; one with the name of a client of the state takes its place.
-    remove : sequence of str
-        Names of clients to be withdrawn.
-    weights : sequence of float, optional
-        One per folder in `add`, if the state's weights were given; a replaced client keeps its
-        own by default. Other states take ``num_examples`` of all clients, or equal weights, as
-        a fresh run does.
-    scratch
-        As in `aggregate`; the state remembers ``max_bytes`` but not where there was room.
-    max_file_bytes, progress
-        As in `aggregate_adapters`.
-
-    Returns
-    -------
-    State
-
-    Raises
-    ------
-    Refused
-        Clients that are not what they were when the state was made, or are gone; names that are
-        not in the state; whatever `aggregate_adapters` refuses.
-    GloraError
-        The state records no clients: it was not made from folders, or by an older glora.
-    """
-    return renew(
-        state, add=add, remove=remove, weights=weights, scratch=scratch,
-        max_file_bytes=max_file_bytes, progress=progress,
-    )  # fmt: skip
-
-
-def renew(
-    state: State,
-    *,
-    add: Sequence[str | os.PathLike[str]] = (),
-    remove: Sequence[str] = (),
-    weights: Sequence[float] | None = None,
-    known: Sequence[Refusal] = (),
-    **how: Any,
-) -> State:
-    """`update_adapters`, listing what its caller refuses already, `known`, with the rest."""
-    record = state.record
-    if record is None:
-        raise unfit(
-            "state",
-            f"one of {len(state.clients)} clients without a record of their files",
-            "a state made from PEFT folders by this version of glora",
-            "aggregate the folders once more",
-        )
-    for name, value in (("add", add), ("remove", remove)):
-        require(not isinstance(value, (str, os.PathLike)), name, kind(value), "a list")
-    entries = {entry["name"]: entry for entry in record["clients"]}
-    added = {Path(os.path.abspath(folder)).name: Path(folder) for folder in add}
-    refusals = [
-        *known,
-        *(_unknown(name, entries) for name in remove if name not in entries),
-        *(_both(name) for name in added if name in remove),
-    ]
-    with listing(refusals):
-        require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
-    kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
-    order = [name for name in entries if name in kept or name in added]
-    order += [name for name in added if name not in entries]
-    voices = None
-    if state.settings["weights_from"] == "given":
-        with listing(refusals):
-            voices = _renewed_weights(order, entries, list(added), weights)
-    else:
-        with listing(refusals):
-            require(
-                weights is None,
-                "weights",
-                weights,
-                f"none: the state's are {state.settings['weights_from']}",
-                "aggregate anew to give weights to all clients",
-            )
-    if refusals:
-        raise Refused(refusals)
-    return merge(
-        [added[name] if name in added else kept[name]["path"] for name in order],
-        voices,
-        entries={
-            i: kept[name] | {"weights_from": state.settings["weights_from"]}
-            for i, name in enumerate(order)
-            if name in kept
-        },
-        **record["arguments"],
-        **how,
-    )
-
-
-def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
-    return Refusal(
-        "the client to be withdrawn is not in the state",
-        name,
-        found=repr(name),
-        expected=f"one of {', '.join(entries)}",
-        remedy="glora inspect shows the clients of a state",
-    )
-
-
-def _both(name: str) -> Refusal:
-    return Refusal(
-        "the client is to be added and withdrawn",
-        name,
-        found=repr(name),
-        expected="one of the two",
-        remedy="adding a folder of the same name replaces the client",
-    )
-
-
-def _renewed_weights(
-    order: Sequence[str],
-    entries: Mapping[str, Mapping[str, Any]],
-    added: Sequence[str],
-    weights: Sequence[float] | None,
-) -> list[float]:
-    """Weights as they were given, by the order of the clients."""
-    lacking = [name for name in added if name not in entries]
-    require(
-        weights is not None or not lacking,
-        "weights",
-        None,
-        f"one for each of {', '.join(added)}: the state's weights were given",
-        "pass weights (--weights)",
-    )
-    given = [entries[name]["weight"] for name in added] if weights is None else list(weights)
-    require(len(given) == len(added), "weights", len(given), f"one per added client, {len(added)}")
-    new = dict(zip(added, given, strict=True))
-    return [new[name] if name in new else entries[name]["weight"] for name in order]
 
 
 _AS_IT_WAS = (
@@ -466,25 +310,6 @@ def _settle(
     return good
 
 
-def _with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
-    return [
-        (
-            i,
-            Refusal(
-                "the adapter holds weights saved in full",
-                adapter.name,
-                TENSORS_NAME,
-                PREFIX + next(iter(adapter.dense)),
-                f"{len(adapter.dense)} such tensors",
-                "factor pairs only, because dense='refuse' (--dense refuse)",
-                "average them with dense='mean' (--dense mean)",
-            ),
-        )
-        for i, adapter in enumerate(adapters)
-        if adapter.dense
-    ]
-
-
 def _voices(
     clients: Mapping[int, Adapter], weights: Sequence[float] | None
 ) -> tuple[list[float], str]:
@@ -495,51 +320,3 @@ def _voices(
     if None not in counts:
         return [float(n) for n in counts if n is not None], "num_examples"
     return [1.0] * len(clients), "equal"
-
-
-def _without_mean(adapters: Sequence[Adapter], voices: Sequence[float]) -> list[Refusal]:
-    """Weights saved in full whose holders' weights allow no mean."""
-    refusals: list[Refusal] = []
-    for name, having in _dense_holders(adapters).items():
-        held = [voices[i] for i in having]
-        with listing(refusals):
-            require(sum(held) > 0 and min(held) >= 0, *_no_mean(name, held))
-    return refusals
-
-
-def _no_mean(name: str, voices: Sequence[float]) -> tuple[str, str, str, str]:
-    return (
-        f"weights of the clients with {name}",
-        str(voices),
-        "none negative, not all zero",
-        "weights saved in full can only be averaged",
-    )
-
-
-def _dense_holders(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
-    holders: dict[str, list[int]] = defaultdict(list)
-    for i, adapter in enumerate(adapters):
-        for name in adapter.dense:
-            holders[name].append(i)
-    return dict(sorted(holders.items()))
-
-
-def _dense_means(
-    adapters: Sequence[Adapter],
-    holders: Mapping[str, Sequence[int]],
-    weights: Sequence[float],
-    tell: Progress,
-) -> dict[str, Tensor]:
-    """Weighted means in float64, over the clients that have the tensor, in its stored dtype."""
-    means = {}
-    for done, (name, having) in enumerate(holders.items(), start=1):
-        voices = [weights[i] for i in having]
-        total = math.fsum(voices)
-        require(total > 0, *_no_mean(name, voices))
-        infos = [adapters[i].dense[name] for i in having]
-        mean = torch.zeros(infos[0].shape, dtype=torch.float64)
-        for i, voice in zip(having, voices, strict=True):
-            mean += adapters[i].dense_tensor(name).double() * (voice / total)
-        means[name] = mean.to(reduce(torch.promote_types, (info.dtype for info in infos)))
-        tell("dense", done, len(holders))
-    return means

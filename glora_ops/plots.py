@@ -45,7 +45,7 @@ FLOOR = 1e-7  # relative; below it spectra are rounding
 def require_matplotlib() -> None:
     """Raise `GloraError` with the remedy where matplotlib is missing."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # is it there?
     except ImportError as error:
         raise unfit(
             "plot",

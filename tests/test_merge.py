@@ -33,7 +33,8 @@ from glora_ops import aggregate
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.stored import Stored
 from glora_ops.errors import GloraError, GloraWarning, Refused
-from glora_ops.merge import aggregate_adapters, update_adapters
+from glora_ops.merge import aggregate_adapters
+from glora_ops.renew import update_adapters
 from glora_ops.state import State
 
 MERGED: dict[str, tuple[Any, list[dict[str, Any]]]] = {

@@ -318,7 +318,8 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     weights, ones = np.full(count, 1 / count), np.ones(count)
     want = reference.aggregate(arrays, weights, ones, 16, basis, unit_roundoff=2.0**-24)
     assert result.stat("krylov") == 1
-    assert result.stat("captured") == pytest.approx(want.captured, abs=1e-3)
+    assert result.stat("captured") == pytest.approx(want.captured, abs=1e-3)  # the contract
+    # N² overlaps in float32, 6e-8 each, summed: no probes in N-space.
     assert result.stat("norm") == pytest.approx(norm(want.w_bar), rel=1e-5)
 
 

@@ -168,7 +168,8 @@ def aggregate(
 
     with answering(as_json, writes=True):
         from ..adapters.folders import check_free, new_folder
-        from ..merge import merge, renew
+        from ..merge import merge
+        from ..renew import renew
         from .facts import STATE_NAME, load_state, padding_note, print_state, state_facts
 
         old = None if update is None else load_state(update)

@@ -5,7 +5,7 @@ the next state (`methods`). Clients (`clients`) and data (`tasks`) know nothing 
 carry messages between them. Needs the extra: ``pip install 'glora[fl]'``.
 """
 
-from . import extra  # noqa: F401
+from . import extra  # noqa: F401  # says so where the extra is missing
 from .config import Config, load_config, shipped
 from .methods import METHODS, Method
 from .run import Plan, run

@@ -287,7 +287,7 @@ def _refusals(error: ValidationError, prefix: str, path: Path | None = None) -> 
 def _fields(section: Sequence[Any]) -> Iterable[str]:
     """Keys of the configuration's section, or of its top."""
     kind = Config.model_fields[section[0]].annotation if section else Config
-    return kind.model_fields  # type: ignore[union-attr]
+    return kind.model_fields  # type: ignore[union-attr]  # a section's annotation is its model
 
 
 def describe_fields() -> list[tuple[str, str, Any, str]]:

@@ -147,7 +147,7 @@ class Run:
         try:
             with safe_open(self.checkpoint_path, framework="pt") as file:
                 about = json.loads((file.metadata() or {}).get("glora_fl", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no dict
         except (SafetensorError, ValueError) as error:
             raise GloraError(
                 f"checkpoint: {self.checkpoint_path} is unreadable ({error})"

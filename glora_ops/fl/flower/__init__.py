@@ -24,7 +24,7 @@ for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns where it is not set
 
-from .apps import server_app, simulate  # noqa: E402
+from .apps import server_app, simulate  # noqa: E402  # after the settings above
 from .engine import FlowerEngine  # noqa: E402
 from .node import client_app  # noqa: E402
 

@@ -201,7 +201,7 @@ class FlowerEngine:
         """What a node answered, where it did what it was asked."""
         if message.has_error():
             raise GloraError(f"Flower error {message.error.code}: {message.error.reason}")
-        form: F | Refusal = form_of(message.content, kind | Refusal)  # type: ignore[arg-type]
+        form: F | Refusal = form_of(message.content, kind | Refusal)  # type: ignore[arg-type]  # a union
         if isinstance(form, Refusal):
             raise Forgot(form.reason) if form.forgot else GloraError(form.reason)
         return form
