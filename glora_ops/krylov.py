@@ -17,6 +17,9 @@ from .tall import Space, whiten
 
 __all__ = ["Iteration", "Operator", "Ritz", "block_krylov"]
 
+# Share of the contract that an adaptive run uses up: what is still to be gained is an estimate.
+SAFE = 0.8
+
 
 @dataclass(frozen=True)
 class Iteration:
@@ -99,11 +102,11 @@ def block_krylov(
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
 
-    Adaptive runs stop when what further steps could still gain is too little: below 4/5 `tol` of
-    the whole energy, and moving the error √(1 − captured) by less than (tol + error/100)/2.
-    Before a step the gain to come is bounded by the energy outside the basis; half-way through
-    it, by what `_ahead` expects of it and of gains that go on falling at that rate (by 4 at most
-    in the first two steps, where they fall fastest).
+    Adaptive runs stop when further steps gain too little: less than `tol` of the energy found,
+    moving the error √(1 − captured) by less than tol + error/100 (four fifths of each). Before a
+    step the gain to come is bounded by the energy outside the basis; half-way through it, by what
+    `_ahead` expects of it and of gains that go on falling at that rate (by 4 at most in the first
+    two steps, where they fall fastest).
 
     Parameters
     ----------
@@ -161,7 +164,7 @@ def _little(gain: float, found: float, total: float, tol: float) -> bool:
     """Whether a gain in energy is too small to matter."""
     error = math.sqrt(max(0.0, 1 - found / total))
     left = math.sqrt(max(0.0, 1 - (found + gain) / total))
-    return gain < 0.8 * tol * total and error - left < (tol + 0.01 * error) / 2
+    return gain < SAFE * tol * found and error - left < SAFE * (tol + 0.01 * error)
 
 
 def _ahead(theta: Tensor, last: Tensor, gram: Tensor, rank: int) -> tuple[float, float]:
