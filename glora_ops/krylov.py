@@ -104,7 +104,8 @@ def block_krylov(
 
     Adaptive runs stop when further steps gain too little: less than `tol` of the energy found,
     moving the error √(1 − captured) by less than tol + error/100 (four fifths of each). Before a
-    step the gain to come is bounded by the energy outside the basis; half-way through it, by what
+    step the gain to come is bounded by the energy outside the basis, and once two steps have gained
+    by twice what gains falling at their rate would add up to; half-way through it, by what
     `_ahead` expects of it and of gains that go on falling at that rate (by 4 at most in the first
     two steps, where they fall fastest).
 
@@ -127,7 +128,7 @@ def block_krylov(
     last = o.apply_t(q)
     basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
     h = o.right.inner(last, last)
-    found = 0.0
+    found = gained = 0.0
     limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
         theta, vectors = o.left.eigh(h)
@@ -135,9 +136,13 @@ def block_krylov(
         outside = unseen(q, seen)
         if step == steps or basis.all.shape[-1] >= limit:
             break
-        before, found = found, float(theta[..., :rank].sum())
-        total, gained = max(float(seen + outside), 1e-300), found - before
-        if adaptive and _little(float(outside), found, total, how.tol):
+        total, now = max(float(seen + outside), 1e-300), float(theta[..., :rank].sum())
+        previous, gained, found = gained, now - found, now
+        bound = float(outside)
+        if step > 1 and not even:
+            rate = min(max(gained / max(previous, 1e-300), 0.0), 0.9)
+            bound = min(bound, 2 * gained * rate / (1 - rate))
+        if adaptive and _little(bound, found, total, how.tol):
             break
         w = o.apply(last)
         size = h[..., -q.shape[-1] :].square().sum(-2)  # of what w's columns have inside the basis
@@ -147,7 +152,7 @@ def block_krylov(
             gain, share = _ahead(theta, last_rows, o.left.inner(w, w), rank)
             rate = min(gain / max(gained, 1e-300), 0.9) if step else 0.0
             more = 1 / (1 - max(rate, 0.25 if step < 2 else 0.0))
-            gain = min(more * gain, float(outside))
+            gain = min(more * gain, bound)
             if _little(gain, found, total, how.tol) and not (even and more * share > how.tol / 20):
                 break
         w = o.left.without(basis.all, w)
