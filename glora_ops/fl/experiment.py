@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import Refusal, Refused, listing
 from .config import Config
 from .files import write_text
 from .run import EngineFactory, Plan, local_engine, run
@@ -53,8 +54,12 @@ def run_experiment(
     if tensorboard is not None:
         require_tensorboard()
     labels = list(methods) or list(config.methods)
+    refusals: list[Refusal] = []
     for label in labels:
-        config.method(label).check(config.ranks, config.clients.start == "shared")
+        with listing(refusals):
+            config.method(label).check(config.ranks, config.clients.start == "shared")
+    if refusals:
+        raise Refused(refusals)
     home = out / config.name
     results = []
     for label in labels:

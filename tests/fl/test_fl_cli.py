@@ -183,7 +183,7 @@ def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
         (["run", "digits_dirichlet", "--methods", "best"], ["'best'", "fedit"]),
         (["run", "glue_dirichlet", "--data-dir", "/nowhere"], ["/nowhere/glue/sst2.train"]),
         (["run", "utf16.toml"], ["utf16.toml", "UTF-8"]),
-        (["run", "keys.toml"], ["'clients.colour'", "'red'", "participation"]),
+        (["run", "keys.toml"], ["clients.colour", "'red'", "participation"]),
         (["run", "device.toml"], ["model.device", "'gpu'", "cpu always works"]),
         (["report", "/nowhere"], ["glora fl run"]),
     ],
@@ -202,9 +202,10 @@ def test_refusals(
 
 def test_one_rank_methods_with_mixed_ranks_are_refused_before_training(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
-    path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n')
+    path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n[methods.ro]\nkind = "rolora"\n')
     said = call("run", path, "-o", tmp_path / "runs", code=1).output
     assert "FFALoRA" in said
+    assert "RoLoRA" in said
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 

@@ -47,7 +47,6 @@ class Glue:
     ) -> None:
         self.config, self._seed = config, seed
         name = config.task.name
-        require(bool(name), "task.name", "''", "a GLUE task such as sst2 or cola")
         train, dev = (_read(name, split, data_dir) for split in ("train", "dev"))
         if config.sweep.lrs:
             require(len(dev) > 1, f"{name}.dev", len(dev), "two examples or more, for a sweep")
