@@ -59,12 +59,13 @@ def run(
         bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
     ] = False,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUNS", help="Folder of all runs.")
+        Path,
+        typer.Option("--out", "-o", metavar="RUNS", file_okay=False, help="Folder of all runs."),
     ] = Path("runs"),
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Metrics as TensorBoard events as well, into this folder; "
-                     "needs the extra tensorboard."),
+        typer.Option(metavar="DIR", file_okay=False, help="Metrics as TensorBoard events as well, "
+                     "into this folder; needs the extra tensorboard."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -119,8 +120,8 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for report.md, report.json and "
-                     "pictures; by default RUNS/report."),
+        typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for report.md, "
+                     "report.json and pictures; by default RUNS/report."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip

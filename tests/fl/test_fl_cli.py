@@ -200,6 +200,19 @@ def test_refusals(
         assert word in said
 
 
+@pytest.mark.parametrize("option", ["run --out", "run --tensorboard", "report --out"])
+def test_a_file_where_a_folder_is_to_be_is_refused(option: str, runs: Path, tmp_path: Path) -> None:
+    command, name = option.split()
+    what = runs.parent / "tiny.toml" if command == "run" else runs
+    (tmp_path / "file").write_text("mine")
+    said = call(command, what, name, tmp_path / "file", code=2).output
+    assert name in said
+    assert "is a file" in said
+    call(command, what, "-o", tmp_path / "file" / "below", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_one_rank_methods_with_mixed_ranks_are_refused_before_training(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
     path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n[methods.ro]\nkind = "rolora"\n')
