@@ -91,18 +91,16 @@ def learning_rate(
     own = config.methods[label].lr
     if own is not None or not config.sweep.lrs:
         return config.training.lr if own is None else own
-    outcome = home / SWEEP / f"{label}.json"
-    if not outcome.exists():
-        scores = {}
-        for lr in config.sweep.lrs:
-            plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
-            lines = run(
-                plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
-                rounds=config.sweep.rounds or None, progress=progress,
-            )  # fmt: skip
-            scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
-        best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
-        described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
-                     "seed": config.sweep.seed}  # fmt: skip
-        write_text(outcome, json.dumps(described, indent=1) + "\n")
-    return float(json.loads(outcome.read_text())["chosen"])
+    scores = {}
+    for lr in config.sweep.lrs:  # a finished trial is not repeated, one of another setting refused
+        plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
+        lines = run(
+            plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
+            rounds=config.sweep.rounds or None, progress=progress,
+        )  # fmt: skip
+        scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
+    best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
+    described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
+                 "seed": config.sweep.seed}  # fmt: skip
+    write_text(home / SWEEP / f"{label}.json", json.dumps(described, indent=1) + "\n")
+    return best
