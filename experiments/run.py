@@ -253,13 +253,14 @@ class Rates:
     ) -> None:
         self.folder, self.data_dir = args.runs / "sweep" / name, args.data_dir
         self.settings, self.rates = settings, rates
+        self.chosen: dict[str, float] = {}
 
     def __call__(self, label: str) -> float:
         where = [s for s in self.settings if label in s.content["methods"]][:2]
         if not where:  # ablations learn at one rate, that of consensus
             return self("consensus")
         outcome = self.folder / f"{label}.json"
-        if not outcome.exists():
+        if label not in self.chosen:  # `one` repeats no finished trial and refuses another's
             scores: dict[str, dict[str, float]] = {}
             best = self.rates[0]
             for lr in self.rates:  # upwards, until it gets worse
@@ -274,10 +275,11 @@ class Rates:
                 if sum(scores[f"{lr:g}"].values()) < sum(scores[f"{best:g}"].values()):
                     break
                 best = lr
+            self.chosen[label] = best
             outcome.parent.mkdir(parents=True, exist_ok=True)
             outcome.write_text(json.dumps({"scores": scores, "chosen": best}, indent=1) + "\n")
             print(f"{datetime.now():%H:%M:%S} sweep {outcome} {best:g} {scores}", flush=True)
-        return float(json.loads(outcome.read_text())["chosen"])
+        return self.chosen[label]
 
 
 if __name__ == "__main__":

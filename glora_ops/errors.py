@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["GloraError", "GloraWarning", "Refusal", "Refused", "listing", "require", "unfit"]
+__all__ = [
+    "GloraError",
+    "GloraWarning",
+    "Refusal",
+    "Refused",
+    "listing",
+    "require",
+    "require_all",
+    "unfit",
+]
 
 
 class GloraError(ValueError):
@@ -115,3 +124,13 @@ def require(
     """Raise `unfit` unless `condition` holds."""
     if not condition:
         raise unfit(name, got, expected, remedy, **where)
+
+
+def require_all(*claims: tuple[bool, str, object, str]) -> None:
+    """`require` for several arguments, (condition, name, got, expected) each: all are listed."""
+    refusals: list[Refusal] = []
+    for claim in claims:
+        with listing(refusals):
+            require(*claim)
+    if refusals:
+        raise Refused(refusals)

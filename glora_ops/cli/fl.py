@@ -59,12 +59,13 @@ def run(
         bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
     ] = False,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUNS", help="Folder of all runs.")
+        Path,
+        typer.Option("--out", "-o", metavar="RUNS", file_okay=False, help="Folder of all runs."),
     ] = Path("runs"),
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Metrics as TensorBoard events as well, into this folder; "
-                     "needs the extra tensorboard."),
+        typer.Option(metavar="DIR", file_okay=False, help="Metrics as TensorBoard events as well, "
+                     "into this folder; needs the extra tensorboard."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -119,8 +120,8 @@ def report(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for report.md, report.json and "
-                     "pictures; by default RUNS/report."),
+        typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for report.md, "
+                     "report.json and pictures; by default RUNS/report."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -197,13 +198,26 @@ def partition(
         _print_table(("client", "rank", "examples", *task.label_names), rows)
 
 
-@app.command(epilog="Example: **glora fl configs --json**")
-def configs(as_json: Json = False) -> None:
+@app.command(epilog="Example: **glora fl configs text_small_sst2 > mine.toml**")
+def configs(
+    name: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="Print this one, to copy and edit.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """List the configurations that come with the package."""
     with answering(as_json, writes=False):
+        from ..errors import require
         from ..fl.config import load_config, shipped
 
-        loaded = {name: load_config(name) for name in shipped()}
+        there = shipped()
+        if name is not None:
+            require(name in there, "config", repr(name), f"one of {', '.join(there)}")
+            if not as_json:
+                typer.echo(there[name].read_text(encoding="utf-8"), nl=False)
+                return
+            there = {name: there[name]}
+        loaded = {label: load_config(label) for label in there}
         if as_json:
             print_json({name: c.model_dump(mode="json") for name, c in loaded.items()})
             return

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from ..errors import GloraError, Refusal, Refused, require
+from ..errors import GloraError, Refusal, Refused, listing, require
 from .methods import METHODS, Method
 
 if sys.version_info >= (3, 11):
@@ -23,7 +32,7 @@ __all__ = ["Config", "Training", "load_config", "shipped"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskSection(Section):
@@ -58,6 +67,12 @@ class TaskSection(Section):
         description="superni: fraction of each training task's instances held back to evaluate.",
     )
 
+    @model_validator(mode="after")
+    def _glue_by_name(self) -> TaskSection:
+        named = self.kind != "glue" or bool(self.name)
+        require(named, "name", "''", "a GLUE task such as sst2 or cola")
+        return self
+
 
 class ModelSection(Section):
     """The frozen base; digits brings its own."""
@@ -82,7 +97,7 @@ class ClientsSection(Section):
     """Who takes part, with what, and how they differ."""
 
     count: int = Field(default=8, ge=1, description="Number of clients.")
-    ranks: list[int] = Field(
+    ranks: list[Annotated[int, Field(ge=1)]] = Field(
         default=[8], min_length=1, description="LoRA ranks, dealt to the clients in turn."
     )
     scaling: float = Field(
@@ -112,11 +127,6 @@ class ClientsSection(Section):
     wire: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Precision of tensors between server and clients."
     )
-
-    @model_validator(mode="after")
-    def _ranks(self) -> ClientsSection:
-        require(min(self.ranks) >= 1, "clients.ranks", self.ranks, "ranks ≥ 1")
-        return self
 
 
 class Training(Section):
@@ -162,7 +172,7 @@ class Evaluation(Section):
 class Sweep(Section):
     """Learning rates tried for every method that sets none, before the seeds are run."""
 
-    lrs: list[float] = Field(
+    lrs: list[Annotated[float, Field(gt=0)]] = Field(
         default=[], description="Rates to try; empty: no sweep, training.lr for all."
     )
     seed: int = Field(default=1000, description="Seed of the sweep, not one of the reported ones.")
@@ -172,38 +182,72 @@ class Sweep(Section):
 class MethodSection(BaseModel):
     """One arm: its kind, its learning rate, and the fields of the method's dataclass."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     kind: str = Field(description="One of " + ", ".join(METHODS) + ".")
     lr: float | None = Field(
         default=None, gt=0, description="Its learning rate; None: swept, or training.lr."
     )
 
-    def build(self, label: str) -> Method:
-        require(
-            self.kind in METHODS,
-            f"methods.{label}.kind",
-            repr(self.kind),
-            f"one of {list(METHODS)}",
-        )
-        cls, given = METHODS[self.kind], dict(self.model_extra or {})
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = [key for key in given if key not in known]
-        require(
-            not unknown,
-            f"methods.{label}",
-            f"unknown key {', '.join(map(repr, unknown))}",
-            f"fields of {self.kind}: {', '.join(['kind', 'lr', *known])}",
-        )
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_of_it(cls, given: Any, validate: ModelWrapValidatorHandler[MethodSection]) -> Any:
+        """What is wrong with kind and lr and what is wrong for the kind, in one list."""
+        refusals: list[Refusal] = []
+        section = None
         try:
-            return TypeAdapter(cls).validate_python(given)
+            section = validate(given)
         except ValidationError as error:
-            raise Refused(_refusals(error, f"methods.{label}")) from None
+            refusals += _refusals(error)
+        fields = dict(given) if isinstance(given, Mapping) else {}
+        kind = fields.pop("kind", None)
+        fields.pop("lr", None)
+        if isinstance(kind, str):
+            with listing(refusals):
+                _method(kind, fields)
+        if refusals:
+            raise Refused(refusals)
+        return section
+
+    def build(self) -> Method:
+        return _method(self.kind, self.model_extra or {})
+
+
+def _method(kind: str, given: Mapping[str, Any]) -> Method:
+    """The method of that kind with these fields.
+
+    Raises
+    ------
+    Refused
+        Listing every field that does not fit.
+    """
+    require(kind in METHODS, "kind", repr(kind), f"one of {', '.join(METHODS)}")
+    cls = METHODS[kind]
+    known = [f.name for f in dataclasses.fields(cls)]
+    refusals = [
+        _unknown(key, value, ("kind", "lr", *known))
+        for key, value in given.items()
+        if key not in known
+    ]
+    fields = {key: value for key, value in given.items() if key in known}
+    try:
+        method = TypeAdapter(cls).validate_python(fields)
+    except ValidationError as error:
+        refusals += _refusals(error)
+        wrong = {e["loc"][0] for e in error.errors() if e["loc"]}
+        if wrong:  # then the method itself has not looked at the others yet
+            with listing(refusals):
+                _method(kind, {key: value for key, value in fields.items() if key not in wrong})
+    if refusals:
+        raise Refused(refusals)
+    return method
 
 
 class Config(Section):
     """A federated experiment: one task, one population of clients, several methods."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Folder name of its runs.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Folder name of its runs."
+    )
     about: str = Field(default="", description="One sentence: what the experiment asks.")
     hours: str = Field(default="", description="How long it takes, where.")
     task: TaskSection = TaskSection()
@@ -212,17 +256,9 @@ class Config(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep = Sweep()
-    methods: dict[str, MethodSection] = Field(
+    methods: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MethodSection] = Field(
         min_length=1, description="Arms by label; [methods.LABEL] with kind = … and its fields."
     )
-
-    @model_validator(mode="after")
-    def _methods(self) -> Config:
-        for label, section in self.methods.items():
-            require(label.replace("-", "").replace("_", "").isalnum(), "methods", repr(label),
-                    "labels of letters, digits, - and _")  # fmt: skip
-            section.build(label)
-        return self
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -232,7 +268,7 @@ class Config(Section):
 
     def method(self, label: str) -> Method:
         require(label in self.methods, "methods", repr(label), f"one of {list(self.methods)}")
-        return self.methods[label].build(label)
+        return self.methods[label].build()
 
 
 def shipped() -> dict[str, Path]:
@@ -258,30 +294,39 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
     )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        if model is not None:
-            content["model"] = {**content.get("model", {}), "name": model}
+        section = content.setdefault("model", {})
+        if model is not None and isinstance(section, dict):
+            section["name"] = model
         return Config.model_validate(content)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
     except ValidationError as error:
-        raise Refused(_refusals(error, "", path)) from None
+        raise Refused(replace(r, file=str(path)) for r in _refusals(error)) from None
 
 
-def _refusals(error: ValidationError, prefix: str, path: Path | None = None) -> list[Refusal]:
+def _refusals(error: ValidationError) -> list[Refusal]:
+    """Each mistake with its key, its value and what was expected."""
     out = []
     for e in error.errors(include_url=False):
-        field = ".".join(str(part) for part in (prefix, *e["loc"]) if part != "")
-        unknown = e["type"] == "extra_forbidden"
-        out.append(
-            Refusal(
-                f"unknown key {field!r}" if unknown else f"{field or 'config'}: {e['msg']}",
-                file=None if path is None else str(path),
-                found="" if e["type"] == "missing" else repr(e["input"])[:80],
-                expected=f"one of {', '.join(_fields(e['loc'][:-1]))}" if unknown else "",
-                remedy="docs/federated.md lists every field" if unknown else "",
-            )
-        )
+        own = e.get("ctx", {}).get("error")
+        if isinstance(own, GloraError):
+            out += [replace(r, problem=_key(*e["loc"], r.problem)) for r in own.refusals]
+        elif e["type"] == "extra_forbidden":
+            out.append(_unknown(_key(*e["loc"]), e["input"], _fields(e["loc"][:-1])))
+        else:
+            found = "" if e["type"] == "missing" else repr(e["input"])[:80]
+            out.append(Refusal(f"{_key(*e['loc']) or 'config'}: {e['msg']}", found=found))
     return out
+
+
+def _key(*parts: int | str) -> str:
+    return ".".join(str(part) for part in parts if part != "[key]")
+
+
+def _unknown(key: str, value: Any, known: Iterable[str]) -> Refusal:
+    return Refusal(f"{key}: unknown key", found=repr(value)[:80],
+                   expected=f"one of {', '.join(known)}",
+                   remedy="docs/federated.md lists every field")  # fmt: skip
 
 
 def _fields(section: Sequence[Any]) -> Iterable[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from math import floor, log10
 from typing import Any
 
 import torch
@@ -52,11 +53,13 @@ def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> 
         ranks.append(effective_rank(sigma))
         spectra.append(torch.nn.functional.pad(sigma[:SHOWN], (0, SHOWN - min(SHOWN, len(sigma)))))
     energy = torch.stack(spectra).square().sum(0).sqrt()
+    # Nine digits of the largest: rounding in the others is relative to that.
+    digits = 8 - floor(log10(energy[0])) if energy[0] > 0 else 0
     return {
         "captured": 1 - lost / total if total > 0 else 1.0,
         "norm": float(energy.square().sum().sqrt()),
         "effective_rank": sum(ranks) / len(ranks),
-        "spectrum": [round(float(x), 6) for x in energy if x > 1e-7 * energy[0]],
+        "spectrum": [round(float(x), digits) for x in energy if x > 1e-7 * energy[0]],
     }
 
 

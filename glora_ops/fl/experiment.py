@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import Refusal, Refused, listing
 from .config import Config
 from .files import write_text
 from .run import EngineFactory, Plan, local_engine, run
@@ -53,8 +54,12 @@ def run_experiment(
     if tensorboard is not None:
         require_tensorboard()
     labels = list(methods) or list(config.methods)
+    refusals: list[Refusal] = []
     for label in labels:
-        config.method(label).check(config.ranks, config.clients.start == "shared")
+        with listing(refusals):
+            config.method(label).check(config.ranks, config.clients.start == "shared")
+    if refusals:
+        raise Refused(refusals)
     home = out / config.name
     results = []
     for label in labels:
@@ -86,18 +91,16 @@ def learning_rate(
     own = config.methods[label].lr
     if own is not None or not config.sweep.lrs:
         return config.training.lr if own is None else own
-    outcome = home / SWEEP / f"{label}.json"
-    if not outcome.exists():
-        scores = {}
-        for lr in config.sweep.lrs:
-            plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
-            lines = run(
-                plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
-                rounds=config.sweep.rounds or None, progress=progress,
-            )  # fmt: skip
-            scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
-        best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
-        described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
-                     "seed": config.sweep.seed}  # fmt: skip
-        write_text(outcome, json.dumps(described, indent=1) + "\n")
-    return float(json.loads(outcome.read_text())["chosen"])
+    scores = {}
+    for lr in config.sweep.lrs:  # a finished trial is not repeated, one of another setting refused
+        plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
+        lines = run(
+            plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
+            rounds=config.sweep.rounds or None, progress=progress,
+        )  # fmt: skip
+        scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
+    best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
+    described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
+                 "seed": config.sweep.seed}  # fmt: skip
+    write_text(home / SWEEP / f"{label}.json", json.dumps(described, indent=1) + "\n")
+    return best

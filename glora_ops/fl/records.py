@@ -77,6 +77,26 @@ def _numbered(merged: tuple[Pairs, ...]) -> list[tuple[str, Pairs]]:
     return [(f"merged{k}", pairs) for k, pairs in enumerate(merged)]
 
 
+def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's numbers come from; other arms of its configuration may come and go."""
+    config, method = about["config"], about["method"]
+    keys = config.keys() - {"about", "hours", "methods"}
+    return {
+        **{key: about[key] for key in ("method", "seed", "lr", "parameters", "examples")},
+        **{key: config[key] for key in sorted(keys)},
+        "methods": {method: config["methods"].get(method)},
+    }
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """Each value that is another one, by its path."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = dict.fromkeys((*before, *now))
+        inner = [(f"{name}.{key}" if name else key, key) for key in keys]
+        return [x for path, k in inner for x in _differences(before.get(k), now.get(k), path)]
+    return [] if before == now else [f"{name} {now} instead of {before}"]
+
+
 class Run:
     """Reads and writes one run's folder."""
 
@@ -99,14 +119,10 @@ class Run:
             require(resume, "runs", f"the existing {str(self.folder)!r}", "a new folder",
                     "--resume to go on, or another -o")  # fmt: skip
             before = json.loads(self.about_path.read_text())
-            for key in ("config", "method", "lr", "seed"):
-                require(
-                    before[key] == about[key],
-                    f"{self.folder}: {key}",
-                    "another value than the run began with",
-                    "the same configuration",
-                    "another -o for another experiment",
-                )
+            odd = _differences(_decisive(before), _decisive(about))
+            require(not odd, f"the run in {str(self.folder)!r}", ", ".join(odd),
+                    "the configuration and data it began with",
+                    "another -o for another experiment")  # fmt: skip
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.about_path, json.dumps(about, indent=1, sort_keys=True) + "\n")

@@ -142,6 +142,7 @@ def summarise(
         "about": config["about"],
         "metric": finished[0].metric,
         "rounds": max(run.lines[-1]["round"] for run in finished),
+        "task": _task(runs[0]),
         "clients": _population(config),
         "reference": reference,
         "methods": {m: _method(list(seeds.values()), kinds[m]) for m, seeds in grouped.items()},
@@ -174,6 +175,13 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
         other = seen.setdefault((run.method, run.seed), run)
         require(other is run, "runs", f"{other.folder} and {run.folder}",
                 "one run of a method and seed", apart)  # fmt: skip
+
+
+def _task(run: RunData) -> str:
+    config = run.about["config"]
+    name = " ".join(x for x in (config["task"]["kind"], config["task"]["name"]) if x)
+    on = f" on {config['model']['name']}" if config["model"]["name"] else ""
+    return f"{name}{on}, {sum(run.about['examples'])} training examples"
 
 
 def _population(config: Mapping[str, Any]) -> str:
@@ -280,6 +288,12 @@ def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def metric_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Every metric of the task, method by method."""
+    found = [m["metrics"] for m in summary["methods"].values()]
+    return [(name, *(_pm(m[name]) if name in m else "–" for m in found)) for name in found[0]]
+
+
 def difference_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     out: list[tuple[str, ...]] = []
     for label, d in summary["differences"].items():
@@ -300,11 +314,13 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     parts = [
         f"## {summary['config']}",
         summary["about"],
-        f"{summary['clients']}; {summary['rounds']} rounds. Metric: {metric}.",
+        f"{summary['task']}; {summary['clients']}; {summary['rounds']} rounds. Metric: {metric}.",
         _table(COLUMNS, rows_of(summary)),
         "± is one standard deviation over seeds. *Server model*: what the server holds, at its own "
         "rank. *Received*: what clients are sent next, each at its own rank, mean over clients. "
         "*Captured*: share of the exact mean update's energy in the last round.",
+        "**All metrics** of the server's model after the last round:",
+        _table(("metric", *summary["methods"]), metric_rows(summary)),
     ]
     differences = difference_rows(summary)
     if differences:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from glora_ops.cli import app
 from glora_ops.errors import GloraError
+from glora_ops.fl.config import shipped
 from glora_ops.fl.report import bootstrap, load_runs, summarise
 
 CONFIG = """
@@ -78,12 +79,52 @@ def test_run_again_needs_resume_and_then_changes_nothing(runs: Path) -> None:
     assert (runs / "tiny" / "glora" / "seed0" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (CONFIG.replace("[0.001, 0.01]", "[0.001, 0.02]"), "sweep.lrs"),
+        (CONFIG.replace("rounds = 1", "rounds = 2"), "sweep.rounds 2 instead of 1"),
+        (CONFIG.replace("count = 4", "count = 5"), "clients.count 5 instead of 4"),
+        (CONFIG.replace("batch = 8", "batch = 9"), "training.batch 9 instead of 8"),
+        (CONFIG.replace('"glora"', '"glora"\nrank = 3'), "methods.glora.rank 3 instead of None"),
+    ],
+)
+def test_a_sweep_of_another_configuration_is_refused(
+    now: str, words: str, runs: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(runs / "tiny" / "sweep", tmp_path / "runs" / "tiny" / "sweep")
+    (tmp_path / "tiny.toml").write_text(now)
+    said = call("run", tmp_path / "tiny.toml", "-o", tmp_path / "runs", "--methods", "glora",
+                code=1).output  # fmt: skip
+    assert words in said
+    assert "lr0.001" in said
+    assert not (tmp_path / "runs" / "tiny" / "glora").exists()
+
+
+def test_a_finished_sweep_is_not_repeated(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(runs / "tiny" / "sweep", tmp_path / "runs" / "tiny" / "sweep")
+    trial = tmp_path / "runs" / "tiny" / "sweep" / "glora" / "lr0.01" / "metrics.jsonl"
+    before = trial.stat().st_mtime_ns
+    call("run", runs.parent / "tiny.toml", "-o", tmp_path / "runs", "--methods", "glora",
+         "--seeds", 1)  # fmt: skip
+    assert trial.stat().st_mtime_ns == before
+    done = tmp_path / "runs" / "tiny" / "glora" / "seed0"
+    assert (done / "run.json").read_text() == (
+        runs / "tiny" / "glora" / "seed0" / "run.json"
+    ).read_text()
+
+
 def test_report_has_tables_differences_sweeps_and_pictures(runs: Path, tmp_path: Path) -> None:
     said = call("report", runs, "-o", tmp_path / "out").output
     assert "fedit (zero-padded)" in said
     page = (tmp_path / "out" / "report.md").read_text()
     for wanted in ("glora minus the other", "95 % bootstrap interval", "Learning rates", "±",
-                   "ranks 2, 4"):  # fmt: skip
+                   "ranks 2, 4", "digits, 700 training examples", "All metrics",
+                   "| loss | "):  # fmt: skip
         assert wanted in page
     for name in ("curves", "updates", "alignment"):
         assert (tmp_path / "out" / f"tiny-{name}.png").stat().st_size > 10_000
@@ -111,6 +152,8 @@ def test_the_reports_numbers_are_those_of_the_runs(runs: Path) -> None:
             np.mean([lines[m, s][-1]["by_rank"][r]["accuracy"] for r in ("2", "4")]) for s in (0, 1)
         ]
         assert row["received"]["mean"] == pytest.approx(np.mean(by_rank))
+        losses = [lines[m, s][-1]["metrics"]["loss"] for s in (0, 1)]
+        assert row["metrics"]["loss"]["mean"] == pytest.approx(np.mean(losses))
         sent = [sum(x["bytes_up"] for x in lines[m, s]) for s in (0, 1)]
         assert row["megabytes_up"] == pytest.approx(np.mean(sent) / 1e6)
     gains = [last["glora", s] - last["fedit", s] for s in (0, 1)]
@@ -174,6 +217,9 @@ def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
     assert counts.sum() == 700
     assert (tmp_path / "p.png").exists()
     assert "digits_dirichlet" in call("configs").output
+    copied = call("configs", "digits_iid").output
+    assert copied == shipped()["digits_iid"].read_text()
+    assert "digits_iid" in call("configs", "nowhere", code=1).output
 
 
 @pytest.mark.parametrize(
@@ -183,7 +229,7 @@ def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:
         (["run", "digits_dirichlet", "--methods", "best"], ["'best'", "fedit"]),
         (["run", "glue_dirichlet", "--data-dir", "/nowhere"], ["/nowhere/glue/sst2.train"]),
         (["run", "utf16.toml"], ["utf16.toml", "UTF-8"]),
-        (["run", "keys.toml"], ["'clients.colour'", "'red'", "participation"]),
+        (["run", "keys.toml"], ["clients.colour", "'red'", "participation"]),
         (["run", "device.toml"], ["model.device", "'gpu'", "cpu always works"]),
         (["report", "/nowhere"], ["glora fl run"]),
     ],
@@ -200,11 +246,25 @@ def test_refusals(
         assert word in said
 
 
+@pytest.mark.parametrize("option", ["run --out", "run --tensorboard", "report --out"])
+def test_a_file_where_a_folder_is_to_be_is_refused(option: str, runs: Path, tmp_path: Path) -> None:
+    command, name = option.split()
+    what = runs.parent / "tiny.toml" if command == "run" else runs
+    (tmp_path / "file").write_text("mine")
+    said = call(command, what, name, tmp_path / "file", code=2).output
+    assert name in said
+    assert "is a file" in " ".join(said.replace("│", " ").split())
+    call(command, what, "-o", tmp_path / "file" / "below", code=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_one_rank_methods_with_mixed_ranks_are_refused_before_training(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
-    path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n')
+    path.write_text(CONFIG + '[methods.ffa]\nkind = "ffa"\n[methods.ro]\nkind = "rolora"\n')
     said = call("run", path, "-o", tmp_path / "runs", code=1).output
     assert "FFALoRA" in said
+    assert "RoLoRA" in said
     assert not list((tmp_path / "runs").rglob("metrics.jsonl"))
 
 

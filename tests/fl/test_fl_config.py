@@ -56,17 +56,27 @@ def test_the_publications_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('nam = "x"' + METHOD, ["unknown key 'nam'", "name"]),
-        ('name = "x"\n[clients]\nrank = 4' + METHOD, ["unknown key 'clients.rank'"]),
-        ('name = "x"\n[clients]\nranks = [0]' + METHOD, ["clients", "ranks ≥ 1"]),
+        ('nam = "x"' + METHOD, ["nam: unknown key", "name"]),
+        ('name = "x"\n[clients]\nrank = 4' + METHOD, ["clients.rank: unknown key"]),
+        ('name = "x"\n[clients]\nranks = [4, 0]' + METHOD, ["clients.ranks.1", "or equal to 1"]),
+        ('name = "x"\n[sweep]\nlrs = [0.1, inf]' + METHOD, ["sweep.lrs.1", "inf", "finite"]),
+        ('name = "x"\n[task]\nkind = "glue"' + METHOD, ["task.name", "sst2"]),
         ('name = "x"\n[clients]\nalpha = -1' + METHOD, ["clients.alpha", "greater than 0", "-1"]),
         ('name = "x"\n[training]\nrounds = "many"' + METHOD, ["training.rounds", "integer"]),
         ('name = "../x"' + METHOD, ["name"]),
+        ('name = ".."' + METHOD, ["name", "'..'"]),
+        ('name = "x"\n[methods."a.b"]\nkind = "ffa"', ["methods.a.b", "pattern"]),
         ('name = "x"', ["methods", "required"]),
         ('name = "x"\n[methods.a]\nkind = "fedavg"', ["methods.a.kind", "'fedavg'", "fedit"]),
-        ('name = "x"\n[methods.a]\nkind = "glora"\nbases = "x"', ["methods.a", "'bases'", "basis"]),
+        (
+            'name = "x"\n[methods.a]\nkind = "glora"\nbases = "x"',
+            ["methods.a.bases: unknown key", "basis"],
+        ),
         ('name = "x"\n[methods.a]\nkind = "glora"\nbasis = "x"', ["methods.a.basis", "consensus"]),
-        ('name = "x"\n[methods.a]\nkind = "glora"\nmomentum = 2.0', ["momentum", "[0, 1)"]),
+        (
+            'name = "x"\n[methods.a]\nkind = "glora"\nmomentum = 2.0',
+            ["methods.a.momentum", "[0, 1)"],
+        ),
         ("name = ", ["no TOML"]),
     ],
 )
@@ -77,10 +87,53 @@ def test_mistakes_are_named(tmp_path: Path, text: str, words: list[str]) -> None
         assert word in str(refused.value)
 
 
-def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
+MISTAKES = """
+nam = 2
+[task]
+kind = "glue"
+[clients]
+count = 0
+ranks = [0, 4, "a"]
+[training]
+lr = nan
+[sweep]
+lrs = [0.1, -1]
+[methods.b]
+kind = "fedavg"
+lr = -1
+[methods.c]
+lr = 1
+[methods.d]
+kind = "glora"
+bases = "x"
+basis = "y"
+momentum = 2.0
+rank = 0
+[methods.e]
+kind = "hetlora"
+gamma = 3
+penalty = -2
+"""
+
+
+def test_all_mistakes_are_listed_at_once_each_with_key_value_and_expectation(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(Refused) as refused:
-        load(tmp_path, 'name = "x"\n[clients]\ncount = 0\nfoo = 1\n[training]\nlr = 0' + METHOD)
-    assert len(refused.value.refusals) == 3
+        load(tmp_path, MISTAKES)
+    wanted = {
+        "name": "", "nam": "2", "task.name": "''", "clients.count": "0", "clients.ranks.0": "0",
+        "clients.ranks.2": "'a'", "training.lr": "nan", "sweep.lrs.1": "-1",
+        "methods.b.kind": "'fedavg'", "methods.b.lr": "-1", "methods.c.kind": "",
+        "methods.d.bases": "'x'", "methods.d.basis": "'y'", "methods.d.momentum": "2.0",
+        "methods.d.rank": "0", "methods.e.gamma": "3", "methods.e.penalty": "-2",
+    }  # fmt: skip
+    found = {r.problem.split(":")[0].split(" ")[0]: r for r in refused.value.refusals}
+    assert found.keys() == wanted.keys()
+    for key, refusal in found.items():
+        assert refusal.found.removesuffix(".0") == wanted[key].removesuffix(".0")
+        assert refusal.file == str(tmp_path / "mine.toml")
+        assert refusal.expected or ": " in refusal.problem
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:

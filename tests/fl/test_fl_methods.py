@@ -470,3 +470,18 @@ def test_captured_energy_and_spectrum_against_dense_matrices(name: str) -> None:
     assert found["effective_rank"] == pytest.approx(np.mean(ranks), rel=1e-3)
     assert found["norm"] == pytest.approx(np.sqrt(sigma.sum()), rel=1e-5)
     assert found["spectrum"] == pytest.approx(np.sqrt(sigma)[: len(found["spectrum"])], abs=1e-4)
+
+
+def test_the_spectrum_of_a_small_update_keeps_its_digits() -> None:
+    method = METHODS["fedit"]()
+    server, replies = rounds(method, EQUAL, 0)
+    small = [
+        replace(r, factors={m: (2.0**-24 * b, a) for m, (b, a) in r.factors.items()})
+        for r in replies
+    ]
+    one, other = (
+        np.array(describe(method.model(method.combine(server, x)), (), x)["spectrum"])
+        for x in (replies, small)
+    )
+    assert len(one) == len(other) == 3
+    assert 2.0**24 * other == pytest.approx(one, rel=1e-6)

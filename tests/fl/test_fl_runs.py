@@ -337,8 +337,19 @@ def test_resume_refuses_another_run_and_a_damaged_checkpoint(tmp_path: Path) -> 
     with pytest.raises(GloraError, match="resume"):
         run(plan, folder)
     assert [x["round"] for x in run(plan, folder, resume=True)] == [0, 1]
-    with pytest.raises(GloraError, match="lr"):
+    with pytest.raises(GloraError, match=r"lr 0\.006 instead of 0\.005"):
         run(Plan(made, "it", 0, 0.006), folder, resume=True)
+    other = config({"it": {"kind": "ffa"}}, training={"rounds": 1, "steps": 2})
+    words = r"training\.steps 2 instead of 1, methods\.it\.kind ffa instead of fedit"
+    with pytest.raises(GloraError, match=words):
+        run(Plan(other, "it", 0, 0.005), folder, resume=True)
+    fewer = Plan(made, "it", 0, 0.005)
+    fewer.parts[0] = fewer.parts[0][1:]  # other data under the same name
+    with pytest.raises(GloraError, match="examples"):
+        run(fewer, folder, resume=True)
+    more = config({"it": {"kind": "fedit"}, "new": {"kind": "ffa"}},
+                  training={"rounds": 1, "steps": 1})  # fmt: skip
+    assert len(run(Plan(more, "it", 0, 0.005), folder, resume=True)) == 2  # arms may come later
     (folder / "done").unlink()
     (folder / "checkpoint.safetensors").write_bytes(b"\x10" + bytes(30))
     with pytest.raises(GloraError, match="checkpoint"):

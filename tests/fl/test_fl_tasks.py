@@ -25,7 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from glora_ops.errors import GloraError, Refused
+from glora_ops.errors import GloraError, GloraWarning, Refused
 from glora_ops.fl.config import Config, Sweep
 from glora_ops.fl.run import Plan, run
 from glora_ops.fl.tasks.base import HeldOut
@@ -131,7 +131,79 @@ def test_any_other_task_in_the_layout_runs_and_pairs_have_two_segments(
     assert task.metric == "accuracy"
     assert len(task.label_names) == 3
     assert task._x["input_ids"][1] != task._x["input_ids"][0]
-    assert set(task.evaluate(task.model())) >= {"accuracy", "mcc", "f1"}
+    assert set(task.evaluate(task.model())) == {"accuracy", "mcc", "loss"}
+
+
+def test_mrpc_and_qqp_are_judged_by_accuracy_and_f1_of_class_1(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("mrpc", "qqp"):
+        for split, seed in (("train", 0), ("dev", 1)):
+            rows = [{**row, "sentence2": "good film"} for row in reviews(60, seed)]
+            write(tmp_path / "glue" / f"{name}.{split}.jsonl", rows)
+        task = Glue(glue(tiny, name), 0, tmp_path)
+        assert task.metric == "accuracy"
+        model = task.model()
+        model.classifier.bias.data = torch.tensor([0.0, 9.0])  # everything is a paraphrase
+        share = np.mean([row["label"] for row in rows])
+        found = task.evaluate(model)
+        assert found["accuracy"] == pytest.approx(share)
+        assert found["f1"] == pytest.approx(2 * share / (1 + share))  # precision: share, recall: 1
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "dev", "regression"),
+    [
+        ("stsb", [5, 3.8, 0, 4.25, 1], [3, 2], True),
+        ("stsb", [5.0, 3.0, 0.0, 1.0, 2.0], [3.0, 2.0], True),
+        ("stsb", [5, 3, 0, 1, 2], [3, 2], True),
+        ("mine", [5, 3.8, 0, -4, 1], [3, 2], True),
+        ("mine", [5, 3, 0, 1, 2], [3.5, 2], True),
+        ("mine", [1, 0, 2, 0, 1], [2, 0], False),
+        ("mine", [1.0, 0.0, 2.0, 0.0, 1.0], [2.0, 0.0], False),
+        ("mine", [1, 0.0, 2, 0, 1], [2.0, 0], False),
+    ],
+)
+def test_labels_with_a_fraction_and_stsb_are_a_regression(
+    name: str, train: list[float], dev: list[float], regression: bool, tiny: dict[str, str],
+    tmp_path: Path, recwarn: pytest.WarningsRecorder,
+) -> None:  # fmt: skip
+    for split, labels in (("train", train * 8), ("dev", dev)):
+        rows = [row | {"label": y} for row, y in zip(reviews(len(labels), 0), labels, strict=True)]
+        write(tmp_path / "glue" / f"{name}.{split}.jsonl", rows)
+    few = glue(tiny, name)
+    few = few.model_copy(update={"task": few.task.model_copy(update={"max_train": 7})})
+    for seed in range(3):  # whatever is drawn
+        task = Glue(few, seed, tmp_path)
+        assert task.regression is regression
+        assert task.model().config.num_labels == (1 if regression else 3)
+        assert len(task.label_names) > task.labels.max()
+        assert task._dev_y.dtype == (float if regression else int)
+        expected = {"pearson", "spearman", "correlation"} if regression else {"accuracy", "mcc"}
+        assert task.evaluate(task.model()).keys() - {"loss"} == expected
+    said = [str(w.message) for w in recwarn if issubclass(w.category, GloraWarning)]
+    decimals = not regression and any(isinstance(x, float) for x in train)
+    assert [("3 classes" in text) for text in said] == [True] * len(said)
+    assert bool(said) is decimals
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "words"),
+    [
+        ([0, 1, -1], [0], "classes 0, 1, …"),
+        ([0, 1, 9_000_000_000], [0], "fewer than"),
+        ([0, 1, 1], [2], "0…1"),
+        ([0, 1, 0.5], [1], "correlation"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(
+    train: list[int], dev: list[int], words: str, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    for split, labels in (("train", train * 8), ("dev", dev)):
+        rows = [row | {"label": y} for row, y in zip(reviews(len(labels), 0), labels, strict=True)]
+        write(tmp_path / "glue" / f"mine.{split}.jsonl", rows)
+    with pytest.raises(GloraError, match=words):
+        Glue(glue(tiny, "mine"), 0, tmp_path)
 
 
 def test_cola_is_judged_by_mcc_and_float_labels_by_correlation(
@@ -209,7 +281,6 @@ def test_glue_through_datasets_by_name(
         ("[1]", "not a JSON object"),
         ('{"sentence1": 3, "label": 0}', "must be text"),
         ('{"sentence1": "a", "label": "x"}', "must be a number"),
-        ('{"sentence1": "a", "label": -1}', "≥ 0"),
         ('{"sentence1": "a", "label": NaN}', "must be a number"),
     ],
 )
@@ -344,14 +415,17 @@ def test_superni_through_datasets_collects_references(
 def test_classification_against_confusion_counts() -> None:
     rng = np.random.default_rng(0)
     truth, guess = rng.integers(2, size=50), rng.integers(2, size=50)
-    found = classification(truth, guess)
+    found = classification(truth, guess, 2)
     tp, tn = np.sum(truth & guess), np.sum((1 - truth) & (1 - guess))
     fp, fn = np.sum((1 - truth) & guess), np.sum(truth & (1 - guess))
     mcc = (tp * tn - fp * fn) / np.sqrt(float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
     assert found["mcc"] == pytest.approx(mcc)
     assert found["accuracy"] == pytest.approx((tp + tn) / 50)
-    assert found["f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro"))
-    assert classification(truth, np.ones(50, dtype=int))["mcc"] == 0.0
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert found["f1"] == pytest.approx(sk.f1_score(truth, guess))
+    assert classification(truth, np.ones(50, dtype=int), 2)["mcc"] == 0.0
+    assert classification(truth, np.zeros(50, dtype=int), 2)["f1"] == 0.0
+    assert "f1" not in classification(truth, guess, 3)
 
 
 def test_correlation_against_scipy_and_by_hand() -> None:

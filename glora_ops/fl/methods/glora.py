@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Literal
 
 import torch
 
 from ...api import aggregate
-from ...errors import GloraWarning, require
+from ...errors import GloraWarning, require_all
 from ..messages import Client, Pairs, Reply, Sent
 from ..seeds import number
 from ..server import SVD, Server, Setup
@@ -52,14 +53,14 @@ class Glora(Method):
     anchor: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.rank is None or self.rank >= 1, "rank", self.rank, "an integer ≥ 1")
-        require(0 <= self.momentum < 1, "momentum", self.momentum, "a weight in [0, 1)")
-        require(0 < self.server_vote < 1, "server_vote", self.server_vote, "a share in (0, 1)")
-        require(
-            self.mode == "adapter" or self.momentum == 0,
-            "momentum",
-            self.momentum,
-            'mode = "adapter": in delta mode the server keeps all of W_t anyway',
+        alone = 'mode = "adapter": in delta mode the server keeps all of W_t anyway'
+        require_all(
+            (self.rank is None or self.rank >= 1, "rank", self.rank, "an integer ≥ 1"),
+            (0 <= self.momentum < 1, "momentum", self.momentum, "a weight in [0, 1)"),
+            (0 < self.server_vote < 1, "server_vote", self.server_vote, "a share in (0, 1)"),
+            (0 <= self.tau_rel < inf, "tau_rel", self.tau_rel, "a finite fraction ≥ 0"),
+            (0 <= self.anchor < inf, "anchor", self.anchor, "a finite weight ≥ 0"),
+            (self.mode == "adapter" or self.momentum == 0, "momentum", self.momentum, alone),
         )
 
     def broadcast(self, server: Server, client: Client) -> Sent:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...errors import require
+from ...errors import require_all
 from ..messages import Client, Pairs, Reply, Sent, Tail
 from ..server import Server
 from .base import Method, mean_factors, next_state, shares, slice_rank
@@ -36,8 +36,10 @@ class HetLoRA(Method):
     penalty: float = 1e-3
 
     def __post_init__(self) -> None:
-        require(0 < self.gamma <= 1, "gamma", self.gamma, "a fraction in (0, 1]")
-        require(self.penalty >= 0, "penalty", self.penalty, "a number ≥ 0")
+        require_all(
+            (0 < self.gamma <= 1, "gamma", self.gamma, "a fraction in (0, 1]"),
+            (self.penalty >= 0, "penalty", self.penalty, "a number ≥ 0"),
+        )
 
     def broadcast(self, server: Server, client: Client) -> Sent:
         rank = server.ranks[client.index] if client.index >= 0 else client.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import require
+from ...errors import GloraWarning, require
 from ..config import Config
 from ..seeds import numpy_stream
 from .base import HeldOut, half
@@ -37,9 +38,9 @@ BINS = 5  # of a regression's labels, for partitions
 class Glue:
     """One GLUE task on a sequence classifier; its head is trained and averaged in full.
 
-    Labels are classes where they are integers (their number is read off the training data) and a
-    regression otherwise. The headline metric is accuracy, for cola mcc, for a regression the mean
-    of Pearson's and Spearman's correlation.
+    Labels that are whole numbers, 1 or 1.0, are classes (as many as the training data have); with a
+    fraction among them, and for stsb, it is a regression. The headline metric is accuracy, for cola
+    mcc, for a regression the mean of Pearson's and Spearman's correlation.
     """
 
     def __init__(
@@ -47,29 +48,30 @@ class Glue:
     ) -> None:
         self.config, self._seed = config, seed
         name = config.task.name
-        require(bool(name), "task.name", "''", "a GLUE task such as sst2 or cola")
         train, dev = (_read(name, split, data_dir) for split in ("train", "dev"))
+        labels = [
+            row["label"] for row in train + dev
+        ]  # those of a sample may all happen to be whole
+        self.regression = name == "stsb" or any(label % 1 for label in labels)
+        self._outputs = 1 if self.regression else _classes(name, train, dev)
         if config.sweep.lrs:
             require(len(dev) > 1, f"{name}.dev", len(dev), "two examples or more, for a sweep")
             dev = half(dev, held_out)
         train = sample(train, config.task.max_train, seed, "train")
         dev = sample(dev, config.task.max_eval, seed, "dev")
+        require(not self.regression or len(dev) > 1, f"{name}.dev", f"{len(dev)} example",
+                "two or more, for a correlation")  # fmt: skip
         self._tokenizer = tokenizer_of(config.model.name)
-        self.regression = any(isinstance(row["label"], float) for row in train)
-        self._x, self._y = self._tokens(train), np.array([row["label"] for row in train])
-        self._dev_x, self._dev_y = self._tokens(dev), np.array([row["label"] for row in dev])
+        kind = float if self.regression else int
+        self._x, self._y = self._tokens(train), np.array([kind(row["label"]) for row in train])
+        self._dev_x, self._dev_y = self._tokens(dev), np.array([kind(row["label"]) for row in dev])
         if self.regression:
-            edges = np.quantile(self._y, np.linspace(0, 1, BINS + 1)[1:-1])
+            edges = np.unique(np.quantile(self._y, np.linspace(0, 1, BINS + 1)[1:-1]))
             self.labels = np.searchsorted(edges, self._y)
-            self.label_names = tuple(f"bin {i}" for i in range(BINS))
+            self.label_names = (*(f"≤ {edge:g}" for edge in edges), f"> {edges[-1]:g}")
         else:
             self.labels = self._y
-            self.label_names = tuple(map(str, range(int(self._y.max()) + 1)))
-            worst = int(self._dev_y.max())
-            require(
-                worst < len(self.label_names), f"{name}.dev", f"label {worst}",
-                f"labels of the training data, 0…{len(self.label_names) - 1}",
-            )  # fmt: skip
+            self.label_names = tuple(map(str, range(self._outputs)))
         self.metric = "correlation" if self.regression else "mcc" if name == "cola" else "accuracy"
         self.targets = tuple(config.model.targets)
         model = self.model()
@@ -86,7 +88,7 @@ class Glue:
         model = from_pretrained(
             AutoModelForSequenceClassification, self.config.model.name, self._seed,
             random_weights=self.config.model.random_weights,
-            num_labels=1 if self.regression else len(self.label_names),
+            num_labels=self._outputs,
             ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
         )  # fmt: skip
         model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
@@ -100,8 +102,7 @@ class Glue:
         return torch.nn.functional.cross_entropy(logits, y)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        columns = 1 if self.regression else len(self.label_names)
-        logits = torch.empty(len(self._dev_y), columns)
+        logits = torch.empty(len(self._dev_y), self._outputs)
         lengths = [len(tokens) for tokens in self._dev_x["input_ids"]]
         with torch.no_grad():
             for rows in batches_by_length(lengths, EVALUATION_BATCH):
@@ -110,7 +111,8 @@ class Glue:
             return correlation(self._dev_y, logits[:, 0].numpy())
         truth = torch.as_tensor(self._dev_y)
         loss = float(torch.nn.functional.cross_entropy(logits, truth))
-        return {**classification(self._dev_y, logits.argmax(1).numpy()), "loss": loss}
+        found = classification(self._dev_y, logits.argmax(1).numpy(), self._outputs)
+        return {**found, "loss": loss}
 
     def _logits(self, model: nn.Module, x: Mapping[str, Any], rows: np.ndarray) -> Tensor:
         batch = {key: [values[i] for i in rows] for key, values in x.items()}
@@ -136,6 +138,24 @@ def sample(rows: list[Any], size: int, seed: int, *name: object) -> list[Any]:
     return [rows[i] for i in sorted(chosen)]
 
 
+def _classes(
+    name: str, train: Sequence[Mapping[str, Any]], dev: Sequence[Mapping[str, Any]]
+) -> int:
+    """How many classes there are, by the training data."""
+    own, others = ([row["label"] for row in rows] for rows in (train, dev))
+    count = int(max(own)) + 1
+    least = min(own + others)
+    require(least >= 0, f"labels of {name}", least, "classes 0, 1, …, or a fraction among them")
+    require(count <= len(own), f"{name}.train", f"label {count - 1} and {len(own)} examples",
+            "classes 0, 1, …, fewer than there are examples")  # fmt: skip
+    require(max(others) < count, f"{name}.dev", f"label {max(others)}",
+            f"labels of the training data, 0…{count - 1}")  # fmt: skip
+    if any(isinstance(label, float) for label in own):
+        warnings.warn(f"labels of {name} are whole numbers written as decimals: taken as {count} "
+                      "classes, not as a regression", GloraWarning, stacklevel=2)  # fmt: skip
+    return count
+
+
 def _read(name: str, split: str, data_dir: Path | None) -> list[dict[str, Any]]:
     if data_dir is not None:
         return read_jsonl(data_dir / "glue" / f"{name}.{split}.jsonl", _problem)
@@ -153,4 +173,4 @@ def _problem(row: Mapping[str, Any]) -> str:
         return "sentence1 (and sentence2, if there is one) must be text"
     if isinstance(label, bool) or not isinstance(label, (int, float)) or not isfinite(label):
         return "label must be a number"
-    return "" if isinstance(label, float) or label >= 0 else "a class must be an integer ≥ 0"
+    return ""

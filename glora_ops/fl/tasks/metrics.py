@@ -13,15 +13,20 @@ import numpy as np
 __all__ = ["classification", "correlation", "exact_match", "rouge_l"]
 
 
-def classification(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """accuracy, mcc (Matthews correlation, CoLA's metric; 0 for a constant answer) and macro f1."""
+def classification(truth: np.ndarray, predicted: np.ndarray, classes: int) -> dict[str, float]:
+    """accuracy and mcc (Matthews correlation, CoLA's metric; 0 for a constant answer).
+
+    Of two classes also f1, that of class 1: with accuracy the metric of MRPC and QQP.
+    """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
-    return {
+    out = {
         "accuracy": float(np.mean(truth == predicted)),
         "mcc": float(matthews_corrcoef(truth, predicted)),
-        "f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
     }
+    if classes == 2:
+        out["f1"] = float(f1_score(truth, predicted, zero_division=0))
+    return out
 
 
 def correlation(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
