@@ -121,10 +121,12 @@ def block_krylov(
         do: what they hold of the mean update has nothing to do with their eigenvalues. Then they
         must have settled too, to a mean squared sine of tol/20.
     """
-    drop = max((64 * torch.finfo(o.dtype).eps) ** 2, 1e-14)
+    eps = torch.finfo(o.dtype).eps
+    drop = max((64 * eps) ** 2, 1e-14)
     adaptive = how.power_iters < 0
     steps = how.most if adaptive else how.power_iters
-    q = whiten(o.left, start, drop, noise=o.noise)
+    # Exactness needs every direction above 8·u32; a later block, O Oᵀ q, cannot bring it back.
+    q = whiten(o.left, start, max((4 * eps) ** 2, 1e-14), noise=o.noise)
     last = o.apply_t(q)
     basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
     h = o.right.inner(last, last)

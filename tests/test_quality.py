@@ -353,6 +353,30 @@ def test_krylov_is_exact_where_the_rank_holds_everything(basis, m, n):
 
 
 @pytest.mark.parametrize("basis", ["consensus", "update"])
+@pytest.mark.parametrize("level", [2e-5, 5e-6, 1e-6])
+@pytest.mark.parametrize(("m", "n"), [(200, 180), (400, 360)], ids=["tall blocks", "N-space"])
+def test_krylov_is_exact_where_all_but_one_direction_are_weak(level, basis, m, n):
+    """Sixteen times one update of rank 12, R = 16: what is weak adds up to many times the bound."""
+    rng = np.random.default_rng(0)
+    count, r = 16, 12
+    u, v = orthonormal(rng, m, r), orthonormal(rng, n, r)
+    root = np.sqrt(np.r_[1.0, np.full(r - 1, level)])
+    clients = []
+    for _ in range(count):
+        g = torch.from_numpy(orthonormal(rng, r, r))
+        clients.append(((torch.from_numpy(u * root) @ g).float(),
+                        (g.mT @ torch.from_numpy(root[:, None] * v.T)).float()))  # fmt: skip
+    result = Result(clients, 16, basis)
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    limit = bounds.exact_bound(
+        bounds.storage_scale(arrays, np.full(count, 1 / count), np.ones(count))
+    )
+    assert result.stat("krylov") == 1
+    assert norm(result.w_hat - result.w_bar) <= limit
+    assert norm(u[:, :1] @ v[:, :1].T - result.w_bar) > limit
+
+
+@pytest.mark.parametrize("basis", ["consensus", "update"])
 def test_noise_fails_without_power_steps(basis):
     """A spectrum that decays slowly: zero steps miss the solver's contract, three meet it."""
     rng = np.random.default_rng(0)
