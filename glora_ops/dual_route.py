@@ -122,6 +122,11 @@ class DualRoute:
         def apply(z: Tensor) -> Tensor:
             return root * z[..., :n, :] + extra @ z[..., n:, :]
 
+        def held(pairs: Tensor) -> Tensor:
+            reach = strength * metric.image(pairs)
+            return (reach * self.metrics[other.name].image(reach)).sum(-2).clamp(min=0)
+
+        strength = (mean.share * self.sigma)[..., None]
         pull = metric.image(extra)
         trace = (voters.votes * self.grams[side.name].diagonal(dim1=-2, dim2=-1)).sum(-1)
         trace = trace + (extra * pull).sum((-2, -1))
@@ -142,7 +147,7 @@ class DualRoute:
             lambda block, seen: (trace - seen).clamp(min=0),
             rank,
             self.how,
-            even=extra.shape[-1] == 0,
+            held,
         )
         pairs = ritz.basis @ ritz.vectors[..., : rank + self.how.oversample]
         lam = ritz.theta[..., : rank + self.how.oversample]
@@ -151,10 +156,7 @@ class DualRoute:
         if clear < rank:
             long = Coordinates(voters.t, voters.votes, self._lift(side, extra))
             return principal_krylov(v, side, long, rank, self.how, None, mean.coef, other, basis)
-        strength = (mean.share * self.sigma)[..., None]
-        reach = strength * metric.image(pairs)
-        energies = (reach * self.metrics[other.name].image(reach)).sum(-2)
-        return Principal(basis, lam, energies.clamp(min=0), trace, ritz.steps)
+        return Principal(basis, lam, held(pairs), trace, ritz.steps)
 
     def _iterate(self, mean: Mean, rank: int, known: Tensor | None) -> Ritz:
         """Ritz approximation of Q D Zᵀ, D = p σ; known: Zᵀ y of columns y to start from."""

@@ -98,7 +98,7 @@ def block_krylov(
     unseen: Callable[[Tensor, Tensor], Tensor],
     rank: int,
     how: Iteration,
-    even: bool = False,
+    held: Callable[[Tensor], Tensor] | None = None,
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
 
@@ -116,10 +116,10 @@ def block_krylov(
     unseen : callable (block, seen) → (1,)
         ‖(I − QQᵀ)O‖_F² or an estimate, called once for every block of Q as it is added, with
         seen = ‖QᵀO‖_F² over all of them.
-    even : bool
-        Whether the leading directions count alike, as those of a mean projector without an anchor
-        do: what they hold of the mean update has nothing to do with their eigenvalues. Then they
-        must have settled too, to a mean squared sine of tol/20.
+    held : callable (d, R) → (1, R), optional
+        For a mean projector: energy of the mean update that directions hold, which their
+        eigenvalues say little about. Then they must have settled too, to a mean squared sine of
+        tol/20, each with its share of that energy.
     """
     eps = torch.finfo(o.dtype).eps
     drop = max((64 * eps) ** 2, 1e-14)
@@ -141,7 +141,7 @@ def block_krylov(
         total, now = max(float(seen + outside), 1e-300), float(theta[..., :rank].sum())
         previous, gained, found = gained, now - found, now
         bound = float(outside)
-        if step > 1 and not even:
+        if step > 1 and held is None:
             rate = min(max(gained / max(previous, 1e-300), 0.0), 0.9)
             bound = min(bound, 2 * gained * rate / (1 - rate))
         if adaptive and _little(bound, found, total, how.tol):
@@ -150,13 +150,18 @@ def block_krylov(
         size = h[..., -q.shape[-1] :].square().sum(-2)  # of what w's columns have inside the basis
         w = o.left.without(basis.all, w)
         if adaptive:
-            last_rows = vectors[..., -q.shape[-1] :, :]
-            gain, share = _ahead(theta, last_rows, o.left.inner(w, w), rank)
+            last_rows = vectors[..., -q.shape[-1] :, :rank]
+            gains, turns = _ahead(theta, last_rows, o.left.inner(w, w))
+            gain = float(gains.sum())
             rate = min(gain / max(gained, 1e-300), 0.9) if step else 0.0
             more = 1 / (1 - max(rate, 0.25 if step < 2 else 0.0))
-            gain = min(more * gain, bound)
-            if _little(gain, found, total, how.tol) and not (even and more * share > how.tol / 20):
-                break
+            if _little(min(more * gain, bound), found, total, how.tol):
+                if held is None:
+                    break
+                energy = held(o.left.combine(basis.all, vectors[..., :rank]))
+                turn = (energy * turns).sum() / energy.sum().clamp(min=1e-300)
+                if more * float(turn) < how.tol / 20:
+                    break
         w = o.left.without(basis.all, w)
         q = whiten(o.left, w, drop, size, o.noise, basis.all)
         last = o.apply_t(q)
@@ -174,8 +179,8 @@ def _little(gain: float, found: float, total: float, tol: float) -> bool:
     return gain < SAFE * tol * found and error - left < SAFE * (tol + 0.01 * error)
 
 
-def _ahead(theta: Tensor, last: Tensor, gram: Tensor, rank: int) -> tuple[float, float]:
-    """What the leading eigenvalues are about to gain from a block W that joins the basis.
+def _ahead(theta: Tensor, last: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What the leading eigenpairs are about to gain from a block W that joins the basis.
 
     Ritz pair k has the residual W·last_k, r_k² = ‖W last_k‖², and against a new direction of
     Rayleigh quotient ν it grows to the larger eigenvalue of [[θ_k, r_k], [r_k, ν]]; ν lies
@@ -184,25 +189,22 @@ def _ahead(theta: Tensor, last: Tensor, gram: Tensor, rank: int) -> tuple[float,
     Parameters
     ----------
     theta : Tensor (1, m)
-    last : Tensor (1, k, m)
-        Rows of the last block in the eigenvectors.
+    last : Tensor (1, k, R)
+        Rows of the last block in the leading eigenvectors.
     gram : Tensor (1, k, k)
         WᵀW.
 
     Returns
     -------
-    gain : float
-        Σ_k of the gains.
-    share : float
-        Mean of gain_k/(θ_k − ν), about the squared sine of the angle by which vector k turns.
+    gains, turns : Tensor (1, R)
+        Of the eigenvalues; of the vectors: gain_k/(θ_k − ν), about a squared sine.
     """
-    lead = last[..., :rank]
-    r2 = (lead * (gram @ lead)).sum(-2)
+    rank = last.shape[-1]
+    r2 = (last * (gram @ last)).sum(-2)
     gap = theta[..., :rank] - theta[..., rank : rank + 1].sum(-1, keepdim=True) / 2
-    gain = ((gap.square() + 4 * r2).sqrt() - gap) / 2
+    gains = ((gap.square() + 4 * r2).sqrt() - gap) / 2
     present = gap > 0
-    share = (gain / gap.where(present, 1.0) * present).mean()
-    return float(gain.sum()), float(share)
+    return gains, gains / gap.where(present, 1.0) * present
 
 
 class Columns:

@@ -194,6 +194,12 @@ def principal_krylov(
     def unseen(block: Tensor, seen: Tensor) -> Tensor:
         return (trace - seen).clamp(min=0)
 
+    def held(pairs: Tensor) -> Tensor:
+        if coef is None or other is None:  # no update: all alike
+            return torch.ones_like(pairs[..., 0, :], dtype=torch.float64)
+        reach = v.lift(other.rows, coef[..., None] * v.times(rows, pairs))
+        return reach.double().square().sum(-2)
+
     if known is None:
         known = extra[..., : int((extra != 0).any(-2).sum())]
     first = start_block(side, rank, how, known, warm)
@@ -204,13 +210,9 @@ def principal_krylov(
         unseen,
         rank,
         how,
-        even=extra.shape[-1] == 0,
+        held,
     )
     pairs = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])
     lam = ritz.theta[..., : rank + how.oversample]
-    energies = torch.zeros_like(lam)
-    if coef is not None and other is not None:
-        reach = v.lift(other.rows, coef[..., None] * v.times(rows, pairs))
-        energies = reach.double().square().sum(-2)
     basis = fill(orthonormalise(v, pairs[..., :rank]), rank)
-    return Principal(basis, lam, energies, trace, ritz.steps)
+    return Principal(basis, lam, held(pairs), trace, ritz.steps)
