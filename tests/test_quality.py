@@ -323,6 +323,21 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     assert result.stat("norm") == pytest.approx(norm(want.w_bar), rel=1e-5)
 
 
+def test_mean_projectors_settle_before_the_iteration_stops():
+    """One B for all: the row space's eigenvalues lie close, and which are cut decides the core."""
+    rng = np.random.default_rng(1)
+    count, r, m, n = 14, 16, 244, 443
+    b = rng.standard_normal((m, r)) / np.sqrt(m)
+    clients = stored(rng, [(b, rng.standard_normal((r, n)) / np.sqrt(n)) for _ in range(count)])
+    result = Result(clients, 12, "consensus")
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, ones = np.full(count, 1 / count), np.ones(count)
+    want = reference.aggregate(arrays, weights, ones, 12, unit_roundoff=2.0**-24)
+    assert result.stat("krylov") == 1
+    assert not want.flagged
+    assert result.stat("captured") == pytest.approx(want.captured, abs=2e-4)
+
+
 def test_n_space_keeps_directions_that_float32_holds():
     """Four large directions and many small ones: a block that loses its grading loses those."""
     p = pack([(torch.tensor(b).float(), torch.tensor(a).float()) for b, a in
