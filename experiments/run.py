@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -43,7 +44,6 @@ PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, a
 TEXT = {m: MIXED[m] | {"rank": 8} for m in ("consensus", "projector", "update")}
 TEXT |= {m: MIXED[m] for m in PEERS}
 SWEEP_SEED = 1000
-LOUDNESS = 8.0
 
 FULL = {"count": 6, "participation": 1.0}
 SPARSE = {"count": 20, "participation": 0.2, "at_least": 10}
@@ -56,17 +56,18 @@ class Setting:
     """One configuration without learning rates, and what is done to a client of it."""
 
     content: dict[str, Any]
-    disturb: str = ""  # "loud" or "skewed": client 0 is
+    loudness: float = 1.0  # client 0 sends this many times its update
+    wrong: bool = False  # client 0 calls every digit the next one
 
 
 def digits(name: str, methods: Mapping[str, Any], *, about: str = "", rounds: int = 5,
-           disturb: str = "", **clients: Any) -> Setting:  # fmt: skip
+           loudness: float = 1.0, wrong: bool = False, **clients: Any) -> Setting:  # fmt: skip
     content = {
         "name": name, "about": about, "clients": clients, "methods": dict(methods),
         "evaluation": {"agreement": "never"},
         "training": {"rounds": rounds, "steps": 6, "batch": 16},
     }  # fmt: skip
-    return Setting(content, disturb)
+    return Setting(content, loudness, wrong)
 
 
 def grid() -> dict[str, Setting]:
@@ -120,9 +121,11 @@ def questions() -> dict[str, Setting]:
         digits("digits_ablation", ablation, about="R, eta and tau_rel.",
                ranks=mixed, **FULL, **skew),
         digits("digits_loud", robust, about="Client 0 sends 8 times its update.",
-               disturb="loud", ranks=equal, **FULL, **iid),
+               loudness=8.0, ranks=equal, **FULL, **iid),
+        digits("digits_loud2", robust, about="Client 0 sends twice its update.",
+               loudness=2.0, ranks=equal, **FULL, **iid),
         digits("digits_skewed", robust, about="Client 0 holds wrong labels and sends 8 times.",
-               disturb="loud skewed", ranks=equal, **FULL, **iid),
+               loudness=8.0, wrong=True, ranks=equal, **FULL, **iid),
         digits("digits_independent", some, about="Every client draws its own first A.",
                start="independent", ranks=equal, **FULL, **skew),
         digits("digits_gauge10", some, about="A random gauge of condition 10 on every reply.",
@@ -155,16 +158,16 @@ def text(model: str) -> dict[str, Setting]:
 
 
 class Loud:
-    """An engine in which client 0 sends `LOUDNESS` times its update."""
+    """An engine in which client 0 sends `loudness` times its update."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.inner = local_engine(plan)
+    def __init__(self, plan: Plan, loudness: float) -> None:
+        self.inner, self.loudness = local_engine(plan), loudness
         self.save, self.load = self.inner.save, self.inner.load
 
     def train(self, round: int, work: Sequence[tuple[Client, Sent]]) -> Answers:
         answers = self.inner.train(round, work)
         replies = [
-            replace(r, factors={m: (LOUDNESS * b, a) for m, (b, a) in r.factors.items()})
+            replace(r, factors={m: (self.loudness * b, a) for m, (b, a) in r.factors.items()})
             if r.client.index == 0
             else r
             for r in answers.replies
@@ -183,11 +186,10 @@ def one(setting: Setting, label: str, seed: int, lr: float, folder: Path, data_d
     if label in MEASURED:
         content["evaluation"] = content["evaluation"] | {"agreement": "every"}
     plan = Plan(Config.model_validate(content), label, seed, lr, data_dir, held_out)
-    if "skewed" in setting.disturb:
+    if setting.wrong:
         rows, train = torch.from_numpy(plan.parts[0]), plan.task.train
         train.y[rows] = (train.y[rows] + 1) % 10
-    engine: Callable[[Plan], Any] = Loud if "loud" in setting.disturb else local_engine
-    lines = run(plan, folder, engine=engine, resume=True)
+    lines = run(plan, folder, engine=partial(Loud, loudness=setting.loudness), resume=True)
     late = [x for x in lines if "metrics" in x and 2 * x["round"] > lines[-1]["round"]]
     scores = [float(x["metrics"][plan.task.metric]) for x in late]
     return scores[-1], fmean(scores)
