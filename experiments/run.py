@@ -40,9 +40,9 @@ COMMON_RATE = 0.005
 TEXT_TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
         "task": {"max_train": 2000, "max_eval": 300}, "targets": ["query", "value"],
-        "training": {"steps": 8, "batch": 8}, "every": 100, "lrs": [0.003, 0.01],
+        "training": {"steps": 8, "batch": 8}, "every": 100, "lrs": [0.001, 0.003, 0.01],
     },
-    # This encoder's pooler is next to zero: left as it is, CoLA is not learnt at all.
+    # The pooler too: this encoder's is next to zero.
     "cola": {
         "task": {},
         "targets": ["query", "key", "value", "attention.output.dense", "intermediate.dense",
@@ -246,7 +246,7 @@ def work(
     ]  # fmt: skip
     for task, how in TEXT_TASKS.items():
         cells = [settings[name] for name in settings if name.startswith(f"text_{task}")]
-        rates = Rates(f"text_{task}", args, cells[:1], how["lrs"])
+        rates = Rates(f"text_{task}", args, cells, how["lrs"])
         groups += [{cell.content["name"]: rates} for cell in cells]
     for group in groups:
         for seed in range(args.seeds):
