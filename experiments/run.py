@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -36,14 +37,24 @@ EQUAL = MIXED | {kind: {"kind": kind} for kind in ("ffa", "rolora", "fedex", "fe
 MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every round
 DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02]
 COMMON_RATE = 0.005
-TEXT_RATES = [0.003, 0.01]
-TEXT_SWEPT = ("text_sst2_full",)
+TEXT_TASKS: dict[str, dict[str, Any]] = {
+    "sst2": {
+        "task": {"max_train": 2000, "max_eval": 300}, "targets": ["query", "value"],
+        "training": {"steps": 8, "batch": 8}, "every": 100, "lrs": [0.001, 0.003, 0.01],
+    },
+    # The pooler too: this encoder's is next to zero.
+    "cola": {
+        "task": {},
+        "targets": ["query", "key", "value", "attention.output.dense", "intermediate.dense",
+                    "output.dense", "pooler.dense"],
+        "training": {"steps": 40, "batch": 16}, "every": 1, "lrs": [0.001, 0.002],
+    },
+}  # fmt: skip
 PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, all clients
 # R = 8 keeps a quarter of the 30 directions that four clients send: the bases can differ.
 TEXT = {m: MIXED[m] | {"rank": 8} for m in ("consensus", "projector", "update")}
 TEXT |= {m: MIXED[m] for m in PEERS}
 SWEEP_SEED = 1000
-LOUDNESS = 8.0
 
 FULL = {"count": 6, "participation": 1.0}
 SPARSE = {"count": 20, "participation": 0.2, "at_least": 10}
@@ -56,17 +67,18 @@ class Setting:
     """One configuration without learning rates, and what is done to a client of it."""
 
     content: dict[str, Any]
-    disturb: str = ""  # "loud" or "skewed": client 0 is
+    loudness: float = 1.0  # client 0 sends this many times its update
+    wrong: bool = False  # client 0 calls every digit the next one
 
 
 def digits(name: str, methods: Mapping[str, Any], *, about: str = "", rounds: int = 5,
-           disturb: str = "", **clients: Any) -> Setting:  # fmt: skip
+           loudness: float = 1.0, wrong: bool = False, **clients: Any) -> Setting:  # fmt: skip
     content = {
         "name": name, "about": about, "clients": clients, "methods": dict(methods),
         "evaluation": {"agreement": "never"},
         "training": {"rounds": rounds, "steps": 6, "batch": 16},
     }  # fmt: skip
-    return Setting(content, disturb)
+    return Setting(content, loudness, wrong)
 
 
 def grid() -> dict[str, Setting]:
@@ -120,9 +132,11 @@ def questions() -> dict[str, Setting]:
         digits("digits_ablation", ablation, about="R, eta and tau_rel.",
                ranks=mixed, **FULL, **skew),
         digits("digits_loud", robust, about="Client 0 sends 8 times its update.",
-               disturb="loud", ranks=equal, **FULL, **iid),
+               loudness=8.0, ranks=equal, **FULL, **iid),
+        digits("digits_loud2", robust, about="Client 0 sends twice its update.",
+               loudness=2.0, ranks=equal, **FULL, **iid),
         digits("digits_skewed", robust, about="Client 0 holds wrong labels and sends 8 times.",
-               disturb="loud skewed", ranks=equal, **FULL, **iid),
+               loudness=8.0, wrong=True, ranks=equal, **FULL, **iid),
         digits("digits_independent", some, about="Every client draws its own first A.",
                start="independent", ranks=equal, **FULL, **skew),
         digits("digits_gauge10", some, about="A random gauge of condition 10 on every reply.",
@@ -134,20 +148,19 @@ def questions() -> dict[str, Setting]:
 def text(model: str) -> dict[str, Setting]:
     """Real sentences, skewed labels, ranks 2, 4, 8, 16."""
     out = {}
-    for task in ("sst2", "cola"):
+    for task, how in TEXT_TASKS.items():
         for turnout, who in (
             ("full", {"count": 4}),
             ("sparse", {"count": 20, "participation": 0.2}),
         ):
             content = {
                 "name": f"text_{task}_{turnout}",
-                "task": {"kind": "glue", "name": task, "max_train": 2000, "max_eval": 300,
-                         "max_length": 24},
-                "model": {"name": model, "targets": ["query", "value"]},
+                "task": {"kind": "glue", "name": task, "max_length": 24, **how["task"]},
+                "model": {"name": model, "targets": how["targets"]},
                 "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": 1.0},
-                "training": {"rounds": 5, "steps": 8, "batch": 8},
-                "evaluation": {"every": 100, "by_rank": "never", "agreement": "never"},
-                "sweep": {"lrs": TEXT_RATES},  # half of the held-out sentences are for it alone
+                "training": {"rounds": 5, **how["training"]},
+                "evaluation": {"every": how["every"], "by_rank": "never", "agreement": "never"},
+                "sweep": {"lrs": how["lrs"]},  # half of the held-out sentences are for it alone
                 "methods": TEXT,
             }  # fmt: skip
             out[content["name"]] = Setting(content)
@@ -155,16 +168,16 @@ def text(model: str) -> dict[str, Setting]:
 
 
 class Loud:
-    """An engine in which client 0 sends `LOUDNESS` times its update."""
+    """An engine in which client 0 sends `loudness` times its update."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.inner = local_engine(plan)
+    def __init__(self, plan: Plan, loudness: float) -> None:
+        self.inner, self.loudness = local_engine(plan), loudness
         self.save, self.load = self.inner.save, self.inner.load
 
     def train(self, round: int, work: Sequence[tuple[Client, Sent]]) -> Answers:
         answers = self.inner.train(round, work)
         replies = [
-            replace(r, factors={m: (LOUDNESS * b, a) for m, (b, a) in r.factors.items()})
+            replace(r, factors={m: (self.loudness * b, a) for m, (b, a) in r.factors.items()})
             if r.client.index == 0
             else r
             for r in answers.replies
@@ -183,11 +196,10 @@ def one(setting: Setting, label: str, seed: int, lr: float, folder: Path, data_d
     if label in MEASURED:
         content["evaluation"] = content["evaluation"] | {"agreement": "every"}
     plan = Plan(Config.model_validate(content), label, seed, lr, data_dir, held_out)
-    if "skewed" in setting.disturb:
+    if setting.wrong:
         rows, train = torch.from_numpy(plan.parts[0]), plan.task.train
         train.y[rows] = (train.y[rows] + 1) % 10
-    engine: Callable[[Plan], Any] = Loud if "loud" in setting.disturb else local_engine
-    lines = run(plan, folder, engine=engine, resume=True)
+    lines = run(plan, folder, engine=partial(Loud, loudness=setting.loudness), resume=True)
     late = [x for x in lines if "metrics" in x and 2 * x["round"] > lines[-1]["round"]]
     scores = [float(x["metrics"][plan.task.metric]) for x in late]
     return scores[-1], fmean(scores)
@@ -231,11 +243,11 @@ def work(
         {name: swept[name.rpartition("_")[2]] for name in grid()},
         dict.fromkeys(questions(), swept["full"]),
         dict.fromkeys(common(), lambda label: COMMON_RATE),
-        dict.fromkeys(
-            (name for name in settings if name.startswith("text")),
-            Rates("text", args, [settings[n] for n in TEXT_SWEPT if n in settings], TEXT_RATES),
-        ),
     ]  # fmt: skip
+    for task, how in TEXT_TASKS.items():
+        cells = [settings[name] for name in settings if name.startswith(f"text_{task}")]
+        rates = Rates(f"text_{task}", args, cells, how["lrs"])
+        groups += [{cell.content["name"]: rates} for cell in cells]
     for group in groups:
         for seed in range(args.seeds):
             for name, rate in group.items():
