@@ -118,8 +118,9 @@ def block_krylov(
         seen = ‖QᵀO‖_F² over all of them.
     held : callable (d, R) → (1, R), optional
         For a mean projector: energy of the mean update that directions hold, which their
-        eigenvalues say little about. Then they must have settled too, to a mean squared sine of
-        tol/20, each with its share of that energy.
+        eigenvalues say little about. Then they must have settled too, each with its share of that
+        energy, to a mean squared sine of 2 tol²: what U and V capture together is of first order
+        in the sine.
     """
     eps = torch.finfo(o.dtype).eps
     drop = max((64 * eps) ** 2, 1e-14)
@@ -160,7 +161,7 @@ def block_krylov(
                     break
                 energy = held(o.left.combine(basis.all, vectors[..., :rank]))
                 turn = (energy * turns).sum() / energy.sum().clamp(min=1e-300)
-                if more * float(turn) < how.tol / 20:
+                if more * float(turn) < 2 * how.tol**2:
                     break
         w = o.left.without(basis.all, w)
         q = whiten(o.left, w, drop, size, o.noise, basis.all)
