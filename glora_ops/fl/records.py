@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import GloraError, require
+from ..errors import GloraError, require, unfit
 from .files import replacing, write_text
 from .messages import Pairs
 from .server import SVD, Server
@@ -106,6 +108,25 @@ class Run:
         self.metrics_path = folder / "metrics.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out: two that write one run would mix their rounds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise unfit(
+                "runs",
+                f"{str(self.folder)!r}, where another process is at work",
+                "one process a run",
+                "wait for it or stop it, then --resume; or another -o",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def begin(self, about: Mapping[str, Any], *, resume: bool) -> bool:
         """Make the folder ready; True where a checkpoint of the same run is there to go on from.

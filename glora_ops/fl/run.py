@@ -107,6 +107,19 @@ def run(
         Is given every round's line, those of before a restart too.
     """
     record = Run(folder)
+    with record.held():
+        return _run(record, plan, engine, resume, rounds, progress, watch)
+
+
+def _run(
+    record: Run,
+    plan: Plan,
+    engine: EngineFactory,
+    resume: bool,
+    rounds: int | None,
+    progress: Progress | None,
+    watch: Watch,
+) -> list[dict[str, Any]]:
     total = rounds or plan.config.training.rounds
     going_on = record.begin(_about(plan), resume=resume)
     if record.done:

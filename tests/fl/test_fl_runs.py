@@ -364,3 +364,12 @@ def test_run_json_tells_what_was_run(tmp_path: Path) -> None:
     assert sum(about["examples"]) == 700
     assert about["versions"]["torch"].startswith("2.")
     assert about["parameters"] > 200_000
+
+
+def test_a_run_has_one_process(tmp_path: Path) -> None:
+    """A second one, resumed while the first is at work, would mix its rounds into the first's."""
+    folder = tmp_path / "run"
+    with Run(folder).held(), pytest.raises(GloraError, match=r"another process.*--resume"):
+        Run(folder).held().__enter__()
+    with Run(folder).held():  # and a run that ended lets go
+        pass
