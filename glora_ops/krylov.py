@@ -134,19 +134,22 @@ def block_krylov(
     found = gained = 0.0
     limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
-        theta, vectors = o.left.eigh(h)
-        seen = theta.sum(-1)
+        seen = h.diagonal(dim1=-2, dim2=-1).sum(-1)
         outside = unseen(q, seen)
-        if step == steps or basis.all.shape[-1] >= limit:
+        done = step == steps or basis.all.shape[-1] >= limit
+        if done or adaptive:
+            theta, vectors = o.left.eigh(h)
+        if done:
             break
-        total, now = max(float(seen + outside), 1e-300), float(theta[..., :rank].sum())
-        previous, gained, found = gained, now - found, now
-        bound = float(outside)
-        if step > 1 and held is None:
-            rate = min(max(gained / max(previous, 1e-300), 0.0), 0.9)
-            bound = min(bound, 2 * gained * rate / (1 - rate))
-        if adaptive and _little(bound, found, total, how.tol):
-            break
+        if adaptive:
+            total, now = max(float(seen + outside), 1e-300), float(theta[..., :rank].sum())
+            previous, gained, found = gained, now - found, now
+            bound = float(outside)
+            if step > 1 and held is None:
+                rate = min(max(gained / max(previous, 1e-300), 0.0), 0.9)
+                bound = min(bound, 2 * gained * rate / (1 - rate))
+            if _little(bound, found, total, how.tol):
+                break
         w = o.apply(last)
         size = h[..., -q.shape[-1] :].square().sum(-2)  # of what w's columns have inside the basis
         w = o.left.without(basis.all, w)

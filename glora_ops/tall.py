@@ -14,6 +14,9 @@ __all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
 
 # Squared length over its own rounding from which one pass leaves a direction orthogonal to 1e-4.
 CLEAR = 256.0
+# Smallest over largest eigenvalue of yᵀy below which an fp32 sum is not orthonormal enough; the
+# 1.5th power of it is too little for an fp64 sum, whose Gram matrix rounds.
+POOR = 1e-6
 
 
 class Space(Protocol):
@@ -76,7 +79,8 @@ def whiten(
 ) -> Tensor:
     """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
 
-    A second pass repairs what the first loses to an ill-conditioned y, or to noise.
+    What an ill-conditioned y would lose to its own rounding is summed in fp64; a second pass
+    repairs what that cannot, and what noise and a basis did.
 
     Parameters
     ----------
@@ -99,9 +103,11 @@ def whiten(
     rounding = 0 * lam if noise is None else noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
     kept = (lam > drop * top) & (lam > rounding)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    q = space.combine(y, vec * scale[..., None, :])
-    smallest = torch.where(kept, lam, lam[..., :1]).amin(-1)
-    unsure = (kept & (lam < CLEAR * rounding)).any(-1) | (smallest < 1e-6 * lam[..., 0])
+    weakest = torch.where(kept, lam, lam[..., :1]).amin(-1)
+    poor = bool((weakest < POOR * lam[..., 0]).any())
+    q = space.combine(y.double() if poor else y, vec * scale[..., None, :]).to(y.dtype)
+    limit = POOR**1.5 if basis is None and noise is None else POOR
+    unsure = (weakest < limit * lam[..., 0]) | (kept & (lam < CLEAR * rounding)).any(-1)
     if not again or not bool(unsure.any()):
         return q
     if basis is not None:
