@@ -101,10 +101,10 @@ def matched_steps(p: Population, truth: Truth, captured: float) -> int:
     return 6
 
 
-def operator(p: Population, basis: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+def operator(p: Population, basis: str, **how: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
     def call() -> tuple[torch.Tensor, ...]:
         return torch.ops.glora.aggregate(
-            p.b, p.a, p.packed.offsets, p.weights, p.scaling, p.case.rank, basis
+            p.b, p.a, p.packed.offsets, p.weights, p.scaling, p.case.rank, basis, **how
         )
 
     return call
@@ -167,6 +167,23 @@ def test_update(case: Case, race: Any, slow: bool) -> None:
     race(
         case, call, arms, floor(case, "update"), judge_update(truth, case.rank),
         op="aggregate", basis="update", start=STACKS, matched=f"peer0_q{matched}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["partly", "shared", "disjoint"])
+def test_update_at_equal_steps(kind: Any, steps: int, race: Any) -> None:
+    """As many power steps as peer (0), whether they are needed or not: the price of a step."""
+    case = replace(LARGE, kind=kind)
+    p, truth = population(case), truth_of(case)
+
+    def judge(name: str, answer: Any) -> dict[str, float]:
+        return figures(truth, case.rank, *answer[:3])
+
+    race(
+        case, operator(p, "update", power_iters=steps), [randomized(p, steps)],
+        floor(case, "update"), judge, op=f"aggregate(power_iters={steps})", basis="update",
+        start=STACKS, matched=f"peer0_q{steps}",
     )  # fmt: skip
 
 

@@ -114,8 +114,8 @@ def block_krylov(
     start : Tensor (1, d, k)
         First block, O times something intrinsic.
     unseen : callable (block, seen) → (1,)
-        ‖(I − QQᵀ)O‖_F² or an estimate, called once for every block of Q as it is added, with
-        seen = ‖QᵀO‖_F² over all of them.
+        ‖(I − QQᵀ)O‖_F² or an estimate, called with the columns that Q has got since the last
+        call, and seen = ‖QᵀO‖_F² over all of them.
     held : callable (d, R) → (1, R), optional
         For a mean projector: energy of the mean update that directions hold, which their
         eigenvalues say little about. Then they must have settled too, each with its share of that
@@ -132,12 +132,14 @@ def block_krylov(
     basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
     h = o.right.inner(last, last)
     found = gained = 0.0
+    known = 0
     limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
         seen = h.diagonal(dim1=-2, dim2=-1).sum(-1)
-        outside = unseen(q, seen)
         done = step == steps or basis.all.shape[-1] >= limit
         if done or adaptive:
+            outside = unseen(basis.all[..., known:], seen)
+            known = basis.all.shape[-1]
             theta, vectors = o.left.eigh(h)
         if done:
             break

@@ -78,8 +78,9 @@ class KrylovRoute:
             return v.lift(b, weight * v.times(a, z))
 
         def apply_t(y: Tensor) -> Tensor:
-            outside.reached = v.times(b, y)
-            return v.lift(a, weight * outside.reached)
+            reached = v.times(b, y)
+            outside.reached.append(reached)
+            return v.lift(a, weight * reached)
 
         operator = Operator(apply, apply_t, v, v, working(b.dtype))
         return block_krylov(operator, apply(first), outside, rank, how)
@@ -99,7 +100,7 @@ class KrylovRoute:
 
 
 class Outside:
-    """‖(I − QQᵀ)W̄‖² for a Q that grows block by block: a call adds a block.
+    """‖(I − QQᵀ)W̄‖² for a Q that grows: a call adds columns.
 
     From N × N Gram matrices where they are cheap, otherwise estimated with seeded signs; the
     clients' own parts Σ_i ‖(I − QQᵀ)w_iΔW_i‖², whose exact sum r × r matrices give, then serve as
@@ -112,16 +113,15 @@ class Outside:
 
     Attributes
     ----------
-    reached : Tensor (1, N, k)
-        b · block of the block to be added; the iteration has it anyway and leaves it here.
+    reached : list of Tensor (1, N, k)
+        b · columns to be added; the iteration has them anyway and leaves them here.
     """
-
-    reached: Tensor
 
     def __init__(self, route: KrylovRoute, weight: Tensor) -> None:
         self.v = v = route.v
         b, a = route.left.rows, route.right.rows
         self.ragged = route.left.ragged
+        self.reached: list[Tensor] = []
         self.total: Tensor | None = None
         if route._grams is not None:
             gram_b, gram_a = route._grams
@@ -134,13 +134,14 @@ class Outside:
         gram_b, self.gram_a = route.client_grams
         self.gram_b = self.scale * gram_b * self.scale.mT
 
-    def __call__(self, block: Tensor, seen: Tensor) -> Tensor:
+    def __call__(self, added: Tensor, seen: Tensor) -> Tensor:
         if self.total is not None:
             return (self.total - seen).clamp(min=0)
         v = self.v
-        columns = self.scale * self.ragged.pad(self.reached)
+        columns = self.scale * self.ragged.pad(torch.cat(self.reached, -1))
+        self.reached.clear()
         self.gram_b = self.gram_b - columns @ columns.mT
-        self.image = self.image - v.lift(block.mT, v.times(block.mT, self.image))
+        self.image = self.image - v.lift(added.mT, v.times(added.mT, self.image))
         own = (self.z * (self.gram_b @ self.z)).sum((-3, -2))
         own_exact = (self.gram_b * self.gram_a).sum((-3, -2, -1))
         each = self.image.square().sum(-2, dtype=torch.float64)

@@ -14,9 +14,9 @@ __all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
 
 # Squared length over its own rounding from which one pass leaves a direction orthogonal to 1e-4.
 CLEAR = 256.0
-# Smallest over largest eigenvalue of yᵀy below which an fp32 sum is not orthonormal enough; the
-# 1.5th power of it is too little for an fp64 sum, whose Gram matrix rounds.
-POOR = 1e-6
+# Squares of the columns over those of a direction they add up to, from which an fp32 sum is not
+# orthonormal enough; the 1.5th power of it is too much for an fp64 sum, whose Gram matrix rounds.
+CANCELS = 1e6
 
 
 class Space(Protocol):
@@ -96,18 +96,20 @@ def whiten(
     again : bool
         Whether a second pass may follow.
     """
-    lam, vec = space.eigh(space.inner(y, y))
+    gram = space.inner(y, y)
+    lam, vec = space.eigh(gram)
     top = lam[..., :1]
     if reference is not None:
         top = torch.maximum(top, (vec.square() * reference[..., None]).sum(-2))
     rounding = 0 * lam if noise is None else noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
     kept = (lam > drop * top) & (lam > rounding)
     scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    weakest = torch.where(kept, lam, lam[..., :1]).amin(-1)
-    poor = bool((weakest < POOR * lam[..., 0]).any())
+    columns = gram.diagonal(dim1=-2, dim2=-1)[..., None]
+    cancels = ((vec.square() * columns).sum(-2) * scale.square()).amax(-1)
+    poor = bool((cancels > CANCELS).any())
     q = space.combine(y.double() if poor else y, vec * scale[..., None, :]).to(y.dtype)
-    limit = POOR**1.5 if basis is None and noise is None else POOR
-    unsure = (weakest < limit * lam[..., 0]) | (kept & (lam < CLEAR * rounding)).any(-1)
+    limit = CANCELS**1.5 if basis is None and noise is None else CANCELS
+    unsure = (cancels > limit) | (kept & (lam < CLEAR * rounding)).any(-1)
     if not again or not bool(unsure.any()):
         return q
     if basis is not None:
