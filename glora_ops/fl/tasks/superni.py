@@ -134,7 +134,7 @@ class SuperNI:
         return out
 
     def _answers(self, model: nn.Module, instances: Sequence[Instance]) -> list[str]:
-        """Greedy answers; a causal model stops at the end of the line as well."""
+        """Greedy answers, up to the end token or `max_new_tokens`."""
         sources = [self._source(x) for x in instances]
         answers = [""] * len(instances)
         tokenizer = self._tokenizer
