@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .clients import Clients
 from .krylov import Operator, Ritz, block_krylov
-from .krylov_route import KrylovRoute, principal_krylov, start_block
+from .krylov_route import ANCHORED, SETTLED, KrylovRoute, principal_krylov, start_block
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
 from .vocabulary import Vocabulary, working
@@ -96,7 +96,7 @@ class DualRoute:
 
     def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
         known = None if warm is None else self._pull(self.sides["right"], warm)
-        ritz = self._iterate(mean, rank, known)
+        ritz = self._iterate(mean, rank, known, ANCHORED)
         leading = ritz.vectors[..., :rank]
         x = ritz.basis @ leading
         y = orthonormalise(self.metrics["right"], ritz.images @ leading)
@@ -147,6 +147,7 @@ class DualRoute:
             lambda block, seen: (trace - seen).clamp(min=0),
             rank,
             self.how,
+            SETTLED,
             held,
         )
         pairs = ritz.basis @ ritz.vectors[..., : rank + self.how.oversample]
@@ -158,7 +159,9 @@ class DualRoute:
             return principal_krylov(v, side, long, rank, self.how, None, mean.coef, other, basis)
         return Principal(basis, lam, held(pairs), trace, ritz.steps)
 
-    def _iterate(self, mean: Mean, rank: int, known: Tensor | None) -> Ritz:
+    def _iterate(
+        self, mean: Mean, rank: int, known: Tensor | None, settled: float | None = None
+    ) -> Ritz:
         """Ritz approximation of Q D Zᵀ, D = p σ; known: Zᵀ y of columns y to start from."""
         left, right = self.metrics["left"], self.metrics["right"]
         strength = (mean.share * self.sigma)[..., None]
@@ -176,7 +179,12 @@ class DualRoute:
         )
         start = strength * self._first(self.sides["right"], rank, known)
         return block_krylov(
-            operator, start, lambda block, seen: (total - seen).clamp(min=0), rank, self.how
+            operator,
+            start,
+            lambda block, seen: (total - seen).clamp(min=0),
+            rank,
+            self.how,
+            settled,
         )
 
     def _noise(self, name: str) -> Tensor:

@@ -98,6 +98,7 @@ def block_krylov(
     unseen: Callable[[Tensor, Tensor], Tensor],
     rank: int,
     how: Iteration,
+    settled: float | None = None,
     held: Callable[[Tensor], Tensor] | None = None,
 ) -> Ritz:
     """Block Krylov iteration for the leading left singular space of an operator O.
@@ -116,11 +117,11 @@ def block_krylov(
     unseen : callable (block, seen) → (1,)
         ‖(I − QQᵀ)O‖_F² or an estimate, called with the columns that Q has got since the last
         call, and seen = ‖QᵀO‖_F² over all of them.
+    settled : float, optional
+        For vectors that something else is made of: they too must have come to rest, to a mean
+        squared sine of settled · tol². What U and V capture together is of first order in the sine.
     held : callable (d, R) → (1, R), optional
-        For a mean projector: energy of the mean update that directions hold, which their
-        eigenvalues say little about. Then they must have settled too, each with its share of that
-        energy, to a mean squared sine of 2 tol²: what U and V capture together is of first order
-        in the sine.
+        The energies by which that mean weighs the vectors; by default their own.
     """
     eps = torch.finfo(o.dtype).eps
     drop = max((64 * eps) ** 2, 1e-14)
@@ -147,7 +148,7 @@ def block_krylov(
             total, now = max(float(seen + outside), 1e-300), float(theta[..., :rank].sum())
             previous, gained, found = gained, now - found, now
             bound = float(outside)
-            if step > 1 and held is None:
+            if step > 1 and settled is None:
                 rate = min(max(gained / max(previous, 1e-300), 0.0), 0.9)
                 bound = min(bound, 2 * gained * rate / (1 - rate))
             if _little(bound, found, total, how.tol):
@@ -162,11 +163,14 @@ def block_krylov(
             rate = min(gain / max(gained, 1e-300), 0.9) if step else 0.0
             more = 1 / (1 - max(rate, 0.25 if step < 2 else 0.0))
             if _little(min(more * gain, bound), found, total, how.tol):
-                if held is None:
+                if settled is None:
                     break
-                energy = held(o.left.combine(basis.all, vectors[..., :rank]))
+                leading = vectors[..., :rank]
+                energy = (
+                    theta[..., :rank] if held is None else held(o.left.combine(basis.all, leading))
+                )
                 turn = (energy * turns).sum() / energy.sum().clamp(min=1e-300)
-                if more * float(turn) < 2 * how.tol**2:
+                if more * float(turn) < settled * how.tol**2:
                     break
         w = o.left.without(basis.all, w)
         q = whiten(o.left, w, drop, size, o.noise, basis.all)

@@ -21,6 +21,9 @@ from .vocabulary import Vocabulary, working
 __all__ = ["KrylovRoute", "principal_krylov", "start_block"]
 
 PROBES = 32
+# Squared sines, in units of tol², at which vectors have come to rest: those of a mean projector,
+# and those of the anchor, which votes with half a voice (2/η²).
+SETTLED, ANCHORED = 2.0, 8.0
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
 
@@ -60,15 +63,27 @@ class KrylovRoute:
         return fill(ritz.theta, rank + 1).sqrt(), ritz.total.sqrt()
 
     def update(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+        return self._triplets(self._iterate(mean.coef, rank, warm, self.how), rank)
+
+    def triplets(self, mean: Mean, rank: int, warm: Tensor | None = None) -> Triplets:
+        return self._triplets(self._iterate(mean.coef, rank, warm, self.how, ANCHORED), rank)
+
+    def _triplets(self, ritz: Ritz, rank: int) -> Triplets:
         v, dtype = self.v, working(self.left.rows.dtype)
-        ritz = self._iterate(mean.coef, rank, warm, self.how)
         leading = ritz.vectors[..., :rank]
         x = orthonormalise(v, v.combine(ritz.basis, leading))
         y = orthonormalise(v, v.combine(ritz.images, leading).to(dtype))
         sigma = fill(ritz.theta, rank + 1).sqrt()
         return Triplets(fill(x, rank), fill(y, rank), sigma, ritz.total.sqrt(), ritz.steps)
 
-    def _iterate(self, coef: Tensor, rank: int, known: Tensor | None, how: Iteration) -> Ritz:
+    def _iterate(
+        self,
+        coef: Tensor,
+        rank: int,
+        known: Tensor | None,
+        how: Iteration,
+        settled: float | None = None,
+    ) -> Ritz:
         v, b, a = self.v, self.left.rows, self.right.rows
         weight = coef[..., None]
         first = start_block(self.right, rank, how, known)
@@ -83,9 +98,7 @@ class KrylovRoute:
             return v.lift(a, weight * reached)
 
         operator = Operator(apply, apply_t, v, v, working(b.dtype))
-        return block_krylov(operator, apply(first), outside, rank, how)
-
-    triplets = update
+        return block_krylov(operator, apply(first), outside, rank, how, settled)
 
     def principal(
         self,
@@ -211,6 +224,7 @@ def principal_krylov(
         unseen,
         rank,
         how,
+        SETTLED,
         held,
     )
     pairs = v.combine(ritz.basis, ritz.vectors[..., : rank + how.oversample])

@@ -338,6 +338,27 @@ def test_mean_projectors_settle_before_the_iteration_stops():
     assert result.stat("captured") == pytest.approx(want.captured, abs=2e-4)
 
 
+def test_the_anchor_settles_before_the_iteration_stops():
+    """Orthogonal clients: its energies come to rest long before the directions that vote."""
+    rng = np.random.default_rng(6)
+    count, r, m, n = 46, 4, 198, 294
+    b, a = (np.linalg.qr(rng.standard_normal((d, count * r)))[0] for d in (m, n))
+    falls = np.exp(-rng.random((count, 1)) * 3 * np.arange(r) / r)
+    weights = rng.dirichlet(np.full(count, 0.5)) + 1e-4
+    parts = [slice(i * r, i * r + r) for i in range(count)]
+    clients = stored(rng, [(b[:, x] * f, a[:, x].T) for x, f in zip(parts, falls, strict=True)])
+    p = pack(clients)
+    ones = torch.ones(count).double()
+    *_, stats, _ = torch.ops.glora.aggregate(p.b, p.a, p.offsets, torch.tensor(weights), ones, 39)
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    want = reference.aggregate(
+        arrays, weights / weights.sum(), np.ones(count), 39, unit_roundoff=2.0**-24
+    )
+    assert stats[STATS.index("krylov")] == 1
+    assert not want.flagged
+    assert float(stats[STATS.index("captured")]) == pytest.approx(want.captured, abs=2e-4)
+
+
 def test_n_space_keeps_directions_that_float32_holds():
     """Four large directions and many small ones: a block that loses its grading loses those."""
     p = pack([(torch.tensor(b).float(), torch.tensor(a).float()) for b, a in
