@@ -44,7 +44,7 @@ TEXT_TASKS: dict[str, dict[str, Any]] = {
         "training": {"steps": 8, "batch": 8}, "every": 100, "lrs": [0.001, 0.003, 0.01],
         "alpha": 1.0,
     },
-    "cola": {  # of a decoder: the encoder that SST-2 is run with learns too slowly
+    "cola": {  # of a decoder: the encoder of SST-2 learns it too slowly
         "task": {},
         "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "training": {"rounds": 10, "steps": 8, "batch": 8, "optimiser_state": "keep"},
