@@ -66,9 +66,9 @@ def wait_until(true: Callable[[], Any], seconds: float) -> bool:
     return True
 
 
-def here(there: Run, folder: Path) -> Run:
+def here(there: Run, folder: Path, path: Path = CONFIG) -> Run:
     """The same run in this process; the replies that were lost there are lost here."""
-    config = load_config(CONFIG)
+    config = load_config(path)
     gone = {(line["round"], f["client"]) for line in there.lines() for f in line["failures"]}
 
     class Losing(LocalEngine):
@@ -195,5 +195,37 @@ def test_a_killed_server_resumes_to_the_same_result(tmp_path: Path, mark: str) -
     reasons = [f["reason"] for line in there.lines() for f in line["failures"]]
     assert all("objects are unavailable" in reason for reason in reasons), reasons
     whole = here(there, tmp_path / "local")
+    assert learnt(there) == learnt(whole)
+    assert same_state(there, whole)
+
+
+def test_a_killed_node_comes_back_under_its_key(tmp_path: Path, mark: str) -> None:
+    """Flower turns it away while it counts the dead one as online; then it takes part again."""
+    (tmp_path / "d").mkdir()
+    path = tmp_path / "long.toml"
+    path.write_text(CONFIG.read_text().replace("rounds = 2", "rounds = 6"))
+    there = Run(tmp_path / "runs" / "digits_deployed" / "glora" / "seed0")
+    with Deployment(3, tmp_path / "d") as deployment:
+        running = Background(
+            lambda: deployment.run(800, config=str(path), out=str(tmp_path / "runs"), timeout=240.0)
+        )
+        running.until(lambda: len(there.lines()) == 2, 300)
+        node = psutil.Process(deployment.processes["node1"].pid)
+        running.until(lambda: executor(node), 60)
+        deployment.kill("node1")
+        before = [line["processes"]["clients"]["1"] for line in there.lines()[1:]]
+        while not there.done:
+            if "node1" not in deployment.processes or deployment.processes["node1"].poll():
+                deployment.start_node(1)
+            time.sleep(1)
+            assert running.is_alive() or there.done, deployment.logs()
+        running.result(60)
+    lines = there.lines()
+    assert {f["client"] for line in lines for f in line["failures"]} == {1}
+    missed = [line["round"] for line in lines if line["failures"]]
+    assert missed == list(range(missed[0], missed[-1] + 1)), missed
+    assert missed[-1] < 6, [line["failures"] for line in lines]
+    assert lines[-1]["processes"]["clients"]["1"] not in before
+    whole = here(there, tmp_path / "local", path)
     assert learnt(there) == learnt(whole)
     assert same_state(there, whole)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ pytest.importorskip("flwr", reason="Flower needs Python 3.11")
 
 from fl_grid import LoopGrid
 from fl_runs import config, reproducible, run_small, state
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.serverapp import ServerApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from glora_ops.errors import GloraError, GloraWarning
 from glora_ops.fl.config import load_config
 from glora_ops.fl.engine_local import LOST, Answers, LocalEngine
-from glora_ops.fl.flower import FlowerEngine
+from glora_ops.fl.flower import FlowerEngine, simulate
 from glora_ops.fl.flower.codec import Facts, Learnt, Work, form_of, pack, tensors_of
 from glora_ops.fl.messages import Client
 from glora_ops.fl.records import Run
@@ -288,6 +292,39 @@ def test_a_killed_server_goes_on_with_the_nodes_memory(method: str, tmp_path: Pa
     there = run_flower(tmp_path / "run", {"kind": method}, grid, resume=True, **sections)
     assert numbers(there) == numbers(whole)
     assert same_state(there, whole)
+
+
+def test_ctrl_c_lets_the_simulation_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised inside Flower's runtime it would end Ray below its workers."""
+    pytest.importorskip("ray")
+    made = config({"it": {"kind": "fedit"}})
+    ended: list[bool] = []
+
+    def runtime(app: ServerApp, *_: Any, **__: Any) -> None:
+        context = Context(1, 0, {}, RecordDict(), {})
+
+        def serve() -> None:
+            with pytest.raises(GloraError, match="ended"):
+                app(LoopGrid([], tmp_path), context)
+            ended.append(True)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        os.kill(os.getpid(), signal.SIGINT)
+        server.join(60)
+        assert ended  # before this returns
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate(
+                4, lambda engine: engine(Plan(made, "it", 0, 0.005)), state_dir=tmp_path / "nodes"
+            )
+        assert ended
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_engines_do_not_continue_each_others_runs(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 from flwr.app import Context
@@ -50,12 +52,14 @@ def simulate(
     ------
     GloraError
         Without Ray.
+    KeyboardInterrupt
+        After Ctrl-C, as soon as the clients at work have ended; a second one does not wait.
     """
     require(find_spec("ray") is not None, "Flower's simulation", "no Ray", "the package ray",
             "pip install 'flwr[simulation]', or --engine local")  # fmt: skip
     from flwr.simulation import run_simulation
 
-    over, app, results = threading.Event(), ServerApp(), list[T]()
+    over, stopped, app, results = threading.Event(), threading.Event(), ServerApp(), list[T]()
     begun: list[str] = []
 
     @app.main()
@@ -66,10 +70,20 @@ def simulate(
 
         results.append(main(engine))
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        # An exception in Flower's main thread ends Ray below its workers, which then hang or abort.
+        signal.signal(signal.SIGINT, interrupt)
+        stopped.set()
+        over.set()
+
     logger = logging.getLogger("flwr")
     before = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is in the records
     cores = min(nodes, os.cpu_count() or 1)
+    interrupt = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()  # where signals arrive
+    if in_main:
+        signal.signal(signal.SIGINT, stop)
     try:
         run_simulation(
             app,
@@ -80,9 +94,16 @@ def simulate(
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             },
         )
+    except Exception:
+        if not stopped.is_set():
+            raise
     finally:
         over.set()
         logger.setLevel(before)
+        if in_main:
+            signal.signal(signal.SIGINT, interrupt)
+    if stopped.is_set() and not results:
+        raise KeyboardInterrupt
     for name in begun:
         shutil.rmtree(state_dir / name, ignore_errors=True)
     if state_dir.is_dir() and not any(state_dir.iterdir()):
