@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import datasets
@@ -20,6 +21,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -42,7 +45,7 @@ GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Random BERT, GPT-2 and T5 of width 32 with one word-level tokenizer, as local folders."""
+    """Random BERT, GPT-2, Llama, T5 of width 32 with one word-level tokenizer, as local folders."""
     root = tmp_path_factory.mktemp("models")
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -59,6 +62,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "gpt2": GPT2LMHeadModel(GPT2Config(
             vocab_size=size, n_embd=32, n_layer=1, n_head=2, n_positions=128, bos_token_id=2,
             eos_token_id=2, pad_token_id=0)),
+        "llama": LlamaForCausalLM(LlamaConfig(
+            vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, bos_token_id=2, eos_token_id=2)),
         "t5": T5ForConditionalGeneration(T5Config(
             vocab_size=size, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)),
@@ -114,6 +120,34 @@ def test_glue_learns_from_local_files_with_federated_heads(
     lines = run(plan, sst2 / "run")
     assert lines[-1]["metrics"]["accuracy"] > 0.9
     assert set(lines[-1]["by_rank"]) == {"1", "2", "4"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("gpt2", ["c_attn"]), ("llama", ["q_proj", "v_proj"])]
+)
+def test_a_decoder_without_a_pad_token_learns_and_padding_changes_no_answer(
+    kind: str, targets: list[str], tiny: dict[str, str], sst2: Path
+) -> None:
+    folder = copytree(tiny[kind], sst2 / kind)
+    for file, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | {key: None}))
+    decoder = Config.model_validate(
+        glue(tiny).model_dump() | {"model": {"name": str(folder), "targets": targets}}
+    )
+    plan = Plan(decoder, "it", 0, 0.02, sst2)
+    assert plan.task.heads == ("score",)
+    assert run(plan, sst2 / "run")[-1]["metrics"]["accuracy"] > 0.9
+
+    rows = [{"sentence1": "good film " * n, "label": n % 2} for n in (1, 2, 3, 4)]
+    for split in ("train", "dev"):
+        write(sst2 / "glue" / f"mine.{split}.jsonl", rows)
+    task = Glue(decoder.model_copy(update={"task": glue(tiny, "mine").task}), 0, sst2)
+    model = task.model().eval()
+    together = task._logits(model, task._x, np.arange(4))
+    alone = torch.cat([task._logits(model, task._x, np.array([i])) for i in range(4)])
+    torch.testing.assert_close(together, alone)
+    assert torch.unique(alone, dim=0).shape[0] == 4
 
 
 def test_any_other_task_in_the_layout_runs_and_pairs_have_two_segments(
