@@ -148,11 +148,11 @@ class Outside:
         self.gram_b = self.scale * gram_b * self.scale.mT
 
     def __call__(self, added: Tensor, seen: Tensor) -> Tensor:
+        reached, self.reached = self.reached, []
         if self.total is not None:
             return (self.total - seen).clamp(min=0)
         v = self.v
-        columns = self.scale * self.ragged.pad(torch.cat(self.reached, -1))
-        self.reached.clear()
+        columns = self.scale * self.ragged.pad(torch.cat(reached, -1))
         self.gram_b = self.gram_b - columns @ columns.mT
         self.image = self.image - v.lift(added.mT, v.times(added.mT, self.image))
         own = (self.z * (self.gram_b @ self.z)).sum((-3, -2))

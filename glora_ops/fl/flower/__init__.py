@@ -25,7 +25,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns where it is not set
 
 from .apps import server_app, simulate  # noqa: E402  # after the settings above
-from .engine import FlowerEngine  # noqa: E402
-from .node import client_app  # noqa: E402
+from .engine import FlowerEngine  # noqa: E402  # as well
+from .node import client_app  # noqa: E402  # as well
 
 __all__ = ["FlowerEngine", "client_app", "server_app", "simulate"]

@@ -94,9 +94,10 @@ def simulate(
                 "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             },
         )
-    except Exception:
-        if not stopped.is_set():
-            raise
+    except Exception as error:
+        if stopped.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         over.set()
         logger.setLevel(before)
