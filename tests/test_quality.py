@@ -299,6 +299,21 @@ def test_krylov_keeps_up_with_the_exact_route(make, basis, rank, m, n):
     assert result.stat("norm") == pytest.approx(size, rel=2e-2)
 
 
+def test_the_estimated_norm_on_a_flat_spectrum():
+    """512 equal directions, of which the iteration meets few: the probes answer for the rest."""
+    count, r, d, rank = 32, 16, 1040, 32
+    errors = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        u, v = orthonormal(rng, d, count * r), orthonormal(rng, d, count * r)
+        clients = [(u[:, k : k + r], v[:, k : k + r].T) for k in range(0, count * r, r)]
+        result = Result(stored(rng, clients), rank, "update", seed=seed)
+        errors.append(result.stat("norm") / norm(result.w_bar) - 1)
+    print(f"relative error of the estimated norm: {np.std(errors):.4f} (one standard deviation)")
+    assert 1e-4 < np.std(errors)  # exact elsewhere: then this shows nothing
+    assert np.abs(errors).max() <= 0.01
+
+
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 @pytest.mark.parametrize("steps", [-1, 6])
 def test_more_steps_in_n_space_never_lose_anything(basis, steps):
