@@ -48,7 +48,7 @@ TEXT_TASKS: dict[str, dict[str, Any]] = {
         "task": {},
         "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "training": {"rounds": 10, "steps": 8, "batch": 8, "optimiser_state": "keep"},
-        "every": 5, "lrs": [0.0005], "alpha": 5.0,
+        "every": 5, "lrs": [0.0005, 0.001], "alpha": 5.0,
     },
 }  # fmt: skip
 PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, all clients

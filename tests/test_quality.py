@@ -310,7 +310,7 @@ def test_the_estimated_norm_on_a_flat_spectrum():
         result = Result(stored(rng, clients), rank, "update", seed=seed)
         errors.append(result.stat("norm") / norm(result.w_bar) - 1)
     print(f"relative error of the estimated norm: {np.std(errors):.4f} (one standard deviation)")
-    assert 1e-4 < np.std(errors)  # exact elsewhere: then this shows nothing
+    assert np.std(errors) > 1e-4  # exact elsewhere: then this shows nothing
     assert np.abs(errors).max() <= 0.01
 
 
