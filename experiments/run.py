@@ -42,13 +42,13 @@ TEXT_TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
         "task": {"max_train": 2000, "max_eval": 300}, "targets": ["query", "value"],
         "training": {"steps": 8, "batch": 8}, "every": 100, "lrs": [0.001, 0.003, 0.01],
-        "alpha": 1.0,
+        "swept": 2, "alpha": 1.0,
     },
     "cola": {  # of a decoder: the encoder of SST-2 learns it too slowly
         "task": {},
         "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "training": {"rounds": 10, "steps": 8, "batch": 8, "optimiser_state": "keep"},
-        "every": 5, "lrs": [0.0005, 0.001], "alpha": 5.0,
+        "every": 5, "lrs": [0.0005, 0.001], "swept": 1, "alpha": 5.0,
     },
 }  # fmt: skip
 PEERS = ("flora", "fedit")  # the best two in the digits sweep of mixed ranks, all clients
@@ -248,7 +248,7 @@ def work(
     ]  # fmt: skip
     for task, how in TEXT_TASKS.items():
         cells = [settings[name] for name in settings if name.startswith(f"text_{task}")]
-        rates = Rates(f"text_{task}", args, cells, how["lrs"])
+        rates = Rates(f"text_{task}", args, cells[: how["swept"]], how["lrs"])
         groups += [{cell.content["name"]: rates} for cell in cells]
     for group in groups:
         for seed in range(args.seeds):
