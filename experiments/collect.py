@@ -17,8 +17,8 @@ from typing import Any
 from glora_ops.fl.report import load_runs
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("config", "method", "seed", "lr", "round", "score", "received", "captured",
-           "effective_rank", "norm", "turn", "apart", "apart_turned", "columns", "rows",
+COLUMNS = ("config", "method", "seed", "lr", "round", "score", "loss", "received",
+           "captured", "effective_rank", "norm", "turn", "apart", "apart_turned", "columns", "rows",
            "megabytes")  # fmt: skip
 
 
@@ -33,6 +33,7 @@ def row(run: Any, line: dict[str, Any], received: float | None) -> dict[str, Any
     aligned = line.get("alignment")
     numbers = {
         "score": line.get("metrics", {}).get(run.metric, ""),
+        "loss": line.get("metrics", {}).get("loss", ""),
         "received": "" if received is None else received,
         **{k: v for k, v in line.get("update", {}).items() if k != "spectrum"},
         **line.get("misalignment", {}),

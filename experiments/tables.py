@@ -74,6 +74,7 @@ def setting(name: str, methods: dict[str, dict[int, list[Row]]]) -> str:
     reference = REFERENCE.get(name, "consensus")
     reference = reference if reference in methods else next(iter(methods))
     best, reference_late = last(methods[reference], "score"), late(methods[reference])
+    losses = last(methods[reference], "loss")
     body = []
     for label, runs in sorted(
         methods.items(), key=lambda kv: -fmean(last(kv[1], "score").values())
@@ -88,10 +89,14 @@ def setting(name: str, methods: dict[str, dict[int, list[Row]]]) -> str:
             pm([fmean(last(runs, "captured").values())]),
             f"{size:.2f}", pm(late(runs).values()),
             *(("", "") if label == reference else difference(reference_late, late(runs))[:2]),
+            *((pm(last(runs, "loss").values()), *(("", "", "") if label == reference
+               else difference(losses, last(runs, "loss")))) if losses else ()),
         ))  # fmt: skip
     header = ("method", "seeds", "lr", "server model", "received", f"{reference} minus it",
               "95 % interval", "seeds won", "captured", "MB", "last half", f"{reference} minus it",
-              "95 % interval")  # fmt: skip
+              "95 % interval",
+              *(("loss", f"{reference} minus it", "95 % interval", "seeds higher")
+                if losses else ()))  # fmt: skip
     return f"### {name}\n\n{table(header, body)}\n"
 
 
