@@ -164,6 +164,7 @@ def summarise(
 def _require_one_experiment(runs: Sequence[RunData]) -> None:
     """Refuse runs that only share the name of their configuration; arms may come later."""
     seen: dict[tuple[str, int], RunData] = {}
+    arms: dict[str, RunData] = {}
     for run in runs:
         one, mine = ({**r.about["config"], "methods": 0, "about": 0, "hours": 0}
                      for r in (runs[0], run))  # fmt: skip
@@ -172,6 +173,11 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
         apart = "report them one by one, each with its -o"
         require(not odd, "runs", f"{both}, which differ in {', '.join(odd)}",
                 f"one configuration {one['name']!r}", apart)  # fmt: skip
+        arm = arms.setdefault(run.method, run)
+        here, there = ({**r.about["config"]["methods"][r.method], "lr": r.about["lr"]}
+                       for r in (run, arm))  # fmt: skip
+        require(here == there, "runs", f"{arm.folder} and {run.folder}, {there} and {here}",
+                f"one setting of {run.method!r}", apart)  # fmt: skip
         other = seen.setdefault((run.method, run.seed), run)
         require(other is run, "runs", f"{other.folder} and {run.folder}",
                 "one run of a method and seed", apart)  # fmt: skip
@@ -193,6 +199,8 @@ def _population(config: Mapping[str, Any]) -> str:
         f"{c['count']} clients, {how}, ranks {ranks}, {c['participation']:.0%} a round, "
         f"{config['training']['steps']} steps each, first A {c['start']}"
         + (f", random gauge of condition {c['gauge']:g}" if c["gauge"] > 1 else "")
+        + (f", {c['lost']:.0%} of replies lost" if c["lost"] else "")
+        + (f", {c['wire']} on the wire" if c["wire"] != "float32" else "")
     )
 
 
@@ -228,8 +236,8 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0}
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
 
 
 def paired(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> dict[str, Any]:
@@ -304,8 +312,9 @@ def difference_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return out
 
 
-def _pm(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.4f} ± {value['spread']:.4f}"
+def _pm(value: Mapping[str, float | None]) -> str:
+    """One seed has no spread."""
+    return " ± ".join(f"{x:.4f}" for x in (value["mean"], value["spread"]) if x is not None)
 
 
 def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from glora_ops.cli import app
 from glora_ops.errors import GloraError
 from glora_ops.fl.config import shipped
-from glora_ops.fl.report import bootstrap, load_runs, summarise
+from glora_ops.fl.report import bootstrap, load_runs, markdown, summarise
 
 CONFIG = """
 name = "tiny"
@@ -186,6 +186,8 @@ def test_unfinished_runs_are_left_out_and_named(runs: Path, tmp_path: Path) -> N
     assert summary["methods"]["fedit"]["seeds"] == [0]
     assert len(summary["unfinished"]) == 1
     assert summary["differences"]["fedit"]["low"] is None
+    row = summary["methods"]["fedit"]
+    assert f"| {row['score']['mean']:.4f} |" in markdown(summary)  # one seed has no spread
 
 
 def test_report_from_inside_a_folder_and_not_of_two_experiments_at_once(
@@ -208,6 +210,21 @@ def test_report_from_inside_a_folder_and_not_of_two_experiments_at_once(
     found, sweeps = load_runs([runs, tmp_path / "other"])
     with pytest.raises(GloraError, match="differ in training"):
         summarise(found, sweeps)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"rank": 3}])
+def test_seeds_of_another_rate_or_setting_are_not_averaged(
+    change: dict[str, float], runs: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "tiny" / "glora" / "seed1" / "run.json"
+    about = json.loads(path.read_text())
+    (about if "lr" in change else about["config"]["methods"]["glora"]).update(change)
+    path.write_text(json.dumps(about))
+    with pytest.raises(GloraError, match="one setting of 'glora'"):
+        summarise(*load_runs([tmp_path / "runs"]))
 
 
 def test_partition_and_configs(runs: Path, tmp_path: Path) -> None:

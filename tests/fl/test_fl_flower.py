@@ -129,6 +129,8 @@ def fault(kind: str, message: Message, reply: Message) -> Message | None:
             arrays[name] = Array(torch.zeros(tuple(old.shape)).numpy())
         elif kind == "claims no examples":
             form["examples"] = 0
+        elif kind == "claims more examples":
+            form["examples"] *= 1000
         elif kind == "sends another form":
             form.clear()
             form["metrics"] = "good"
@@ -150,6 +152,7 @@ FAULTS = {
     "claims another length": "bytes",
     "sends NumPy": "expected ('glora.raw', 'bfloat16')",
     "claims no examples": "do not fit",
+    "claims more examples": "examples: got",
     "sends another form": "do not fit",
 }
 

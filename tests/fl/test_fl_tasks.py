@@ -274,9 +274,10 @@ def test_a_sweep_is_judged_on_other_examples_than_any_run(
         swept = glue(tiny).model_copy(update={"sweep": Sweep(lrs=lrs)})
         return Counter(map(tuple, Glue(swept, seed, sst2, held_out)._dev_x["input_ids"]))
 
-    def instances(held_out: HeldOut) -> set[tuple[str, str]]:
+    def instances(seed: int, held_out: HeldOut) -> set[tuple[str, str]]:
         swept = superni(tiny["gpt2"], ["c_attn"]).model_copy(update={"sweep": Sweep(lrs=[0.1])})
-        task = SuperNI(swept, 0, instructions, held_out)
+        task = SuperNI(swept, seed, instructions, held_out)
+        assert not {x["id"] for x in task._seen} & {x["id"] for x in task._train}
         return {(x["task"], x["id"]) for x in task._seen + task._unseen}
 
     assert digits(1000, "validation") == digits(3, "validation")
@@ -286,8 +287,12 @@ def test_a_sweep_is_judged_on_other_examples_than_any_run(
     for seed in range(3):
         assert not digits(seed, "test") & digits(1000, "validation")
         assert sentences(seed, "test", [0.1]) + chosen_on == all_of_it
-    assert not instances("test") & instances("validation")
-    assert len(instances("validation")) == len(instances("test")) > 0
+        assert not instances(seed, "test") & instances(1000, "validation")
+        assert len(instances(seed, "test")) == len(instances(1000, "validation")) > 0
+    path = instructions / "superni" / "heldout" / "task9_unseen.jsonl"
+    path.write_text(path.read_text().splitlines()[0])
+    with pytest.raises(GloraError, match="held-out examples task9_unseen: got 1, expected two or"):
+        instances(0, "test")
 
 
 def test_glue_through_datasets_by_name(

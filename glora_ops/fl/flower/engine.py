@@ -213,6 +213,8 @@ class FlowerEngine:
         except Forgot:
             self.states.pop(client.index, None)
             raise
+        held = len(self.plan.parts[client.index])  # its weight is not the node's to choose
+        require(learnt.examples == held, "examples", learnt.examples, f"{held}, as its part has")
         tensors = tensors_of(message.content, self.traffic.wire)
         rank = max(a.shape[0] for _, a in sent.factors.values())
         asked = {m: (b.new_empty(b.shape[0], rank), a.new_empty(rank, a.shape[1]))

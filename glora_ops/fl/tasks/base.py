@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from ...errors import require
 from ..seeds import numpy_stream
 
 __all__ = ["HeldOut", "Task", "half"]
@@ -16,6 +17,8 @@ HeldOut = Literal["test", "validation"]  # what runs report, and what a sweep ch
 
 def half(rows: list[Any], part: HeldOut, *name: object) -> list[Any]:
     """One half of the held-out rows; the halves are the same for every seed and disjoint."""
+    require(len(rows) > 1, " ".join(["held-out examples", *map(str, name)]), len(rows),
+            "two or more, as a sweep is judged on half of them")  # fmt: skip
     chosen = set(numpy_stream(0, "validation", *name).permutation(len(rows))[: len(rows) // 2])
     return [row for i, row in enumerate(rows) if (i in chosen) == (part == "validation")]
 

@@ -70,12 +70,11 @@ class SuperNI:
         labels = []
         for k, (name, instances) in enumerate(train.items()):
             kept = max(1, round(t.seen_fraction * len(instances))) if t.seen_fraction else 0
-            seen = sample(instances, kept, seed, "seen", name) if kept else []
+            pool = half(instances, held_out, name) if config.sweep.lrs and kept else instances
+            seen = sample(pool, kept, seed, "seen", name) if kept else []
             chosen = {id(instance) for instance in seen}
             rest = [x for x in instances if id(x) not in chosen]
             mine = sample(rest, t.max_train, seed, "train", name)
-            if config.sweep.lrs:
-                seen = half(seen, held_out, name)
             self._seen += sample(seen, t.max_eval, seed, "seen-eval", name)
             self._train += mine
             labels += [k] * len(mine)
