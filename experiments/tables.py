@@ -271,16 +271,16 @@ def pictures(runs: Runs, folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "experiments_curves.png", dpi=110)
 
-    figure, ax = plt.subplots(figsize=(4.6, 3.4))
-    for name, methods in runs.items():
-        lines = [r for rows in methods.get("fedit", {}).values() for r in rows if r["turn"]]
-        if lines and "one_rate" not in name and "gauge" not in name:
-            ax.scatter([float(r["apart"]) for r in lines],
-                       [1 - float(r["captured"]) for r in lines], s=9, label=name)  # fmt: skip
+    figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    names = [n for n, methods in runs.items() if "fedit" in methods]
+    names = [n for n in names if "one_rate" not in n and "gauge" not in n]
+    for name, colour in zip(names, plt.cm.tab20.colors, strict=False):
+        lines = [r for rows in runs[name]["fedit"].values() for r in rows if r["turn"]]
+        apart, kept = ([float(r[k]) for r in lines] for k in ("apart", "captured"))
+        ax.scatter(apart, [1 - c for c in kept], s=9, label=name, color=colour)
     ax.set(xlabel="clients' factors apart (0: the same)",
            ylabel="‖Ŵ − W̄‖² / ‖W̄‖² of fedit", yscale="log")  # fmt: skip
-    ax.legend(fontsize=6)
-    figure.tight_layout()
+    figure.legend(fontsize=6, loc="outside right center")
     figure.savefig(folder / "experiments_misalignment.png", dpi=110)
 
 
