@@ -1,6 +1,8 @@
 """Where the time of one server step goes, by word of the vocabulary.
 
-python bench/shares.py [update|consensus] [4096,32,16,32]    # d, K, r, R; clients partly shared
+python bench/shares.py [update|consensus] [4096x4096,32,16,32]    # d_out x d_in, K, r, R
+
+Clients are partly shared.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from populations import Case, population
 
+from glora_ops import STATS
 from glora_ops.isolation import exact_products, one_thread
 
 WORDS = ("pair", "gram", "canonical", "overlaps", "times", "lift", "combine", "without", "inner",
@@ -47,8 +50,8 @@ class Timed(CpuVocabulary):
         return run
 
 
-def main(basis: str, d: int, clients: int, rank: int, server: int) -> None:
-    p = population(Case(d, d, clients, (rank,), server))
+def main(basis: str, d_out: int, d_in: int, clients: int, rank: int, server: int) -> None:
+    p = population(Case(d_out, d_in, clients, (rank,), server))
     v = Timed()
     offsets = torch.arange(clients + 1) * rank
     ops, total = Ops(v), 0.0
@@ -59,9 +62,13 @@ def main(basis: str, d: int, clients: int, rank: int, server: int) -> None:
             total = 0.0
         start = perf_counter()
         with exact_products(), one_thread():  # as the registered op does
-            ops.aggregate(p.b, p.a, offsets, p.weights, p.scaling, server, basis)
+            out = ops.aggregate(p.b, p.a, offsets, p.weights, p.scaling, server, basis)
         total += perf_counter() - start
-    print(f"{basis}, {d}², K = {clients}, r = {rank}, R = {server}: {1e3 * total / ROUNDS:.1f} ms")
+    print(f"{basis}, {d_out} × {d_in}, K = {clients}, r = {rank}, R = {server}: "
+          f"{1e3 * total / ROUNDS:.1f} ms")  # fmt: skip
+    captured, attainable, steps = (float(out[5][..., STATS.index(x)])
+                                   for x in ("captured", "attainable", "power_iters"))  # fmt: skip
+    print(f"captured / attainable {captured / attainable:.5f}, {steps:g} power steps")
     print("\n| word | calls | ms | share |\n| :-- | --: | --: | --: |")
     for word, seconds in sorted(v.seconds.items(), key=lambda item: -item[1]):
         ms = 1e3 * seconds / ROUNDS
@@ -72,5 +79,5 @@ def main(basis: str, d: int, clients: int, rank: int, server: int) -> None:
 
 if __name__ == "__main__":
     basis = sys.argv[1] if len(sys.argv) > 1 else "update"
-    shape = sys.argv[2] if len(sys.argv) > 2 else "4096,32,16,32"
-    main(basis, *(int(x) for x in shape.split(",")))
+    shape = sys.argv[2] if len(sys.argv) > 2 else "4096x4096,32,16,32"
+    main(basis, *(int(x) for x in shape.replace("x", ",").split(",")))
