@@ -226,10 +226,19 @@ def test_the_bound_rejects_every_wrong_answer_on_healthy_clients(basis, dtype, c
         assert norm(aggregate(problem, other).w_hat - truth) > limit
 
 
+def at_the_floor(result: Answer | reference.Aggregate) -> bool:
+    """An eigenvalue is about 1e-12 of the top, where rounding decides whether κ_P counts it."""
+    relative = np.concatenate([np.asarray(x) / float(x[0]) for x in (result.eig_u, result.eig_v)])
+    return bool(((relative > 1e-13) & (relative < 1e-11)).any())
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("basis", BASES)
 def test_certificates_are_those_of_the_reference(basis, dtype):
     @given(problem=problems((dtype,), loud=1.0, condition=1.0, widen=0))
+    @example(problem=build(Recipe(seed=1, m=9, n=9, ranks=(1, 1), kind="partly", gap=1e-6,
+                                  spectrum="flat", weights="nearly", scaling="negative", cut="1",
+                                  dtype=dtype)))  # fmt: skip
     def check(problem):
         answer, want = aggregate(problem, basis), judge(problem, basis)
         count(problem, answer, "certificates")
@@ -252,7 +261,8 @@ def test_certificates_are_those_of_the_reference(basis, dtype):
         share = answer.client_stats[:, CLIENT_STATS.index("share")].numpy()
         assert share.sum() == pytest.approx(1, abs=(1e-3 + slack) * max(1, abs(share).max()))
         if kappa < 1e4:
-            assert answer.stat("kappa_p") == pytest.approx(want.kappa_p, rel=0.05, abs=0.05)
+            if not (at_the_floor(want) or at_the_floor(answer)):
+                assert answer.stat("kappa_p") == pytest.approx(want.kappa_p, rel=0.05, abs=0.05)
             assert answer.stat("kappa_w") == pytest.approx(want.kappa_w, rel=0.05, abs=0.05)
             # Shares are fractions of a core; much smaller than its terms, it makes them noise.
             largest = max(1, np.abs(want.share).max())
