@@ -101,10 +101,12 @@ def run(
             print_json({"runs": [str(r.folder) for r in results], "results": [
                 {"method": r.method, "seed": r.seed, **r.metrics} for r in results]})  # fmt: skip
             return
+        names = [name for name in results[0].metrics if "/" not in name]  # no single tasks
         _print_table(
-            ("method", "seed", *results[0].metrics),
-            [(r.method, str(r.seed), *(f"{v:.4f}" for v in r.metrics.values())) for r in results],
-        )
+            ("method", "seed", *("\n".join(name.rsplit("_", 1)) for name in names)),
+            [(r.method, str(r.seed), *(f"{r.metrics[name]:.4f}" for name in names))
+             for r in results],
+        )  # fmt: skip
         console().print(f"next: glora fl report {clean(out / loaded.name)}", soft_wrap=True)
 
 

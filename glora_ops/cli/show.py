@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from time import monotonic
 from typing import Any
 
 import typer
@@ -45,6 +46,7 @@ _STEPS = {
     "dense": "averaging full weights",
     "modules": "aggregating modules",
 }
+LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -158,8 +160,11 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give ``report(step, done, total)``, drawn as bars on stderr where that is a terminal."""
+    """Give ``report(step, done, total)``: bars on stderr, or a line now and then in a log."""
     to = console(stderr=True)
+    if not to.is_terminal:
+        yield _logged(to)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -168,7 +173,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bars:
+    with Progress(*columns, console=to, transient=True) as bars:
         tasks = {}
 
         def report(step: str, done: int, total: int) -> None:
@@ -177,3 +182,15 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[step], completed=done, total=total)
 
         yield report
+
+
+def _logged(to: Console) -> Callable[[str, int, int], None]:
+    said = monotonic()
+
+    def report(step: str, done: int, total: int) -> None:
+        nonlocal said
+        if monotonic() - said >= LOG_EVERY:
+            said = monotonic()
+            to.print(f"{clean(_STEPS.get(step, step))}: {done} of {total}", soft_wrap=True)
+
+    return report

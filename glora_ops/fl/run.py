@@ -153,7 +153,8 @@ def _run(
             server = server_from(server_tensors(server), server_about(server), before)
             record.commit(server, carrier.save())
             if progress is not None:
-                progress(f"{plan.config.name} {plan.label} seed {plan.seed}", server.round, total)
+                what = f"{plan.config.name} {plan.label} seed {plan.seed} lr {plan.lr:g}"
+                progress(what, server.round, total)
     record.finish()
     return record.lines()
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as Said
 
 from glora_ops.cli import app
 from glora_ops.errors import GloraError
 from glora_ops.fl.config import shipped
+from glora_ops.fl.experiment import Result
 from glora_ops.fl.report import bootstrap, load_runs, markdown, summarise
 
 CONFIG = """
@@ -35,7 +37,7 @@ lr = 0.004
 """
 
 
-def call(*arguments: object, code: int = 0) -> Result:
+def call(*arguments: object, code: int = 0) -> Said:
     done = CliRunner().invoke(app, ["fl", *map(str, arguments)])
     assert done.exit_code == code, done.output
     return done
@@ -65,6 +67,29 @@ def test_run_writes_every_method_and_seed_and_the_sweep(runs: Path) -> None:
         for m in ("glora", "fedit")
     ]
     assert rates == [swept["chosen"], 0.004]
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "run", runs.parent / "tiny.toml", "--seeds", 1, "--methods", "fedit", "-o"
+    assert "2 of 2" not in call(*arguments, tmp_path / "quick").stderr
+    monkeypatch.setattr("glora_ops.cli.show.LOG_EVERY", 0.0)
+    assert "tiny fedit seed 0 lr 0.004: 2 of 2\n" in call(*arguments, tmp_path / "long").stderr
+
+
+def test_scores_of_single_tasks_do_not_crowd_the_table(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {f"{m}_{w}": 0.25 for m in ("exact_match", "rouge_l") for w in ("seen", "unseen")}
+    scores |= {f"rouge_l_unseen/task{i}_of_some_length": 0.5 for i in range(9)}
+    found = [Result("consensus-momentum", 0, tmp_path, scores)]
+    monkeypatch.setattr("glora_ops.fl.experiment.run_experiment", lambda *a, **k: found)
+    said = call("run", runs.parent / "tiny.toml", "-o", tmp_path).stdout
+    above, header, row = said.splitlines()[:3]
+    assert above.split() == ["exact_match", "exact_match", "rouge_l", "rouge_l"]
+    assert header.split() == ["method", "seed", *["seen", "unseen"] * 2]
+    assert row.split() == ["consensus-momentum", "0", *["0.2500"] * 4]
 
 
 def test_run_again_needs_resume_and_then_changes_nothing(runs: Path) -> None:
