@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .krylov import Iteration
-from .signs import sign_matrix
+from .signs import sign_matrix, start_matrix
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import gram_schmidt
 from .vocabulary import Vocabulary
@@ -53,22 +53,24 @@ class CapturedRoute:
         self.seed, self.steps = how.seed, how.power_iters
         self.columns = rank + max(rank, how.oversample)
 
-    def _signs(self, side: Side, name: str, columns: int) -> Tensor:
+    def _start(self, side: Side) -> Tensor:
         d, dtype, device = side.rows.shape[-1], side.rows.dtype, side.rows.device
-        return sign_matrix(self.seed, name, d, min(columns, d), dtype, device)[None]
+        return start_matrix(self.seed, side.name, d, self.columns, dtype, device)[None]
 
     @cached_property
     def _first(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The clients' Gram matrices, and x Ω by side."""
         sides = (self.left, self.right)
-        omegas = [self._signs(side, side.name, self.columns) for side in sides]
+        omegas = [self._start(side) for side in sides]
         grams, sketches = self.v.sketch([s.rows for s in sides], self.left.ragged, omegas)
         return grams, {side.name: z for side, z in zip(sides, sketches, strict=True)}
 
     @cached_property
     def _probes(self) -> Tensor:
         """(L, N, PROBES) fp64: a times signs that no basis has seen."""
-        return self.v.times(self.right.rows, self._signs(self.right, "probe", PROBES))
+        rows = self.right.rows
+        d, dtype, device = rows.shape[-1], rows.dtype, rows.device
+        return self.v.times(rows, sign_matrix(self.seed, "probe", d, PROBES, dtype, device)[None])
 
     def client_grams(self) -> tuple[Tensor, Tensor]:
         gram_b, gram_a = self._first[0]
@@ -138,7 +140,7 @@ class CapturedRoute:
         def apply_t(y: Tensor, reached: Tensor) -> Tensor:
             return torch.cat([v.fold(voters.t, root, ragged, reached), v.inner(extra, y)], -2)
 
-        omega = self._signs(side, side.name, self.columns).expand(rows.shape[0], -1, -1)
+        omega = self._start(side).expand(rows.shape[0], -1, -1)
         y = apply(gram_schmidt(v, apply_t(omega, self._first[1][side.name])))
         known = min(extra.shape[-1], y.shape[-1])
         rest, spare = y.split([y.shape[-1] - known, known], -1)

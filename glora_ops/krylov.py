@@ -137,7 +137,7 @@ def block_krylov(
     limit = min(q.shape[-2], last.shape[-2])
     for step in range(steps + 1):
         seen = h.diagonal(dim1=-2, dim2=-1).sum(-1)
-        done = step == steps or basis.all.shape[-1] >= limit
+        done = step == steps or int((h.diagonal(dim1=-2, dim2=-1) > 0).sum()) >= limit
         if done or adaptive:
             outside = unseen(basis.all[..., known:], seen)
             known = basis.all.shape[-1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .krylov import Iteration, Operator, Ritz, block_krylov
-from .signs import sign_matrix
+from .signs import sign_matrix, start_matrix
 from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
 from .tall import orthonormalise, whiten
 from .vocabulary import Vocabulary, working
@@ -49,11 +49,16 @@ class KrylovRoute:
 
     @cached_property
     def _grams(self) -> tuple[Tensor, Tensor] | None:
-        """Both N × N Gram matrices in the working precision, where they cost next to nothing."""
-        b, a = self.left.rows, self.right.rows
+        """Both N × N Gram matrices in the working precision, where they cost next to nothing.
+
+        In fp64 where squares of the rows, or products of them, might leave fp32's range.
+        """
+        v, b, a = self.v, self.left.rows, self.right.rows
         if b.shape[-2] ** 2 * (b.shape[-1] + a.shape[-1]) > CHEAP:
             return None
-        return self.v.times(b, b.mT), self.v.times(a, a.mT)
+        if _moderate(b) and _moderate(a):
+            return v.times(b, b.mT), v.times(a, a.mT)
+        return v.inner(b.mT, b.mT), v.inner(a.mT, a.mT)
 
     def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
         how = self.how
@@ -112,6 +117,12 @@ class KrylovRoute:
         return principal_krylov(self.v, side, voters, rank, self.how, warm, mean.coef, other)
 
 
+def _moderate(rows: Tensor) -> bool:
+    """Whether the largest entry of every row is zero or within 2^±30."""
+    peak = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
+    return bool(((peak == 0) | ((peak > 2.0**-30) & (peak < 2.0**30))).all())
+
+
 class Outside:
     """‖(I − QQᵀ)W̄‖² for a Q that grows: a call adds columns.
 
@@ -164,17 +175,18 @@ class Outside:
 
 
 def start_block(side: Side, rank: int, how: Iteration, *known: Tensor | None) -> Tensor:
-    """(1, d, k): columns known to matter, then the seeded signs of this side to fill up.
+    """(1, d, k): columns known to matter, zero ones left out, then seeded signs of this side.
 
-    At least `oversample` signs, and R + oversample columns, as far as d goes.
+    At least `oversample` signs, and R + oversample columns in all; the whole space where d is no
+    larger than that.
     """
-    rows = side.rows
+    rows, count = side.rows, rank + how.oversample
     d = rows.shape[-1]
-    given = [x.to(rows.dtype) for x in known if x is not None]
-    have = sum(x.shape[-1] for x in given)
-    count = min(max(rank + how.oversample - have, how.oversample), d)
-    signs = sign_matrix(how.seed, side.name, d, count, rows.dtype, rows.device)[None]
-    return torch.cat([*given, signs], -1) if given else signs
+    given = [x[..., (x != 0).any(-2)[0]].to(rows.dtype) for x in known if x is not None]
+    if count < d:
+        count = max(count - sum(x.shape[-1] for x in given), how.oversample)
+    signs = start_matrix(how.seed, side.name, d, count, rows.dtype, rows.device)[None]
+    return torch.cat([*given, signs], -1) if given and count < d else signs
 
 
 def principal_krylov(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SIDES", "sign_matrix"]
+__all__ = ["SIDES", "sign_matrix", "start_matrix"]
 
 SIDES = {"left": 0, "right": 1, "probe": 2, "pad": 3}
 
@@ -31,3 +31,15 @@ def sign_matrix(
     nothing to the device.
     """
     return _signs(seed, side, dim, count).to(device=device, dtype=dtype)
+
+
+def start_matrix(
+    seed: int, side: str, dim: int, count: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Where an iteration starts, (dim, min(count, dim)): signs, or the whole space if they fill it.
+
+    A small square matrix of signs is often singular, and a direction it misses never comes back.
+    """
+    if count < dim:
+        return sign_matrix(seed, side, dim, count, dtype, device)
+    return torch.eye(dim, dtype=dtype, device=device).T

@@ -459,7 +459,7 @@ def test_noise_fails_without_power_steps(basis):
     assert captured[-1] >= bounds.solver_captured(want.captured)
 
 
-@pytest.mark.parametrize("power", [-60, -30, 30, 60])
+@pytest.mark.parametrize("power", [-152, -60, -30, 30, 60, 152])
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 def test_the_randomized_route_does_not_mind_the_size_of_the_update(basis, power):
     rng = np.random.default_rng(5)
@@ -468,9 +468,46 @@ def test_the_randomized_route_does_not_mind_the_size_of_the_update(basis, power)
     offsets = torch.arange(0, 321, 16)
     weights, scaling = torch.full((20,), 1 / 20), torch.ones(20)
     want = torch.ops.glora.aggregate(b, a, offsets, weights, scaling, 16, basis)
-    half = 2.0 ** (power // 2)
-    got = torch.ops.glora.aggregate(b * half, a * half, offsets, weights, scaling, 16, basis)
-    assert got[5][STATS.index("krylov")] == 1
-    for left, right in zip(got[:1] + got[2:3] + got[6:], want[:1] + want[2:3], strict=False):
-        assert left.equal(right)
-    assert got[1].equal(want[1] * half * half)
+    for left, right in ((power // 2, power // 2), (power // 2, 0), (0, power // 2)):
+        got = torch.ops.glora.aggregate(
+            b * 2.0**left, a * 2.0**right, offsets, weights, scaling, 16, basis
+        )
+        assert got[5][STATS.index("krylov")] == 1
+        assert got[0].equal(want[0])
+        assert got[2].equal(want[2])
+        assert got[1].equal(want[1] * 2.0 ** (left + right))
+        assert torch.allclose(got[5][: STATS.index("norm")], want[5][: STATS.index("norm")])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("d", [2, 3, 5, 7, 9, 10, 24])
+@pytest.mark.parametrize("basis", ["consensus", "update"])
+def test_small_spaces_are_searched_whole(basis, d, seed):
+    """A square matrix of signs is often singular, and a direction it misses never comes back."""
+    rng = np.random.default_rng(seed)
+    for m, n in ((d, 60), (60, d)):
+        clients = stored(rng, shared(rng, count=80, r=min(4, d), m=m, n=n))
+        result = Result(clients, 8, basis, seed=seed)
+        arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+        limit = bounds.exact_bound(bounds.storage_scale(arrays, np.full(80, 1 / 80), np.ones(80)))
+        assert result.stat("krylov") == 1
+        assert norm(result.w_hat - result.w_bar) <= limit
+
+
+@pytest.mark.parametrize("basis", ["consensus", "update"])
+@pytest.mark.parametrize("known", [0, 1, 8])
+@pytest.mark.parametrize(("m", "n", "rank"), [(64, 64, 64), (40, 36, 36), (96, 80, 32)])
+def test_a_warm_start_of_lower_rank_loses_nothing(m, n, rank, known, basis):
+    """Columns of zeros in `warm_u` and `warm_v` take no other column's place."""
+    rng = np.random.default_rng(0)
+    clients = [(rng.standard_normal((m, 8)), rng.standard_normal((8, n))) for _ in range(40)]
+    kept = stored(rng, clients)
+    warm_u, warm_v = (
+        torch.from_numpy(np.pad(orthonormal(rng, d, known), ((0, 0), (0, rank - known)))).float()
+        for d in (m, n)
+    )
+    cold = Result(kept, rank, basis)
+    warm = Result(kept, rank, basis, warm_u=warm_u, warm_v=warm_v)
+    assert warm.stat("krylov") == 1
+    assert warm.stat("captured") >= bounds.solver_captured(cold.stat("captured"))
+    assert warm.stat("attainable") >= bounds.solver_captured(cold.stat("attainable"))
