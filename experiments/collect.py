@@ -24,7 +24,9 @@ COLUMNS = ("config", "method", "seed", "lr", "round", "score", "loss", "received
 
 def off_diagonal(table: list[list[float | None]]) -> float | str:
     """Mean over pairs of different clients."""
-    values = [x for i, row in enumerate(table) for j, x in enumerate(row) if i != j and x]
+    values = [
+        x for i, row in enumerate(table) for j, x in enumerate(row) if i != j and x is not None
+    ]
     return fmean(values) if values else ""
 
 

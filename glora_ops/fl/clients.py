@@ -132,7 +132,7 @@ class Trainer:
         Raises
         ------
         GloraError
-            If the loss is not finite.
+            If a loss or what was learnt is not finite.
         """
         how = self.how
         name = self._load(sent)
@@ -163,6 +163,13 @@ class Trainer:
         factors = self._factors(name, sent)
         if how.gauge > 1 and sent.train == "both":  # a frozen factor fixes the gauge
             factors = regauge(factors, how.gauge, number(how.seed, "gauge", round, client.index))
+        if not all(x.isfinite().all() for pair in factors.values() for x in pair) or not all(
+            x.isfinite().all() for x in self.dense.values()
+        ):
+            raise GloraError(
+                f"factors: got values that are not finite after {how.steps} steps, expected finite "
+                "ones; a smaller training.lr"
+            )
         kept = _moments(optimiser, learning) if how.optimiser_state == "keep" else {}
         metrics = {"loss_first": losses[0], "loss_last": losses[-1]}
         return Learnt(factors, self.dense, len(rows), metrics, kept)
@@ -186,7 +193,7 @@ class Trainer:
     def _load(self, sent: Sent) -> str:
         """Put the message into the model; the name of the adapter that now is active."""
         self._merge(sent.merged)
-        rank = max(a.shape[0] for _, a in sent.factors.values())
+        rank = sent.rank
         name = f"r{rank}"
         if self._scaling.get(rank) != sent.scaling:
             with warnings.catch_warnings():

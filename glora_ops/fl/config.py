@@ -108,7 +108,9 @@ class ClientsSection(Section):
     )
     alpha: float = Field(default=0.3, gt=0, description="Concentration of the Dirichlet partition.")
     shards_per_client: int = Field(default=2, ge=1, description="Of the shard partition.")
-    at_least: int = Field(default=8, ge=1, description="Fewest examples of a client (Dirichlet).")
+    at_least: int = Field(
+        default=8, ge=1, description="Fewest examples of a client (Dirichlet), on average (others)."
+    )
     participation: float = Field(
         default=1.0, gt=0, le=1, description="Fraction of the clients that is asked in a round."
     )
@@ -138,6 +140,7 @@ class Training(Section):
     lr: float = Field(
         default=1e-3,
         gt=0,
+        le=1e30,
         description="Learning rate where neither the method nor a sweep sets one.",
     )
     optimiser: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW or plain SGD.")
@@ -185,7 +188,7 @@ class MethodSection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     kind: str = Field(description="One of " + ", ".join(METHODS) + ".")
     lr: float | None = Field(
-        default=None, gt=0, description="Its learning rate; None: swept, or training.lr."
+        default=None, gt=0, le=1e30, description="Its learning rate; None: swept, or training.lr."
     )
 
     @model_validator(mode="wrap")

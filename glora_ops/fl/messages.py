@@ -89,12 +89,16 @@ class Sent:
     tail: Tail | None = None
 
     @property
+    def rank(self) -> int:
+        """r of the adapter that is trained."""
+        return max(a.shape[0] for _, a in self.factors.values())
+
+    @property
     def about(self) -> dict[str, Any]:
         """What is no tensor, JSON-able."""
         tail = None if self.tail is None else [self.tail.keep, self.tail.strength]
-        rank = next(iter(self.factors.values()))[1].shape[0]
-        return {"rank": rank, "scaling": self.scaling, "train": self.train, "drawn": self.drawn,
-                "tail": tail, "merged": len(self.merged)}  # fmt: skip
+        return {"rank": self.rank, "scaling": self.scaling, "train": self.train,
+                "drawn": self.drawn, "tail": tail, "merged": len(self.merged)}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +224,9 @@ _digests = WeakTensorKeyDictionary()
 
 
 def digest(x: Tensor) -> str:
-    """Name of a tensor's bits. What a client holds under that name is not sent again."""
+    """Name of a tensor's shape and bits. What a client holds under that name is not sent again."""
     if x not in _digests:
         data = x.detach().contiguous().numpy().tobytes()
-        _digests[x] = hashlib.blake2b(data, digest_size=16).hexdigest()
+        shape = str(tuple(x.shape)).encode()
+        _digests[x] = hashlib.blake2b(shape + data, digest_size=16).hexdigest()
     return _digests[x]

@@ -114,7 +114,12 @@ def split(
         "task": lambda: tasks(labels, clients, rng),
     }
     require(kind in choose, "clients.partition", repr(kind), f"one of {PARTITIONS}")
-    return choose[kind]()
+    parts = choose[kind]()
+    least = min(map(len, parts))
+    require(least > 0, "clients", f"{sum(len(rows) == 0 for rows in parts)} without an example",
+            f"an example for each of {clients}",
+            "fewer clients, or fewer clients.shards_per_client")  # fmt: skip
+    return parts
 
 
 PARTITIONS = ("iid", "dirichlet", "shard", "task")

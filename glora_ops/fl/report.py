@@ -56,16 +56,10 @@ class RunData:
     @property
     def received(self) -> float | None:
         """The same of what clients are sent, mean over clients (each at its own rank)."""
-        by_rank = self.lines[-1].get("by_rank")
-        if by_rank is None:
+        line = self.lines[-1]
+        if "by_rank" not in line:
             return None
-        given, count = self.about["config"]["clients"]["ranks"], self._clients
-        ranks = [given[i % len(given)] for i in range(count)]
-        return fmean(by_rank[str(r)][self.metric] for r in ranks)
-
-    @property
-    def _clients(self) -> int:
-        return int(self.about["config"]["clients"]["count"])
+        return fmean(line["by_rank"][str(r)][self.metric] for r in line["sent_ranks"])
 
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ Watch = Callable[[Mapping[str, Any]], None]
 class Plan:
     """Everything a run needs before its first round, on the server or on a client's machine.
 
-    Built from (config, label, seed, lr, data folder) alone, so that every process of a deployment
-    has the same partition, model and streams. `held_out` is what the server judges on: a sweep's
-    trials and the runs that are reported share no example.
+    What a client needs follows from (config, label, seed, lr, data folder) alone, so that every
+    process of a deployment has the same partition, model and streams. `held_out` is what the
+    server judges on: a sweep's trials and the runs that are reported share no example.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ def _run(
         if going_on:
             server, tensors, about = record.restore(server)
             carrier.load(tensors, about)
+            server = replace(server, setup=plan.setup)  # with the ranks that nodes told before
             for line in record.lines():
                 watch(line)
         else:
@@ -175,7 +177,7 @@ def _line(
         "bytes_down": answers.bytes_down,
         "bytes_up": answers.bytes_up,
         "clients": [
-            {"client": r.client.index, "rank": r.client.rank, "examples": r.examples, **r.metrics}
+            {"client": r.client.index, "rank": r.sent.rank, "examples": r.examples, **r.metrics}
             for r in answers.replies
         ],
         "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],
@@ -194,12 +196,20 @@ def _line(
     if last or server.round % how.every == 0:
         line["metrics"] = plan.trainer.evaluate(model)
         if how.by_rank == "every" or (how.by_rank == "last" and last):
-            line["by_rank"] = {
-                str(r): plan.trainer.evaluate(plan.method.broadcast(server, Client(-1, r)))
-                for r in sorted(set(plan.setup.ranks))
-            }
+            line |= _received(plan, server)
     line["seconds"] = {**seconds, "evaluation": time.perf_counter() - begun}
     return line
+
+
+def _received(plan: Plan, server: Server) -> dict[str, Any]:
+    """What clients are sent next: its rank, client by client, and its metrics, rank by rank."""
+    ranks, by_rank = [], {}
+    for i, rank in enumerate(plan.setup.ranks):
+        sent = plan.method.broadcast(server, Client(i, rank))
+        ranks.append(sent.rank)
+        if str(sent.rank) not in by_rank:
+            by_rank[str(sent.rank)] = plan.trainer.evaluate(sent)
+    return {"by_rank": dict(sorted(by_rank.items(), key=lambda x: int(x[0]))), "sent_ranks": ranks}
 
 
 def _about(plan: Plan) -> dict[str, Any]:

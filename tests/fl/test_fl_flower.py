@@ -341,6 +341,22 @@ def test_engines_do_not_continue_each_others_runs(tmp_path: Path) -> None:
         local.load(*flower.save())
 
 
+def test_ranks_that_nodes_told_outlive_the_server(tmp_path: Path) -> None:
+    plan = Plan(config({"it": {"kind": "fedit"}}), "it", 0, 0.005)
+    own = [{**node, "rank": 2} if node["partition-id"] == 0 else node for node in NODES]
+    kept = FlowerEngine(LoopGrid(own, tmp_path), plan).save()
+    assert plan.setup.ranks == (2, 4, 4, 4)
+    # Node 0 is away as the server restarts, and node 1 has another rank than before.
+    other = [{"partition-id": 1, "rank": 3}, {"partition-id": 2}, {"partition-id": 3}]
+    plan = Plan(config({"it": {"kind": "fedit"}}), "it", 0, 0.005)
+    again = FlowerEngine(LoopGrid(other, tmp_path), plan, patience=0)
+    with pytest.warns(GloraWarning, match="client 1: got 3, expected 4, as when the run began"):
+        again.load(*kept)
+    assert plan.setup.ranks == (2, 4, 4, 4)
+    assert 1 not in again.nodes
+    again._admit(99, Facts(client=0, rank=2, examples=len(plan.parts[0])))
+
+
 # --- what travels ------------------------------------------------------------------------------
 
 

@@ -75,3 +75,10 @@ def test_picture(tmp_path) -> None:  # type: ignore[no-untyped-def]
     held = counts(split(LABELS, "dirichlet", 6, 0, alpha=0.1), LABELS, 10)
     draw_partition(held, tuple("0123456789"), "six clients", tmp_path / "who.png")
     assert (tmp_path / "who.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("kind", "clients"), [("task", 8), ("shard", 600)])
+def test_a_client_without_an_example_is_refused(kind: str, clients: int) -> None:
+    labels = np.r_[np.zeros(700, int), np.ones(2, int)]
+    with pytest.raises(GloraError, match=r"without an example, expected an example for each of"):
+        split(labels, kind, clients, 0, at_least=1)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fl_runs import accuracies, config, reproducible, run_small, state
@@ -20,7 +21,9 @@ from glora_ops.errors import GloraError
 from glora_ops.fl.messages import Client, Sent
 from glora_ops.fl.methods import METHODS
 from glora_ops.fl.records import Run
+from glora_ops.fl.report import load_runs
 from glora_ops.fl.run import Plan, run
+from glora_ops.fl.tasks.digits import Digits
 
 WIDTHS = [(128, 128)] * 8 + [(256, 128), (128, 256)] * 2  # modules of the digits' transformer
 PER_RANK = sum(d_out + d_in for d_out, d_in in WIDTHS)
@@ -110,6 +113,34 @@ def test_a_client_that_diverges_is_a_failure_with_its_reason(tmp_path: Path) -> 
     (failure, *_) = done.lines()[1]["failures"]
     assert "loss" in failure["reason"]
     assert "finite" in failure["reason"]
+
+
+def test_what_is_not_finite_is_no_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss with a gradient that is not: √ of a square at zero."""
+    plain = Digits.loss
+
+    def loss(self: Digits, model: torch.nn.Module, rows: np.ndarray) -> torch.Tensor:
+        zeros = [p for n, p in model.named_parameters() if "lora_B" in n and p.requires_grad]
+        return plain(self, model, rows) + sum(x.square().sum().sqrt() for x in zeros)
+
+    monkeypatch.setattr(Digits, "loss", loss)
+    done = run_small(tmp_path / "run", {"kind": "fedit"}, training={"rounds": 1, "steps": 1})
+    assert len(done.lines()[1]["failures"]) == 4
+    assert "not finite" in done.lines()[1]["failures"][0]["reason"]
+
+
+def test_received_is_what_every_client_is_sent(tmp_path: Path) -> None:
+    """Pruned ranks too: here each client keeps half of its rank once its tail has shrunk."""
+    done = run_small(
+        tmp_path / "small" / "it" / "seed0", {"kind": "hetlora", "gamma": 0.5, "penalty": 10.0},
+        training={"rounds": 3}, clients={"count": 4, "ranks": [8, 4]},
+    )  # fmt: skip
+    last = done.lines()[-1]
+    assert last["sent_ranks"] != [8, 4, 8, 4]
+    assert set(last["by_rank"]) == set(map(str, last["sent_ranks"]))
+    (found,), _ = load_runs([tmp_path])
+    scores = [last["by_rank"][str(r)]["accuracy"] for r in last["sent_ranks"]]
+    assert found.received == pytest.approx(np.mean(scores))
 
 
 def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> None:

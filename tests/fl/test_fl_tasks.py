@@ -277,8 +277,12 @@ def test_a_sweep_is_judged_on_other_examples_than_any_run(
     def instances(seed: int, held_out: HeldOut) -> set[tuple[str, str]]:
         swept = superni(tiny["gpt2"], ["c_attn"]).model_copy(update={"sweep": Sweep(lrs=[0.1])})
         task = SuperNI(swept, seed, instructions, held_out)
-        assert not {x["id"] for x in task._seen} & {x["id"] for x in task._train}
+        trained.setdefault(seed, [x["id"] for x in task._train])
+        assert trained[seed] == [x["id"] for x in task._train]  # whatever is judged on
+        assert not {x["id"] for x in task._seen} & set(trained[seed])
         return {(x["task"], x["id"]) for x in task._seen + task._unseen}
+
+    trained: dict[int, list[str]] = {}
 
     assert digits(1000, "validation") == digits(3, "validation")
     assert len(digits(1000, "validation")) == VALIDATION
@@ -288,6 +292,7 @@ def test_a_sweep_is_judged_on_other_examples_than_any_run(
         assert not digits(seed, "test") & digits(1000, "validation")
         assert sentences(seed, "test", [0.1]) + chosen_on == all_of_it
         assert not instances(seed, "test") & instances(1000, "validation")
+        assert not instances(seed, "test") & instances(seed, "validation")
         assert len(instances(seed, "test")) == len(instances(1000, "validation")) > 0
     path = instructions / "superni" / "heldout" / "task9_unseen.jsonl"
     path.write_text(path.read_text().splitlines()[0])
@@ -321,14 +326,29 @@ def test_glue_through_datasets_by_name(
         ('{"sentence1": 3, "label": 0}', "must be text"),
         ('{"sentence1": "a", "label": "x"}', "must be a number"),
         ('{"sentence1": "a", "label": NaN}', "must be a number"),
+        ('{"sentence1": "a", "label": 1' + "0" * 400 + "}", "must be a number"),
+        ('{"sentence1": "half a pair: \\ud800", "label": 0}', "must be text"),
+        ('{"sentence1": "caf\udce9", "label": 0}', "not UTF-8"),
     ],
 )
 def test_bad_lines_are_named(tiny: dict[str, str], sst2: Path, line: str, problem: str) -> None:
-    with (sst2 / "glue" / "sst2.train.jsonl").open("a") as file:
+    with (sst2 / "glue" / "sst2.train.jsonl").open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(Refused, match="121") as refused:
         Glue(glue(tiny), 0, sst2)
     assert problem in str(refused.value)
+
+
+def test_a_byte_order_mark_is_no_text_and_one_class_no_task(
+    tiny: dict[str, str], sst2: Path
+) -> None:
+    path = sst2 / "glue" / "sst2.train.jsonl"
+    plain = Glue(glue(tiny), 0, sst2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Glue(glue(tiny), 0, sst2)._x["input_ids"] == plain._x["input_ids"]
+    write(path, [row | {"label": 0} for row in reviews(120, 0)])
+    with pytest.raises(GloraError, match="labels of sst2: got only 0, expected at least two"):
+        Glue(glue(tiny), 0, sst2)
 
 
 def test_missing_files_models_and_targets_are_explained(tiny: dict[str, str], sst2: Path) -> None:

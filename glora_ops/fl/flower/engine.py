@@ -134,13 +134,18 @@ class FlowerEngine:
         """Client states stay on their nodes; what is saved is their names."""
         states = {str(i): name for i, name in self.states.items()}
         return {}, {"held": {str(i): names for i, names in self.traffic.held.items()},
-                    "states": states}  # fmt: skip
+                    "states": states, "ranks": list(self.ranks.values())}  # fmt: skip
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         require("states" in about, "checkpoint", "one of the local engine", "one of Flower's",
                 "go on with --engine local, or run anew with another -o")  # fmt: skip
         self.traffic.held = {int(i): list(names) for i, names in about["held"].items()}
         self.states = {int(i): str(name) for i, name in about["states"].items()}
+        for i, rank in enumerate(about["ranks"]):
+            if i in self.nodes and self.ranks[i] != rank:
+                self._refuse(self.nodes.pop(i), _other_rank(i, self.ranks[i], rank))
+            self.ranks[i] = rank
+        self.plan.setup = replace(self.plan.setup, ranks=tuple(self.ranks.values()))
 
     # --- nodes -------------------------------------------------------------------------------
 
@@ -156,8 +161,11 @@ class FlowerEngine:
             try:
                 self._admit(node, self._form(message, Facts))
             except GloraError as error:
-                self.refused[node] = str(error)[:LONGEST_REASON]
-                warnings.warn(f"node refused: {self.refused[node]}", GloraWarning, stacklevel=2)
+                self._refuse(node, str(error))
+
+    def _refuse(self, node: int, why: str) -> None:
+        self.refused[node] = why[:LONGEST_REASON]
+        warnings.warn(f"node refused: {self.refused[node]}", GloraWarning, stacklevel=3)
 
     def _admit(self, node: int, facts: Facts) -> None:
         who, parts = f"node of client {facts.client}", self.plan.parts
@@ -168,8 +176,8 @@ class FlowerEngine:
                 facts.examples, str(len(parts[facts.client])),
                 "the same data and the same versions on every machine")  # fmt: skip
         first = self.ranks.setdefault(facts.client, facts.rank)
-        require(first == facts.rank, f"rank of the {who}", facts.rank,
-                f"{first}, as when the run began")  # fmt: skip
+        if first != facts.rank:
+            raise GloraError(_other_rank(facts.client, facts.rank, first))
         self.nodes[facts.client] = node
 
     # --- messages ----------------------------------------------------------------------------
@@ -216,7 +224,7 @@ class FlowerEngine:
         held = len(self.plan.parts[client.index])  # its weight is not the node's to choose
         require(learnt.examples == held, "examples", learnt.examples, f"{held}, as its part has")
         tensors = tensors_of(message.content, self.traffic.wire)
-        rank = max(a.shape[0] for _, a in sent.factors.values())
+        rank = sent.rank
         asked = {m: (b.new_empty(b.shape[0], rank), a.new_empty(rank, a.shape[1]))
                  for m, (b, a) in sent.factors.items()}  # fmt: skip
         expected = {n: x.shape for n, x in reply_tensors(asked, sent.dense, sent.train).items()}
@@ -252,3 +260,9 @@ class FlowerEngine:
     def _pause(self) -> None:
         if self.over.wait(POLL):
             raise GloraError("Flower: the runtime has ended before the run")
+
+
+def _other_rank(client: int, rank: int, before: int) -> str:
+    return (
+        f"rank of the node of client {client}: got {rank}, expected {before}, as when the run began"
+    )

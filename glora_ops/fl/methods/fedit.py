@@ -19,7 +19,8 @@ class FedIT(Method):
     Source: Zhang et al., "Towards building the federated GPT: federated instruction tuning",
     arXiv 2305.05644, which is FedAvg on the adapter's parameters. The publication knows one rank
     only; with mixed ranks short factors are padded with zeros and clients get the first r_i pairs
-    back (the report labels this).
+    back (the report labels this). Pairs that no reply of a round holds are zero from then on, and a
+    zero pair has no gradient: nobody is sent them again.
     """
 
     def broadcast(self, server: Server, client: Client) -> Sent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -20,7 +21,8 @@ class HetLoRA(Method):
     """Ā, B̄ = Σ p_i (A_i, B_i) zero-padded, p_i = ‖ΔW_i‖_F / Σ_j ‖ΔW_j‖_F; first r_i pairs back.
 
     Self-pruning: a client trains with the penalty λ ‖B_i[:, γr_i:]‖·‖A_i[γr_i:]‖ on its last pairs,
-    and where that product ends below where it began, its rank becomes γ r_i.
+    and where that product ends below where it began, its rank becomes γ r_i. Pairs that no reply of
+    a round holds are zero from then on, and a zero pair has no gradient: nobody is sent them again.
     Source: Cho et al., "Heterogeneous LoRA for federated fine-tuning of on-device foundation
     models" (EMNLP 2024), arXiv 2401.06432. The norm is over all modules together.
 
@@ -38,7 +40,7 @@ class HetLoRA(Method):
     def __post_init__(self) -> None:
         require_all(
             (0 < self.gamma <= 1, "gamma", self.gamma, "a fraction in (0, 1]"),
-            (self.penalty >= 0, "penalty", self.penalty, "a number ≥ 0"),
+            (0 <= self.penalty < inf, "penalty", self.penalty, "a number ≥ 0"),
         )
 
     def broadcast(self, server: Server, client: Client) -> Sent:

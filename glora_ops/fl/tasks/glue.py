@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ...errors import GloraWarning, require
 from ..config import Config
 from ..seeds import numpy_stream
 from .base import HeldOut, half
-from .jsonl import from_hub, read_jsonl
+from .jsonl import from_hub, is_text, read_jsonl
 from .metrics import classification, correlation
 from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
 
@@ -32,6 +31,7 @@ COLUMNS = {
 }
 HUB = "nyu-mll/glue"
 EVALUATION_BATCH = 64
+LARGEST = 1e15  # a label beyond it is a mistake
 BINS = 5  # of a regression's labels, for partitions
 
 
@@ -145,6 +145,7 @@ def _classes(
     count = int(max(own)) + 1
     least = min(own + others)
     require(least >= 0, f"labels of {name}", least, "classes 0, 1, …, or a fraction among them")
+    require(count > 1, f"labels of {name}", "only 0", "at least two classes")
     require(count <= len(own), f"{name}.train", f"label {count - 1} and {len(own)} examples",
             "classes 0, 1, …, fewer than there are examples")  # fmt: skip
     require(max(others) < count, f"{name}.dev", f"label {max(others)}",
@@ -168,8 +169,8 @@ def _read(name: str, split: str, data_dir: Path | None) -> list[dict[str, Any]]:
 
 def _problem(row: Mapping[str, Any]) -> str:
     label = row.get("label")
-    if not isinstance(row.get("sentence1"), str) or not isinstance(row.get("sentence2", ""), str):
+    if not is_text(row.get("sentence1")) or not is_text(row.get("sentence2", "")):
         return "sentence1 (and sentence2, if there is one) must be text"
-    if isinstance(label, bool) or not isinstance(label, (int, float)) or not isfinite(label):
-        return "label must be a number"
+    if isinstance(label, bool) or not isinstance(label, (int, float)) or not abs(label) < LARGEST:
+        return f"label must be a number below {LARGEST:g}"
     return ""

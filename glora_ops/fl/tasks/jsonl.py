@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import GloraError, Refusal, Refused, require
 
-__all__ = ["from_hub", "read_jsonl"]
+__all__ = ["from_hub", "is_text", "read_jsonl"]
 
 SHOWN = 5
 
@@ -30,13 +30,16 @@ def read_jsonl(path: Path, check: Callable[[Mapping[str, Any]], str]) -> list[di
     """
     require(path.is_file(), "data", str(path), "an existing .jsonl file", "give --data-dir DIR")
     rows, refusals = [], []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for n, text in enumerate(file, 1):
+    with path.open("rb") as file:
+        for n, line in enumerate(file, 1):
+            text = line.decode("utf-8-sig", errors="replace")
             if not text.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(line.decode("utf-8-sig"))
                 problem = check(row) if isinstance(row, dict) else "not a JSON object"
+            except UnicodeDecodeError:
+                problem = "not UTF-8"
             except (ValueError, RecursionError):
                 problem = "not JSON"
             if not problem:
@@ -49,6 +52,14 @@ def read_jsonl(path: Path, check: Callable[[Mapping[str, Any]], str]) -> list[di
         raise Refused(refusals)
     require(bool(rows), "data", f"{path} without a line", "at least one example")
     return rows
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is text that a tokenizer can read: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def from_hub(*which: str, split: str) -> Any:

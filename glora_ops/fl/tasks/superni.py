@@ -20,7 +20,7 @@ from ...errors import require
 from ..config import Config
 from .base import HeldOut, half
 from .glue import sample
-from .jsonl import from_hub, read_jsonl
+from .jsonl import from_hub, is_text, read_jsonl
 from .metrics import exact_match, rouge_l
 from .pretrained import batches_by_length, device_of, from_pretrained, pad, tokenizer_of
 
@@ -29,6 +29,7 @@ __all__ = ["SuperNI", "prompt"]
 HUB = "Muennighoff/natural-instructions"
 EVALUATION_BATCH = 16
 IGNORED = -100
+HALVES: tuple[HeldOut, ...] = ("validation", "test")
 Instance = dict[str, Any]  # task, definition, input, outputs
 
 
@@ -69,11 +70,7 @@ class SuperNI:
         self._seen: list[Instance] = []
         labels = []
         for k, (name, instances) in enumerate(train.items()):
-            kept = max(1, round(t.seen_fraction * len(instances))) if t.seen_fraction else 0
-            pool = half(instances, held_out, name) if config.sweep.lrs and kept else instances
-            seen = sample(pool, kept, seed, "seen", name) if kept else []
-            chosen = {id(instance) for instance in seen}
-            rest = [x for x in instances if id(x) not in chosen]
+            seen, rest = self._split(name, instances, held_out)
             mine = sample(rest, t.max_train, seed, "train", name)
             self._seen += sample(seen, t.max_eval, seed, "seen-eval", name)
             self._train += mine
@@ -90,6 +87,27 @@ class SuperNI:
         self._encoder_decoder = bool(getattr(self.model().config, "is_encoder_decoder", False))
         self._x = [self._source(x) for x in self._train]
         self._y = [self._target(x["outputs"][0]) for x in self._train]
+
+    def _split(
+        self, name: str, instances: list[Instance], held_out: HeldOut
+    ) -> tuple[list[Instance], list[Instance]]:
+        """What is judged on, and what may be trained on.
+
+        With a sweep as many are held back for it as for the runs, and neither are ever trained on:
+        what a client holds does not depend on what the server judges.
+        """
+        fraction = self.config.task.seen_fraction
+        if not fraction:
+            return [], instances
+        sweeps = bool(self.config.sweep.lrs)
+        pools = {p: half(instances, p, name) for p in HALVES} if sweeps else {held_out: instances}
+        size = max(1, round(fraction * len(instances) / len(pools)))
+        seen = {p: sample(pool, size, self._seed, "seen", name) for p, pool in pools.items()}
+        chosen = {id(x) for xs in seen.values() for x in xs}
+        rest = [x for x in instances if id(x) not in chosen]
+        require(bool(rest), f"instances of {name}", len(instances),
+                "more than are held back to evaluate", "a smaller task.seen_fraction")  # fmt: skip
+        return seen[held_out], rest
 
     def model(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -200,9 +218,9 @@ def _read(part: str, data_dir: Path | None) -> dict[str, list[Instance]]:
 
 def _problem(row: Mapping[str, Any]) -> str:
     for key in ("task", "definition", "input"):
-        if not isinstance(row.get(key), str):
+        if not is_text(row.get(key)):
             return f"{key} must be text"
     outputs = row.get("outputs")
-    if not isinstance(outputs, list) or not outputs or not all(isinstance(o, str) for o in outputs):
+    if not isinstance(outputs, list) or not outputs or not all(map(is_text, outputs)):
         return "outputs must be a list of at least one text"
     return ""
