@@ -240,6 +240,7 @@ def check_readout(u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pa
         _shape(s),
         f"one float per column of u {tuple(u.shape)} and v {tuple(v.shape)}",
     )
+    require(u.dtype == v.dtype, "v", _shape(v), f"{u.dtype}".replace("torch.", "") + ", as u")
 
 
 def _shape(x: Tensor) -> str:

@@ -239,12 +239,10 @@ class State:
         try:
             about: Mapping[str, Any] = json.loads(described or "")
             version = about["format_version"]
-            complete = {"basis", "missing", "rank"} <= set(about["settings"]) and len(
-                about["clients"]
-            ) == len(about["weights"])
+            complete = _complete(about)
             here = path.resolve().parent
             record = _moved(about.get("record"), lambda place: _absolute(place, here))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             found = f"{path}, which carries no glora metadata"
             raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
         require(
@@ -256,10 +254,10 @@ class State:
             file=str(path),
         )
         require(
-            complete and "layout" in about,
+            complete,
             "metadata",
-            f"{path} with settings {sorted(about['settings'])} and {len(about['clients'])} clients",
-            "settings with basis, missing and rank, one weight per client, and the layout",
+            f"{path}, whose entries do not fit",
+            "settings with basis, missing and rank, modules, one weight per client, and the layout",
             "the file is damaged: write it again",
             file=str(path),
         )
@@ -280,19 +278,11 @@ class State:
             for name in about["modules"]
         }
         for name, m in modules.items():
-            rank, clients = m.s.numel(), len(about["clients"])
-            fits = (
-                m.u.dim() == m.v.dim() == 2
-                and m.u.shape[1] == m.v.shape[1] == rank >= 1
-                and m.stats.shape == (len(STATS),)
-                and m.client_stats.shape == (clients, len(CLIENT_STATS))
-                and all(bool(x.isfinite().all()) for x in (m.u, m.s, m.v))
-            )
             require(
-                fits,
+                _fits(m, len(about["clients"])),
                 f"module {name!r}",
                 f"u {tuple(m.u.shape)}, s {tuple(m.s.shape)}, v {tuple(m.v.shape)} in {path}",
-                "finite u (d_out, R), s (R,), v (d_in, R) and one row of statistics per client",
+                "finite u (d_out, R), s (R,) ≥ 0, v (d_in, R) and a row of statistics per client",
                 "the file is damaged: write it again",
                 file=str(path),
                 tensor=f"modules/{name}/u",
@@ -334,6 +324,40 @@ class State:
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+
+
+def _complete(about: Mapping[str, Any]) -> bool:
+    """Whether the entries of a file's metadata are of the kinds they should be."""
+    names, weights, layout = about["clients"], about["weights"], about["layout"]
+    return (
+        isinstance(about["settings"], dict)
+        and {"basis", "missing", "rank"} <= about["settings"].keys()
+        and all(isinstance(x, list) for x in (names, weights, about["modules"]))
+        and all(isinstance(x, str) for x in names + about["modules"])
+        and all(type(x) in (int, float) for x in weights)
+        and len(names) == len(weights)
+        and (layout is None or layout["modules"].keys() >= set(about["modules"]))
+    )
+
+
+def _fits(m: ModuleState, clients: int) -> bool:
+    """Whether a module's tensors belong together and hold numbers."""
+    rank = m.s.numel()
+    return (
+        m.u.dim() == m.v.dim() == 2
+        and m.u.shape[1] == m.v.shape[1] == rank >= 1
+        and m.s.shape == (rank,)
+        and m.u.dtype == m.v.dtype
+        and all(x.is_floating_point() for x in (m.u, m.s, m.v))
+        and m.stats.shape == (len(STATS),)
+        and m.client_stats.shape == (clients, len(CLIENT_STATS))
+        and m.present.shape == (clients,)
+        and m.eig_u.dim() == m.eig_v.dim() == 1
+        and min(m.eig_u.numel(), m.eig_v.numel()) >= rank
+        and all(bool(x.isfinite().all()) for x in (m.u, m.s, m.v, m.client_stats))
+        and not bool(m.stats.isnan().any())
+        and bool((m.s >= 0).all())
+    )
 
 
 def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from adapter_folders import (
     refused,
     updates,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from glora_ops.adapters import check_values, read_adapter
@@ -82,6 +84,23 @@ from glora_ops.errors import Refused
 def test_config_refused(client: Path, change: dict[str, Any], needles: list[str]) -> None:
     edit_config(client, **change)
     refused(client, CONFIG, *needles)
+
+
+def test_patterns_that_would_take_long_and_ranks_beyond_the_layer(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 30, "lora_alpha": 1}
+    long = "base_model.model." + "a." * 200 + "b"
+    for name, pattern, needle in (
+        ("x", "", "the rank is larger than the layer"), (long, ".*.*.*.?!", "could take minutes"),
+    ):  # fmt: skip
+        side = 60 if pattern else 8
+        where = tmp_path / name[-1]
+        where.mkdir()
+        pair = {"lora_A": torch.ones(30, side), "lora_B": torch.ones(side, 30)}
+        save_file({f"base_model.model.{name}.{k}.weight": x for k, x in pair.items()},
+                  where / TENSORS)  # fmt: skip
+        patterns = {"alpha_pattern": {pattern: 2.0}} if pattern else {}
+        (where / CONFIG).write_text(json.dumps(config | patterns))
+        refused(where, TENSORS, needle)
 
 
 @pytest.mark.parametrize(

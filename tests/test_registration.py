@@ -397,6 +397,7 @@ MISFITS = [
     ("readout", {"scaling": INF}, "scaling: got inf"),
     ("readout", {"scaling": NAN}, "scaling: got nan"),
     ("readout", {"u": EYE.int()}, "u: got int32"),
+    ("readout", {"u": EYE.double()}, r"v: got float32 .* expected float64, as u"),
     ("readout", {"s": torch.ones(4).cfloat()}, "s: got complex64"),
     ("readout", {"u": torch.ones(4)}, r"u: got float32 \(4,\)"),
     ("readout", {"rank": 0}, "rank: got 0"),

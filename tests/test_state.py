@@ -422,7 +422,7 @@ def test_everything_a_state_may_hold_survives(tmp_path):
     state = replace(
         state,
         dense={"head.weight": torch.randn(3, 4).bfloat16()},
-        layout={"base": "m", "modules": {"q": 1}},
+        layout={"base": "m", "modules": dict.fromkeys(state.modules, 1)},
         settings=state.settings | {"note": [1, None, "x"]},
     )
     state.save(tmp_path / "s.safetensors")
@@ -497,6 +497,17 @@ def rewritten(path, change) -> None:
         (lambda t, m: t["modules/q/s"].fill_(float("nan")), "'q'"),
         (lambda t, m: m.update(clients=["one"]), "metadata"),
         (lambda t, m: m.pop("format_version"), "metadata"),
+        (lambda t, m: m.pop("modules"), "metadata"),
+        (lambda t, m: m.update(modules=5), "metadata"),
+        (lambda t, m: m.update(settings=["basis", "missing", "rank"]), "metadata"),
+        (lambda t, m: m.update(weights=["a"] * len(m["weights"])), "metadata"),
+        (lambda t, m: m.update(layout="x"), "metadata"),
+        (lambda t, m: m.update(layout={"modules": []}), "metadata"),
+        (lambda t, m: t["modules/q/s"][0].neg_(), "'q'"),
+        (lambda t, m: t["modules/q/stats"].fill_(float("nan")), "'q'"),
+        (lambda t, m: t.update({"modules/q/u": t["modules/q/u"].long()}), "'q'"),
+        (lambda t, m: t.update({"modules/q/eig_u": torch.zeros(0)}), "'q'"),
+        (lambda t, m: t.update({"modules/q/present": torch.ones(9).bool()}), "'q'"),
     ],
 )
 def test_a_damaged_state_is_refused(state, tmp_path, change, says):

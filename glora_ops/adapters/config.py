@@ -47,6 +47,7 @@ _REFUSED = {
     "ensure_weight_tying": "tied adapters would be averaged as if they were independent",
 }
 
+STEPS = 5e9  # of matching a client's patterns, as bounded by `_cost`
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "a client with PiSSA, OLoRA, CorDA or LoRA-GA can turn its adapter into plain LoRA by "
@@ -66,6 +67,13 @@ class PatternTable:
             (re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()
         ]
         self._default = default
+        self._costs = [_cost(pattern) for pattern in patterns]
+        self._steps = 0
+
+    def affords(self, module: str) -> bool:
+        """Whether looking `module` up, too, stays within what matching may take: a second or so."""
+        self._steps += sum(len(module) ** power * factor for power, factor in self._costs)
+        return self._steps <= STEPS
 
     def __getitem__(self, module: str) -> float:
         for pattern, value in self._compiled:
@@ -231,6 +239,11 @@ def _pattern_fault(patterns: Any) -> tuple[str, str, str] | None:
         except (re.error, OverflowError, RecursionError) as error:
             return f"the pattern {pattern[:80]!r} is not valid", f"no {error}", remedy
     return None
+
+
+def _cost(pattern: str) -> tuple[int, int]:
+    """(p, f): matching a name of n characters takes at most f nᵖ steps; the prefix is one of p."""
+    return 1 + len(re.findall(r"[*+{]", pattern)), 2 ** pattern.count("?")
 
 
 def _tame(pattern: str) -> bool:

@@ -207,6 +207,22 @@ def _module(
     if len(b.shape) != len(a.shape) or 0 in b.shape or b.shape[1:] != (rank,) + (1,) * 2 * conv:
         remedy = "leave grouped convolutions out of target_modules" if conv else _GATHER
         return 1, "B does not fit A", str(b.shape), b_form, remedy
+    if rank > b.shape[0] + math.prod(a.shape[1:]):
+        return (
+            0,
+            "the rank is larger than the layer",
+            f"{rank} for {b.shape[0]} × {math.prod(a.shape[1:])}",
+            "at most the sum of both sides",
+            "a smaller r: no update of this layer needs more than its smaller side",
+        )
+    if not (settings.ranks.affords(name) and settings.alphas.affords(name)):
+        return (
+            0,
+            "rank_pattern and alpha_pattern could take minutes to match",
+            f"{name[:80]!r}, where the limit is reached",
+            "fewer or simpler patterns, or shorter names",
+            "name the modules in full instead of by a pattern",
+        )
     declared = settings.ranks[name]
     if rank != declared:
         return (

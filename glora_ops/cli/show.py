@@ -130,6 +130,15 @@ def answering(as_json: bool, *, writes: bool) -> Iterator[None]:
             as_json,
             writes,
         )
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        refusal = Refusal(
+            "not enough memory", found=str(error).partition("\n")[0][-200:],
+            expected="a result and its inputs that fit",
+            remedy="a smaller rank, or fewer clients or modules at a time",
+        )  # fmt: skip
+        _refuse([refusal], as_json, writes)
     except KeyboardInterrupt:
         console(stderr=True).print("interrupted" + ": nothing is half written" * writes)
         raise

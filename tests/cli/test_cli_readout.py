@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from commands import CLIENTS, UNION, assert_mean, glora, glora_json
 from peft_models import gpt2
@@ -43,6 +44,20 @@ def test_padding(work: Path) -> None:
     assert_mean(work / "one", [work / c for c in CLIENTS], [1, 1, 1], gpt2)
     said = glora("aggregate", *CLIENTS, "-o", "out2", "--rank", UNION, "--readout", "4,16").stdout
     assert "note: rank 16 is more than the 9 directions" in said
+
+
+def test_what_does_not_fit_into_memory_is_refused(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glora("aggregate", *CLIENTS, "-o", "out", "--rank", 4)
+
+    def full(*_: object, **__: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("glora_ops.state.State.write_adapter", full)
+    said = glora("readout", "out", "-r", 2, "-o", "x", code=1).stderr
+    assert "refused: not enough memory" in said
+    assert "a smaller rank" in said
 
 
 def test_states_that_cannot_be_read_out(work: Path) -> None:
