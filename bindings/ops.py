@@ -175,7 +175,9 @@ class Ops:
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
         coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b))
-        c, _, _ = algorithm.core(self.v, _modules(u), _modules(v), rows_b, rows_a, coef)
+        wide = torch.promote_types(u.dtype, v.dtype)  # one launch serves both sides
+        u, v = _modules(u).to(wide), _modules(v).to(wide)
+        c, _, _ = algorithm.core(self.v, u, v, rows_b, rows_a, coef)
         return c if b.dim() == 3 else c[0]
 
     def aggregate(
