@@ -226,9 +226,7 @@ def principal_krylov(
         reach = v.lift(other.rows, coef[..., None] * v.times(rows, pairs))
         return reach.double().square().sum(-2)
 
-    if known is None:
-        known = extra[..., : int((extra != 0).any(-2).sum())]
-    first = start_block(side, rank, how, known, warm)
+    first = start_block(side, rank, how, extra if known is None else known, warm)
     start = apply(whiten(v, apply_t(first), 1e-14))
     ritz = block_krylov(
         Operator(apply, apply_t, v, v, working(rows.dtype)),
