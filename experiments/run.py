@@ -36,7 +36,7 @@ MOMENTUM = {"consensus-momentum": GLORA["consensus"] | {"momentum": 0.5}}
 MIXED = GLORA | {kind: {"kind": kind} for kind in ("fedit", "flora", "flexlora", "hetlora")}
 EQUAL = MIXED | {kind: {"kind": kind} for kind in ("ffa", "rolora", "fedex", "fedrot")}
 MEASURED = ("fedit", "consensus")  # arms whose clients are compared in every round
-DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02]
+DIGIT_RATES = [0.0025, 0.005, 0.01, 0.02, 0.04]
 COMMON_RATE = 0.005
 TEXT_TASKS: dict[str, dict[str, Any]] = {
     "sst2": {
