@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glora_ops import algorithm
+from glora_ops import algorithm, scratch
 from glora_ops.isolation import exact_products, one_thread
 from glora_ops.krylov import Iteration
 from glora_ops.packing import pack
@@ -69,6 +70,37 @@ def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
     return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
+def _at_most(rank: int, rows: int, longest: int) -> int:
+    """The rank worked with: one direction more than there can be, and zeros from there on."""
+    return min(rank, min(rows, longest) + 1)
+
+
+def _dead(x: Tensor) -> Tensor:
+    """(L, N) bool: the rows that are zero; only those that begin with zeros are read on."""
+    dead = (x[..., :16] == 0).all(-1)
+    if bool(dead.any()):
+        dead &= torch.linalg.vector_norm(x, torch.inf, dim=-1) == 0
+    return dead
+
+
+def _picked(x: Tensor, live: Tensor) -> Tensor:
+    """(L, n, d): the rows of a stack named by live (n,), where the stack may be large in a file."""
+    if not x.is_cpu:
+        return x.index_select(-2, live)
+    out = scratch.empty((len(x), len(live), x.shape[-1]), x.dtype)
+    return torch.index_select(x, -2, live, out=out)
+
+
+def _by_pattern(run: Callable[[Tensor, Tensor], Tensors], alive: Tensor) -> Tensors:
+    """Run modules with the same rows alive (L, N) at a time: each as if it stood alone."""
+    alive[~alive.any(-1), 0] = True  # a module without any keeps one, which is zero
+    patterns, which = alive.unique(dim=0, return_inverse=True)
+    members = [(which == i).nonzero()[:, 0] for i in range(len(patterns))]
+    parts = [run(m, p.nonzero()[:, 0]) for m, p in zip(members, patterns, strict=True)]
+    order = torch.cat(members).argsort()
+    return tuple(torch.cat(outputs)[order] for outputs in zip(*parts, strict=True))
+
+
 class Ops:
     """Bodies of ``torch.ops.glora.*`` over one vocabulary; names and arguments as the schemas'.
 
@@ -92,18 +124,21 @@ class Ops:
         max_rank: int = -1,
     ) -> Tensors:
         schemas.check_canonicalize(b, a, offsets, scaling, tau_rel, max_rank)
-        ragged = Ragged.of(offsets, b.shape[-2], b.device, max_rank)
-        rows_b, rows_a, scale = self.v.pair(_modules(b), _modules(a))
+        width = Ragged.of(offsets, b.shape[-2], b.device, max_rank).max_rank
+        ragged = Ragged.of(offsets, b.shape[-2], b.device)
+        rows_b, rows_a, scale, size = self.v.pair(_modules(b), _modules(a), ragged)
         clients = algorithm.canonicalize(
             self.v,
             self.v.gram(rows_b, ragged),
             self.v.gram(rows_a, ragged),
             ragged,
-            _per_client(scaling, rows_b),
+            _per_client(scaling, rows_b) * size,
             tau_rel,
             _roundoff(b, a),
         )
-        t_u, t_v = clients.t_u / scale[..., None], clients.t_v * scale[..., None]
+        t_u = clients.t_u / scale[..., None]
+        t_v = clients.t_v * (scale / ragged.spread(size))[..., None]
+        t_u, t_v = fill(t_u, width), fill(t_v, width)
         return _like(b.dim() == 3, t_u, t_v, clients.sigma, clients.f)
 
     def projector_matmul(
@@ -173,8 +208,8 @@ class Ops:
     ) -> Tensor:
         schemas.check_core(u, v, b, a, offsets, weights, scaling)
         ragged = Ragged.of(offsets, b.shape[-2], b.device)
-        rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
-        coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b))
+        rows_b, rows_a, _, size = self.v.pair(_modules(b), _modules(a), ragged)
+        coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b) * size)
         wide = torch.promote_types(u.dtype, v.dtype)  # one launch serves both sides
         u, v = _modules(u).to(wide), _modules(v).to(wide)
         c, _, _ = algorithm.core(self.v, u, v, rows_b, rows_a, coef)
@@ -200,34 +235,59 @@ class Ops:
     ) -> Tensors:
         schemas.check_aggregate(b, a, offsets, weights, scaling, warm_u, warm_v)
         schemas.check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
-        ragged = Ragged.of(offsets, b.shape[-2], b.device)
+        whole = Ragged.of(offsets, b.shape[-2], b.device)
         rows_b, rows_a = _modules(b), _modules(a)
-        modules = rows_b.shape[0]
         w, s = _per_client(weights, rows_b), _per_client(scaling, rows_b)
         start_u, start_v = (None if x is None else _modules(x) for x in (warm_u, warm_v))
         captured = self.captured and power_iters >= 0
+        longest = max(b.shape[-1], a.shape[-1])
 
-        def run(here: slice) -> Tensors:
-            return algorithm.aggregate(
-                self.v,
-                rows_b[here],
-                rows_a[here],
-                ragged,
-                w[here],
-                s[here],
-                rank,
-                basis,
-                tau_rel,
-                anchor,
-                Iteration(oversample, power_iters, tol, seed),
-                None if start_u is None else start_u[here],
-                None if start_v is None else start_v[here],
-                _roundoff(b, a),
-                captured,
-            )
+        def of_some(some: slice | Tensor, live: Tensor | None) -> Tensors:
+            """Modules in which the same rows are alive."""
+            stack_b, stack_a, ragged = rows_b[some], rows_a[some], whole
+            if live is not None:
+                ragged = whole.keeping(torch.bincount(whole.owner[live], minlength=whole.clients))
+                stack_b, stack_a = _picked(stack_b, live), _picked(stack_a, live)
+            inner = _at_most(rank, ragged.rows, longest)
+            how = Iteration(min(oversample, longest), power_iters, tol, seed)
 
-        together = captured or ragged.rows <= gram_route_limit(rank)
-        return _like(b.dim() == 3, *(run(slice(None)) if together else _by_module(run, modules)))
+            def run(here: slice) -> Tensors:
+                return algorithm.aggregate(
+                    self.v,
+                    stack_b[here],
+                    stack_a[here],
+                    ragged,
+                    w[some][here],
+                    s[some][here],
+                    inner,
+                    basis,
+                    tau_rel,
+                    anchor,
+                    how,
+                    None if start_u is None else start_u[some][here],
+                    None if start_v is None else start_v[some][here],
+                    _roundoff(b, a),
+                    captured,
+                )
+
+            together = captured or ragged.rows <= gram_route_limit(inner)
+            return run(slice(None)) if together else _by_module(run, len(stack_b))
+
+        dead = None if captured else _dead(rows_b) | _dead(rows_a)  # by shape where captured
+        if dead is None or not bool(dead.any()):
+            out = of_some(slice(None), None)
+        else:
+            out = _by_pattern(of_some, ~dead)
+        u, sigma, v, *eig, stats, client_stats = out
+        return _like(
+            b.dim() == 3,
+            fill(u, rank),
+            fill(sigma[..., None, :], rank)[..., 0, :],
+            fill(v, rank),
+            *(fill(x[..., None, :], rank + oversample)[..., 0, :] for x in eig),
+            stats,
+            client_stats,
+        )
 
     def aggregate_list(
         self,
@@ -275,9 +335,10 @@ class Ops:
     # --- shared parts ------------------------------------------------------------------------
 
     def _side(self, x: Tensor, offsets: Tensor, max_rank: int = -1) -> tuple[Side, Tensor]:
+        Ragged.of(offsets, x.shape[-2], x.device, max_rank)  # columns beyond every rank are zero
         rows, scale = self.v.rows(_modules(x))
         # "left" only names the seeded signs: every single stack draws the same ones.
-        return Side("left", rows, Ragged.of(offsets, x.shape[-2], x.device, max_rank)), scale
+        return Side("left", rows, Ragged.of(offsets, x.shape[-2], x.device)), scale
 
     def _voters(
         self,
@@ -288,7 +349,7 @@ class Ops:
         extra: Tensor | None = None,
     ) -> tuple[Side, Coordinates]:
         side, scale = self._side(x, offsets, t.shape[-1])
-        t = _modules(t).double() * scale[..., None]
+        t = _modules(t)[..., : side.ragged.max_rank].double() * scale[..., None]
         return side, Coordinates(t, _modules(row_weights, 2).double(), _extra(extra, side))
 
     def _factor_voters(
@@ -309,19 +370,49 @@ class Ops:
         start = None if warm is None else _modules(warm)
 
         def run(here: slice) -> Tensors:
+            some = Coordinates(voters.t[here], voters.votes[here], voters.extra[here])
+            stack, some = _carrying(Side(side.name, side.rows[here], side.ragged), some)
+            longest = stack.rows.shape[-1]
+            inner = _at_most(rank, stack.ragged.rows + some.extra.shape[-1], longest)
             found = algorithm.projector_svd(
                 self.v,
-                Side(side.name, side.rows[here], side.ragged),
-                Coordinates(voters.t[here], voters.votes[here], voters.extra[here]),
-                rank,
-                how,
+                stack,
+                some,
+                inner,
+                replace(how, oversample=min(how.oversample, longest)),
                 None if start is None else start[here],
             )
-            held = found.eigenvalues[..., :rank].sum(-1)
+            held = found.eigenvalues[..., :inner].sum(-1)
             explained = (held / found.trace.where(found.trace > 0, 1.0)).clamp(max=1.0)
-            return found.basis, fill(found.eigenvalues, rank + how.oversample), explained
+            eigenvalues = fill(found.eigenvalues, rank + how.oversample)
+            return fill(found.basis, rank), eigenvalues, explained
 
         return _by_module(run, side.rows.shape[0])
+
+
+def _carrying(side: Side, voters: Coordinates) -> tuple[Side, Coordinates]:
+    """One module's stack without the rows that carry nothing: zero ones, or never used by T.
+
+    A client keeps as many rows as it has rows or columns of T that carry something: the vote of
+    column j stands at row j.
+    """
+    ragged = side.ragged
+    used = (~_dead(side.rows) & (voters.t != 0).any(-1)).double()[..., None]
+    t = ragged.pad(voters.t * used)[0]
+    rows, columns = ragged.pad(used)[0, ..., 0] > 0, (t != 0).any(-2) & ragged.exists
+    counts = torch.maximum(rows.sum(-1), columns.sum(-1))
+    if int(counts.sum()) in (0, ragged.rows):
+        return side, voters
+    by_row, by_column = ((~x).to(torch.int8).argsort(dim=-1, stable=True) for x in (rows, columns))
+    kept = torch.arange(ragged.max_rank, device=counts.device) < counts[:, None]
+    live = (ragged.marks[:-1, None] + by_row)[kept]
+    t = t.gather(-2, by_row[..., None].expand_as(t)).gather(-1, by_column[:, None].expand_as(t))
+    votes = ragged.pad(voters.votes[..., None])[0, ..., 0].gather(-1, by_column)
+    fewer = ragged.keeping(counts)
+    return (
+        Side(side.name, _picked(side.rows, live), fewer),
+        replace(voters, t=t[kept][None, :, : fewer.max_rank], votes=votes[kept][None]),
+    )
 
 
 def _extra(extra: Tensor | None, side: Side) -> Tensor:

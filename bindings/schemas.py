@@ -16,10 +16,12 @@ from torch import Tensor
 from glora_ops.certificates import CLIENT_STATS, STATS
 from glora_ops.errors import GloraError, require
 
-__all__ = ["BASES", "LIBRARY", "NAMES", "PADS", "result_dtype"]
+__all__ = ["BASES", "LIBRARY", "MOST_STEPS", "NAMES", "PADS", "result_dtype"]
 
 BASES = ("consensus", "projector", "update")
 PADS = ("zero", "trainable")
+#: Power steps that may be asked for; a handful settles what can be settled.
+MOST_STEPS = 1000
 
 LIBRARY = torch.library.Library("glora", "DEF")
 
@@ -306,7 +308,12 @@ def _check_columns(name: str, x: Tensor, stack: Tensor) -> None:
 def _check_iteration(rank: int, oversample: int, power_iters: int, tol: float) -> None:
     require(rank >= 1, "rank", rank, "an integer ≥ 1")
     require(oversample >= 1, "oversample", oversample, "an integer ≥ 1", "16 is the default")
-    require(power_iters >= -1, "power_iters", power_iters, "-1 (adaptive) or an integer ≥ 0")
+    require(
+        -1 <= power_iters <= MOST_STEPS,
+        "power_iters",
+        power_iters,
+        f"-1 (adaptive) or an integer from 0 to {MOST_STEPS}",
+    )
     require(0 < tol < inf, "tol", tol, "a positive fraction", "1e-3 is the default")
 
 

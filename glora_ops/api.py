@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, solve
+from .batches import Source, check_ranks, directions, solve
 from .errors import GloraWarning, Refusal, Refused, require, unfit
 from .packing import FLOATS
 from .report import notes
@@ -65,7 +64,9 @@ def aggregate(
     scalings : sequence of float, or of mappings from module name to float, optional
         alpha/r of each client (alpha/√r for rsLoRA), 0 or of modulus 1e-30 to 1e30; 1 by default.
     rank : int, "auto" or None
-        Server rank R. None: twice the largest client rank. "auto": the smallest rank that holds
+        Server rank R, at most 256 or 16 times the directions that there can be in a module (Σ r_i,
+        d_out or d_in), whichever is more: what lies beyond them is zero, and costs no work. None:
+        twice the largest client rank. "auto": the smallest rank that holds
         the fraction `captured` of the mean update's energy; the ranks tried are recorded in
         ``state.settings["rank_to_captured"]``.
     captured : float
@@ -151,6 +152,7 @@ def aggregate(
     scale = _scalings(scalings, sources, names)
     device = _device(sources, names)
     _check_values(sources, names)
+    check_ranks(sources, settings)
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
@@ -386,11 +388,7 @@ def _smallest_rank(
     progress: Progress | None,
 ) -> State:
     """Double the rank until the target is held, then bisect; the table of tries is recorded."""
-    rows: dict[str, int] = defaultdict(int)
-    for source in sources:
-        for name, pair in source.modules.items():
-            rows[name] += pair.rank
-    ceiling = max(rows.values())
+    ceiling = directions(sources)
     target = min(captured, 1 - 1e-6)  # what fp32 factors can certify
     tried: dict[int, State] = {}
 

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .bindings.schemas import BASES
+from .bindings.schemas import BASES, MOST_STEPS
 from .errors import Refusal, Refused, require, unfit
 
 __all__ = [
-    "LEAST", "MOST", "check_settings", "check_weights", "integer", "kind", "number", "sequence",
-    "usable",
+    "LEAST", "MOST", "PADDING", "SMALL", "check_padding", "check_settings", "check_weights",
+    "integer", "kind", "number", "sequence", "usable",
 ]  # fmt: skip
 
 MISSING = ("zero", "renormalise")
 #: Moduli of weights and scalings: what they multiply is squared in fp64.
 LEAST, MOST = 1e-30, 1e30
+#: Ranks up to SMALL are padded whatever the data; larger ones up to PADDING times the directions
+#: that there can be. Beyond that a result would be zeros but for a sixteenth at most.
+SMALL, PADDING = 256, 16
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,13 +58,25 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
+def check_padding(name: str, rank: int, directions: int, whose: str) -> None:
+    """Refuse a rank whose result would be larger than the data by nothing but zeros."""
+    require(
+        rank <= max(SMALL, PADDING * directions),
+        name,
+        rank,
+        f"at most {max(SMALL, PADDING * directions)}, the larger of {SMALL} and {PADDING} times "
+        f"the {directions} directions of {whose}",
+        "all that lies beyond them is zero",
+    )
+
+
 def integer(name: str, value: Any, least: int = -(2**63), also: str = "") -> int:
     """`value` as an integer of the kind that the argument `name` takes, or `GloraError`."""
     index: int | None = None
     if hasattr(value, "__index__") and not isinstance(value, bool):
         with suppress(TypeError):  # a tensor of several numbers has the attribute too
             index = operator.index(value)
-    most = 2**31 if name in ("rank", "oversample", "power_iters") else 2**63
+    most = {"rank": 2**31, "oversample": 2**31, "power_iters": MOST_STEPS + 1}.get(name, 2**63)
     require(
         index is not None and least <= index < most,
         name,

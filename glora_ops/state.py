@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .arguments import integer, number
+from .arguments import check_padding, integer, number
 from .certificates import CLIENT_STATS, STATS
 from .errors import require, unfit
 
@@ -152,7 +153,7 @@ class State:
         Parameters
         ----------
         rank : int
-            Rank of the adapter, ≥ 1; above R it is padded.
+            Rank of the adapter, ≥ 1; above R it is padded, up to 16 R, or 256 if that is more.
         scaling : float
             alpha/r of the receiving adapter, > 0: s·B·A is the update.
         pad : {"zero", "trainable"}
@@ -171,8 +172,19 @@ class State:
 
     def _readouts(self, rank: int, scaling: float, pad: str, seed: int) -> dict[str, Factors]:
         rank, seed, factor = integer("rank", rank, 1), integer("seed", seed), number(scaling)
-        require(factor is not None, "scaling", repr(scaling), "alpha/r, a number above zero")
+        if factor is None:
+            raise unfit("scaling", repr(scaling), "alpha/r, a number above zero")
+        check_padding("rank", rank, self.rank, "the state")
         require(isinstance(pad, str), "pad", repr(pad), "'zero' or 'trainable'")
+        for name, m in self.modules.items():
+            root = math.sqrt(float(m.s.max()) / factor) if factor > 0 else 0.0
+            require(
+                root <= torch.finfo(m.u.dtype).max,
+                "scaling",
+                factor,
+                f"one at which factors of {name or 'the update'!r}, {root:.2g}, fit {m.u.dtype}",
+                "the update is too large for factors at this scaling: raise it",
+            )
         return {
             name: torch.ops.glora.readout(m.u, m.s, m.v, rank, factor, pad, seed)
             for name, m in self.modules.items()

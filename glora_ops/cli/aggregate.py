@@ -200,14 +200,14 @@ def aggregate(
             if old is not None:
                 state = renew(
                     old, add=added, remove=remove or [], weights=given, progress=report,
-                    known=refusals,
+                    known=refusals, readouts=readouts,
                 )  # fmt: skip
             else:
                 state = merge(
                     clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
-                    progress=report, known=refusals,
+                    progress=report, known=refusals, readouts=readouts,
                 )  # fmt: skip
         state = replace(
             state,
