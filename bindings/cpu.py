@@ -123,9 +123,10 @@ class CpuVocabulary:
             return b, a, torch.ones_like(peaks_b), one
         alive = (peaks_b > 0) & (peaks_a > 0)
         of_b, of_a = (torch.frexp(peaks).exponent for peaks in (peaks_b, peaks_a))
-        # The loudest pair of every client ends near one; places without a pair do not count.
+        # The loudest pair of every client ends near one; places without a pair do not count. An
+        # even exponent is shared out evenly, so that balancing rounds as it would have.
         product = ragged.pad(torch.where(alive, of_b + of_a + FAR, 0)[..., None]).amax((-2, -1))
-        size = torch.where(product > 0, product - FAR, 0)
+        size = torch.where(product > 0, (product - FAR).div(2, rounding_mode="floor") * 2, 0)
         half = (of_b - of_a + ragged.spread(size)).div(2, rounding_mode="floor")
         down = _power(-half) * alive
         up = _power(half - ragged.spread(size)) * alive

@@ -75,6 +75,11 @@ def _at_most(rank: int, rows: int, longest: int) -> int:
     return min(rank, min(rows, longest) + 1)
 
 
+def _filled(x: Tensor, count: int) -> Tensor:
+    """The first `count` of every module's numbers (L, n), zeros after them."""
+    return fill(x[..., None, :], count)[..., 0, :]
+
+
 def _dead(x: Tensor) -> Tensor:
     """(L, N) bool: the rows that are zero; only those that begin with zeros are read on."""
     dead = (x[..., :16] == 0).all(-1)
@@ -271,23 +276,17 @@ class Ops:
                 )
 
             together = captured or ragged.rows <= gram_route_limit(inner)
-            return run(slice(None)) if together else _by_module(run, len(stack_b))
+            u, sigma, v, eig_u, eig_v, *told = (
+                run(slice(None)) if together else _by_module(run, len(stack_b))
+            )
+            count = rank + oversample
+            eig = _filled(eig_u, count), _filled(eig_v, count)
+            return fill(u, rank), _filled(sigma, rank), fill(v, rank), *eig, *told
 
         dead = None if captured else _dead(rows_b) | _dead(rows_a)  # by shape where captured
         if dead is None or not bool(dead.any()):
-            out = of_some(slice(None), None)
-        else:
-            out = _by_pattern(of_some, ~dead)
-        u, sigma, v, *eig, stats, client_stats = out
-        return _like(
-            b.dim() == 3,
-            fill(u, rank),
-            fill(sigma[..., None, :], rank)[..., 0, :],
-            fill(v, rank),
-            *(fill(x[..., None, :], rank + oversample)[..., 0, :] for x in eig),
-            stats,
-            client_stats,
-        )
+            return _like(b.dim() == 3, *of_some(slice(None), None))
+        return _like(b.dim() == 3, *_by_pattern(of_some, ~dead))
 
     def aggregate_list(
         self,
