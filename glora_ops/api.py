@@ -64,7 +64,7 @@ def aggregate(
     scalings : sequence of float, or of mappings from module name to float, optional
         alpha/r of each client (alpha/√r for rsLoRA), 0 or of modulus 1e-30 to 1e30; 1 by default.
     rank : int, "auto" or None
-        Server rank R, at most 256 or 16 times the directions that there can be in a module (Σ r_i,
+        Server rank R, at most 1024 or 16 times the directions that there can be in a module (Σ r_i,
         d_out or d_in), whichever is more: what lies beyond them is zero, and costs no work. None:
         twice the largest client rank. "auto": the smallest rank that holds
         the fraction `captured` of the mean update's energy; the ranks tried are recorded in

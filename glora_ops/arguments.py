@@ -24,7 +24,7 @@ MISSING = ("zero", "renormalise")
 LEAST, MOST = 1e-30, 1e30
 #: Ranks up to SMALL are padded whatever the data; larger ones up to PADDING times the directions
 #: that there can be. Beyond that a result would be zeros but for a sixteenth at most.
-SMALL, PADDING = 256, 16
+SMALL, PADDING = 1024, 16
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

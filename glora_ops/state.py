@@ -153,7 +153,7 @@ class State:
         Parameters
         ----------
         rank : int
-            Rank of the adapter, ≥ 1; above R it is padded, up to 16 R, or 256 if that is more.
+            Rank of the adapter, ≥ 1; above R it is padded, up to 16 R, or 1024 if that is more.
         scaling : float
             alpha/r of the receiving adapter, > 0: s·B·A is the update.
         pad : {"zero", "trainable"}

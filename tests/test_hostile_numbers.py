@@ -332,15 +332,15 @@ def test_steps_end_where_the_space_is_complete(basis: str) -> None:
 def test_ranks_that_would_be_nothing_but_padding_are_refused() -> None:
     pairs = drawn()
     state = aggregate(pairs, rank=5)
-    assert state.readout(256)[0].shape == (5, 256)
-    assert aggregate(pairs, rank=256).rank == 256
+    assert state.readout(1024)[0].shape == (5, 1024)
+    assert aggregate(pairs, rank=1024).rank == 1024
     for call, name in (
         (lambda: aggregate(pairs, rank=2_000_000), "rank"),
         (lambda: aggregate(pairs, oversample=2_000_000), "oversample"),
         (lambda: state.readout(999_999_999), "rank"),
         (lambda: state.readout(999_999_999, pad="trainable"), "rank"),
     ):
-        with pytest.raises(GloraError, match=rf"{name}: got \d+, expected at most 256, the larger"):
+        with pytest.raises(GloraError, match=rf"{name}: got \d+, expected at most 1024, "):
             call()
     with pytest.raises(GloraError, match="power_iters: got 10000"):
         aggregate(pairs, power_iters=10_000)

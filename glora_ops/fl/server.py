@@ -50,8 +50,12 @@ class Setup:
     seed: int
 
     def __post_init__(self) -> None:
+        self.check_rank("ranks", self.max_rank)
+
+    def check_rank(self, name: str, rank: int) -> None:
+        """Refuse a rank that would be mostly padding in every module of the model."""
         widest = max((size for shape in self.shapes.values() for size in shape), default=1)
-        check_padding("ranks", self.max_rank, widest, "the model's widest module")
+        check_padding(name, rank, widest, "the model's widest module")
 
     @property
     def max_rank(self) -> int:

@@ -63,6 +63,10 @@ class Glora(Method):
             (self.mode == "adapter" or self.momentum == 0, "momentum", self.momentum, alone),
         )
 
+    def start(self, setup: Setup) -> Server:
+        setup.check_rank("rank", self._server_rank(setup))
+        return super().start(setup)
+
     def broadcast(self, server: Server, client: Client) -> Sent:
         if not server.svd:
             return self.opening(server, client)
