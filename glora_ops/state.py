@@ -177,7 +177,7 @@ class State:
         check_padding("rank", rank, self.rank, "the state")
         require(isinstance(pad, str), "pad", repr(pad), "'zero' or 'trainable'")
         for name, m in self.modules.items():
-            root = math.sqrt(float(m.s.max()) / factor) if factor > 0 else 0.0
+            root = math.sqrt(max(m.stat("norm"), 0.0) / factor) if factor > 0 else 0.0  # ≥ √S₁
             require(
                 root <= torch.finfo(m.u.dtype).max,
                 "scaling",
