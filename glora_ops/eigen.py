@@ -3,7 +3,7 @@
 LAPACK gives up on a matrix now and then, by driver and by build. Each call here goes on to the
 next way: the batch, then every matrix alone, then alone in fp64 near one, then by SciPy's other
 drivers, imported only then. What none of them solves, such as values that are not finite, is a
-`GloraError`.
+`GloraError`. QR decompositions do not iterate and cannot fail.
 """
 
 from __future__ import annotations

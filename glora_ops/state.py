@@ -323,7 +323,8 @@ class State:
         Raises
         ------
         GloraError
-            The state was not made from PEFT folders, or `folder` exists and not `overwrite`.
+            The state was not made from PEFT folders, `rank` would be nothing but padding, as
+            `readout`, or `folder` exists and not `overwrite`.
         """
         from .adapters import write_adapter
 
