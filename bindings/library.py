@@ -138,29 +138,29 @@ def schema(text: str) -> Callable[[type[AnyOp]], type[AnyOp]]:
     def define(op: type[AnyOp]) -> type[AnyOp]:
         LIBRARY.define(text)
         op.name = text.partition("(")[0]
-        packet, _, overload = op.name.partition(".")
-        call = getattr(getattr(torch.ops.glora, packet), overload or "default")
+        packet, _, form = op.name.partition(".")
+        overload = getattr(getattr(torch.ops.glora, packet), form or "default")
         parameters = [
             Parameter(
                 x.name,
                 Parameter.POSITIONAL_OR_KEYWORD,
                 default=x.default_value if x.has_default_value() else Parameter.empty,
             )
-            for x in call._schema.arguments
+            for x in overload._schema.arguments
         ]
         op.signature = Signature(parameters)
         for x in parameters:
             if x.default is not Parameter.empty:
                 setattr(op, x.name, x.default)
         torch.library.register_fake(f"glora::{op.name}", op.fake, lib=LIBRARY)
-        LIBRARY.impl(op.name, _without_gradients(op.name, call), "Autograd")
+        LIBRARY.impl(op.name, _without_gradients(op.name, overload), "Autograd")
         OPS[op.name] = op
         return op
 
     return define
 
 
-def _without_gradients(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+def _without_gradients(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
     def autograd(*args: Any, **kwargs: Any) -> Any:
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if torch.is_grad_enabled() and any(
@@ -172,7 +172,7 @@ def _without_gradients(name: str, call: Callable[..., Any]) -> Callable[..., Any
                 "(glora_ops.aggregate does)"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return call(*args, **kwargs)
+            return overload(*args, **kwargs)
 
     return autograd
 
