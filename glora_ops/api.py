@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
 from .batches import Source, check_ranks, directions, solve
+from .bindings.ops import Aggregate
 from .errors import GloraWarning, Refusal, Refused, require, unfit
 from .packing import FLOATS
 from .report import notes
@@ -33,17 +33,17 @@ def aggregate(
     rank: int | str | None = None,
     *,
     captured: float = 0.9,
-    basis: str = "consensus",
+    basis: str = Aggregate.basis,
     missing: str = "zero",
     normalise: bool = True,
     names: Sequence[str] | None = None,
-    tau_rel: float = 0.1,
-    anchor: float = 1.0,
-    oversample: int = 16,
-    power_iters: int = -1,
-    tol: float = 1e-3,
+    tau_rel: float = Aggregate.tau_rel,
+    anchor: float = Aggregate.anchor,
+    oversample: int = Aggregate.oversample,
+    power_iters: int = Aggregate.power_iters,
+    tol: float = Aggregate.tol,
     warm: State | None = None,
-    seed: int = 0,
+    seed: int = Aggregate.seed,
     max_bytes: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .bindings.schemas import BASES, MOST_STEPS
+from .bindings.checks import BASES, MOST_STEPS, NUMBERS
 from .errors import Refusal, Refused, require, unfit
 
 __all__ = [
@@ -52,9 +52,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 _INTEGERS = {"rank": 1, "oversample": 1, "power_iters": -1, "seed": -(2**63), "max_bytes": 1}
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "captured": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
-    "tau_rel": (lambda x: 0 <= x < math.inf, "a finite fraction ≥ 0"),
-    "anchor": (lambda x: 0 <= x < math.inf, "a finite weight ≥ 0"),
-    "tol": (lambda x: 0 < x < math.inf, "a positive fraction"),
+    **{name: NUMBERS[name] for name in ("tau_rel", "anchor", "tol")},
 }
 
 

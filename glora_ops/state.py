@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import check_padding, integer, number
+from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, STATS
 from .errors import require, unfit
 
@@ -146,7 +147,11 @@ class State:
         return sum(m.stat(name) * m.stat("norm") ** 2 for m in self.modules.values()) / total
 
     def readout(
-        self, rank: int, scaling: float = 1.0, pad: str = "zero", seed: int = 0
+        self,
+        rank: int,
+        scaling: float = Readout.scaling,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
     ) -> Factors | dict[str, Factors]:
         """An adapter of any rank: slices of the stored singular value decomposition.
 
@@ -314,8 +319,8 @@ class State:
         folder: str | os.PathLike[str],
         rank: int,
         *,
-        pad: str = "zero",
-        seed: int = 0,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
         overwrite: bool = False,
     ) -> None:
         """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, fp32, in one step.

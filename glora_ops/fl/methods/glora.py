@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ...api import aggregate
+from ...bindings.ops import Aggregate
 from ...errors import GloraWarning, require_all
 from ..messages import Client, Pairs, Reply, Sent
 from ..seeds import number
@@ -49,8 +50,8 @@ class Glora(Method):
     rank: int | None = None
     momentum: float = 0.0
     server_vote: float = 0.5
-    tau_rel: float = 0.1
-    anchor: float = 1.0
+    tau_rel: float = Aggregate.tau_rel
+    anchor: float = Aggregate.anchor
 
     def __post_init__(self) -> None:
         alone = 'mode = "adapter": in delta mode the server keeps all of W_t anyway'
