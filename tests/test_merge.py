@@ -366,7 +366,7 @@ def test_an_updated_state_is_a_fresh_one_bit_for_bit(
     def given(*numbers: float) -> list[float] | None:
         return list(numbers) if weighed == "given" else None
 
-    settings = {"basis": "consensus", "seed": 3, "missing": "renormalise", "normalise": 1}
+    settings = {"seed": 3, "missing": "renormalise", "tau_rel": 0.2, "normalise": 1}
     a, b, c, d = four
     state = aggregate_adapters([a, b, c], given(3, 1, 2), **settings)
     if saved:
