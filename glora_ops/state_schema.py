@@ -1,15 +1,14 @@
 """The metadata of a state file, typed: what is not described here is refused by name.
 
-Nesting is bounded by the schema being closed, size by `MAX_MANY`, `MAX_NAME` and the header's own
-limit; what other parts record of themselves (`Free`) has limits of its own. Imported when a state
-is read or written, because pydantic takes longer to import than glora.
+Depth is bounded because the schema is closed, size by `MAX_MANY`, `MAX_NAME` and the header's own
+limit. Imported when a state is read or written, because pydantic takes long to import.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -30,7 +29,6 @@ __all__ = ["faults"]
 
 MAX_NAME = 2**13  # characters of a client's or a module's name, and of a path
 MAX_MANY = 2**17  # clients, modules, ranks tried, …
-MAX_FREE, MAX_DEPTH = 2**22, 8
 WEIGHTS_SUM = 1e-9  # fp64 rounding of 2^17 quotients and their sum is a hundredth of this
 
 
@@ -59,24 +57,6 @@ def _different(names: list[str]) -> list[str]:
     return names
 
 
-def _free(value: Any) -> Any:
-    """JSON of any form, of bounded size and depth."""
-    level, depth = [value], 0
-    while level:
-        if depth == MAX_DEPTH:
-            raise ValueError(f"at most {MAX_DEPTH} levels")
-        level, depth = [x for outer in level for x in _inside(outer)], depth + 1
-    if len(json.dumps(value, allow_nan=False)) > MAX_FREE:
-        raise ValueError(f"at most {MAX_FREE} characters")
-    return value
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
-
-
 T = TypeVar("T")
 # Validated after the fact: pydantic's own limits on text refuse names that are not UTF-8.
 Name = Annotated[str, AfterValidator(_name)]
@@ -92,14 +72,46 @@ Many = Annotated[list[T], FailFast(), Field(min_length=1, max_length=MAX_MANY)]
 Names = Annotated[Many[Name], AfterValidator(_different)]
 Basis = Literal["consensus", "projector", "update"]
 Missing = Literal["zero", "renormalise"]
+Rule = Literal["clip", "gate", "geometric-median"]
 Integer64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Free = Annotated[Any, AfterValidator(_free)]
 
 
 class Section(BaseModel):
     """JSON as it stands: "1" is no number, 1 is no truth value, and no other key is known."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Judged(Section):
+    """What a robust rule made of one client."""
+
+    norm: NotNegative
+    cosine: FiniteFloat | None
+    distance: FiniteFloat | None
+    scale: Fraction
+    trust: NotNegative
+
+
+class Verdict(Section):
+    """What it made of all of them."""
+
+    rule: Rule
+    applied: Rule | Literal["none"]
+    reason: str
+    clip: Positive
+    norm_limit: FiniteFloat | None
+    cosine_limit: FiniteFloat | None
+    left_out: Annotated[list[Name], FailFast(), Field(max_length=MAX_MANY)]
+    clients: Many[Judged]
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Verdict:
+        out = [client for client in self.clients if client.trust == 0]
+        if out and (self.cosine_limit is None or any(client.cosine is None for client in out)):
+            raise ValueError("the cosines that leave a client out")
+        if self.norm_limit is None and any(client.scale < 1 for client in self.clients):
+            raise ValueError("the limit to which a norm is clipped")
+        return self
 
 
 class Settings(Section):
@@ -120,7 +132,7 @@ class Settings(Section):
     weights_from: Literal["given", "num_examples", "equal"] = "equal"
     skipped: Annotated[list[str], FailFast()] = []
     dense_from: Annotated[dict[Name, Names], Field(max_length=MAX_MANY)] = {}
-    robust: Free = None
+    robust: Verdict = None  # type: ignore[assignment]  # absent, but never null
 
 
 class Layer(Section):
@@ -159,7 +171,8 @@ class Arguments(Section):
     tol: Positive = 1e-3
     seed: Integer64 = 0
     max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    robust: Free = None
+    robust: Rule | None = None
+    clip: Positive = 2.0
 
 
 class Client(Section):
@@ -189,7 +202,6 @@ class Record(Section):
     arguments: Arguments
     clients: Many[Client]
     readouts: Readouts = Readouts(ranks=[], pad="zero")
-    robust: Free = None
 
 
 class Metadata(Section):
@@ -211,6 +223,12 @@ class Metadata(Section):
             min(self.weights) >= 0 and abs(math.fsum(self.weights) - 1) <= WEIGHTS_SUM
         ):
             raise ValueError("normalised weights, none negative, of sum 1")
+        verdict = self.settings.robust
+        if verdict is not None:
+            rows = zip(self.clients, verdict.clients, strict=False)
+            left_out = [name for name, client in rows if client.trust == 0]
+            if len(verdict.clients) != len(self.clients) or verdict.left_out != left_out:
+                raise ValueError("a verdict on each client, and the names of those left out")
         if self.layout is not None and self.layout.modules.keys() != set(self.modules):
             raise ValueError("a layout of the modules there are")
         if self.record is not None:
@@ -239,7 +257,7 @@ def faults(about: Mapping[str, Any]) -> list[Refusal]:
         return [
             Refusal(
                 "the metadata do not fit",
-                found=f"{'.'.join(map(str, e['loc'])) or 'metadata'}: {_shown(e)}",
+                found=_shown(e),
                 expected=e["msg"].removeprefix("Value error, "),
             )
             for e in error.errors(include_url=False, include_context=False)
@@ -248,4 +266,9 @@ def faults(about: Mapping[str, Any]) -> list[Refusal]:
 
 
 def _shown(error: Mapping[str, Any]) -> str:
-    return "nothing" if error["type"] == "missing" else f"{error['input']!r:.80}"
+    """The field and what stands there."""
+    if not error["loc"]:
+        return "entries that contradict each other"
+    missing = error["type"] == "missing"
+    found = "nothing" if missing else reprlib.repr(error["input"])[:80]
+    return f"{'.'.join(map(str, error['loc']))}: {found}"

@@ -427,7 +427,6 @@ def test_everything_a_state_may_hold_survives(tmp_path):
             "base_model": "m", "revision": None, "task_type": "CAUSAL_LM", "lora_dropout": 0.1,
             "modules_to_save": ["head"], "modules": dict.fromkeys(state.modules, layer),
         },
-        settings=state.settings | {"robust": {"rule": "gate", "verdicts": [[1.5, None, "kept"]]}},
     )  # fmt: skip
     state.save(tmp_path / "s.safetensors")
     same(state, State.load(tmp_path / "s.safetensors"))

@@ -31,6 +31,15 @@ FORMAT_2 = Path(__file__).parent / "data" / "state_format_2.safetensors"
 DOCS = Path(__file__).parents[1] / "docs" / "reliability.md"
 
 
+VERDICT: dict[str, Any] = {
+    "rule": "gate", "applied": "gate", "reason": "", "clip": 2.0, "norm_limit": 3.0,
+    "cosine_limit": 0.25, "left_out": ["bob"], "clients": [
+        {"norm": 6.0, "cosine": 0.5, "distance": None, "scale": 0.5, "trust": 2.0},
+        {"norm": 1.0, "cosine": 0.1, "distance": None, "scale": 1.0, "trust": 0.0},
+    ],
+}  # fmt: skip
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A state of everything that a state may hold, in today's format."""
@@ -39,7 +48,9 @@ def path(tmp_path: Path) -> Path:
         warnings.simplefilter("ignore", GloraWarning)
         state = State.load(FORMAT_2)
     record = state.record | {"readouts": {"ranks": [2, 4], "pad": "zero"}}
-    State(**vars(state) | {"record": record}).save(path)
+    record["arguments"] |= {"robust": "gate", "clip": 2.0}
+    settings = state.settings | {"robust": VERDICT, "rank_to_captured": {"1": 0.5, "3": 1.0}}
+    State(**vars(state) | {"record": record, "settings": settings}).save(path)
     return path
 
 
@@ -174,14 +185,20 @@ Edit = Callable[[dict[str, Tensor]], object]
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda t: t["modules/first/s"].fill_(float("nan")), r"modules/first/s.*finite"),
+        (lambda t: t["modules/first/s"].fill_(float("nan")), r"modules/first/s'.*finite"),
         (lambda t: t["modules/first/s"][0].neg_(), r"modules/first/s.*descending"),
         (lambda t: t["modules/first/s"][1].mul_(1e3), r"modules/first/s.*descending"),
         (lambda t: t["modules/first/s"].fill_(1e200), r"modules/first/s.*1e\+150"),
         # Rank 2 of 3: the last column belongs to no singular value.
-        (lambda t: t["modules/first/u"][0, 2].fill_(1e-30), r"modules/first/u.*not zero"),
+        (
+            lambda t: t["modules/first/u"][0, 2].fill_(1e-30),
+            r"modules/first/u.*without a singular value",
+        ),
         (lambda t: t["modules/first/u"][:, 0].zero_(), r"modules/first/u.*inner products"),
-        (lambda t: t["modules/first/v"][0, 0].fill_(float("inf")), r"modules/first/v.*finite"),
+        (
+            lambda t: t["modules/first/v"][0, 0].fill_(float("inf")),
+            r"modules/first/v.*off by (nan|inf)",
+        ),
         (lambda t: t["modules/conv/eig_u"][-1].fill_(float("nan")), r"modules/conv/eig_u.*finite"),
         (lambda t: t["modules/conv/client_stats"][1, 3].fill_(float("inf")), "client_stats"),
         (lambda t: t["modules/conv/client_stats"][1, 0].fill_(-1), "negative norm"),
@@ -233,7 +250,7 @@ def test_values_that_no_state_has_are_refused_with_true_checksums(
         (lambda m: m.update(modules=["conv", "conv", "first"]), "each name once"),
         (lambda m: m.update(clients=["ann", "ann"]), "each name once"),
         (lambda m: m.update(clients=["ann"]), "one weight per client"),
-        (lambda m: m.update(clients=["ann", "cyd"]), "record of the clients"),
+        (lambda m: m["record"]["clients"].reverse(), "record of the clients"),
         (lambda m: m.update(clients=["ann", "x" * 9000]), "8192 characters"),
         (lambda m: m.update(weights=[0.75, "0.25"]), r"weights\.1: '0.25'"),
         (lambda m: m.update(weights=[0.5, True]), r"weights\.1: True"),
@@ -248,9 +265,12 @@ def test_values_that_no_state_has_are_refused_with_true_checksums(
         (lambda m: m["settings"].pop("seed"), r"settings\.seed: nothing"),
         (lambda m: m["settings"].pop("weights_from"), "where the weights are from"),
         (lambda m: m["settings"].update(rank_to_captured={"x": 1.0}), "rank_to_captured"),
-        (lambda m: m["settings"].update(robust=json.loads("[" * 9 + "]" * 9)), "8 levels"),
-        (lambda m: m["settings"].update(robust="x" * 2**23), "characters"),
-        (lambda m: m["settings"].update(robust=float("inf")), r"settings\.robust"),
+        (lambda m: m["settings"].update(x=json.loads("[" * 900 + "]" * 900)), r"settings\.x"),
+        (lambda m: m["settings"].update(robust=None), r"settings\.robust: None"),
+        (lambda m: m["settings"].update(robust=VERDICT | {"clip": 0}), r"robust\.clip"),
+        (lambda m: m["settings"].update(robust=VERDICT | {"left_out": []}), "those left out"),
+        (lambda m: m["settings"].update(robust=VERDICT | {"cosine_limit": None}), "the cosines"),
+        (lambda m: m["settings"].update(robust=VERDICT | {"norm_limit": None}), "is clipped"),
         (lambda m: m["layout"].update(modules={}), "layout of the modules"),
         (lambda m: m["layout"]["modules"]["conv"].update(kernel=[0, 2]), "kernel"),
         (lambda m: m["layout"]["modules"]["conv"].update(kernel=[2]), "height, width"),
