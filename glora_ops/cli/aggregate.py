@@ -146,7 +146,8 @@ def aggregate(
 
     **--update** gives exactly the state of a fresh run over the resulting clients. It reads every
     client's file again, because the bases depend on all clients together; folders, weights and
-    settings come from STATE, and a client that changed or vanished since is refused by name:
+    settings come from STATE, and a client that changed or vanished since is refused by name. Which
+    folders it reads is said on stderr before it does:
     **glora aggregate --update out --add clients/cyd --remove bob**.
     """
     if update is not None:
