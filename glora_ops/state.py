@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import integer, number
 from .certificates import CLIENT_STATS, STATS
 from .errors import require, unfit
+from .runtime.outputs import destination, new_file
+from .runtime.tensors import read_mark, save_tensors
 
 __all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
 
 FORMAT_VERSION = 2  # 1 had no record
 Factors = tuple[Tensor, Tensor]
 
+MARK = "glora"  # key of a state's JSON in the metadata of its file
 _STATE_FILE = "a server.safetensors"
 _WRITES = "glora aggregate writes one, and State.save"
 
@@ -187,14 +188,20 @@ class State:
     # --- files -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, JSON in its metadata, atomically: the old file or the new."""
+        """Write one safetensors file, JSON in its metadata, atomically: the old file or the new.
+
+        Raises
+        ------
+        GloraError
+            If something stands at `path` that is no state.
+        """
         path = Path(path)
         tensors = {
             f"modules/{name}/{part}": getattr(m, part).contiguous()
             for name, m in self.modules.items()
             for part in _TENSORS
         } | {f"dense/{name}": x.contiguous() for name, x in self.dense.items()}
-        here = path.resolve().parent
+        here = destination(path).parent
         described = {
             "format_version": FORMAT_VERSION,
             "modules": list(self.modules),
@@ -204,17 +211,8 @@ class State:
             "layout": self.layout,
             "record": _moved(self.record, lambda place: _relative(place, here)),
         }
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            save_file(tensors, partial, metadata={"glora": json.dumps(described)})
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path, _no_state) as partial:
+            save_tensors(tensors, partial, {MARK: json.dumps(described)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -311,7 +309,8 @@ class State:
         Raises
         ------
         GloraError
-            The state was not made from PEFT folders, or `folder` exists and not `overwrite`.
+            The state was not made from PEFT folders, or `folder` exists and not `overwrite`, or it
+            holds anything that `write_adapter` did not write.
         """
         from .adapters import write_adapter
 
@@ -324,6 +323,11 @@ class State:
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+
+
+def _no_state(path: Path) -> list[str]:
+    """The name of a file that is no state of glora's, which `save` does not replace."""
+    return [] if read_mark(path, MARK) else [path.name]
 
 
 def _complete(about: Mapping[str, Any]) -> bool:

@@ -533,6 +533,9 @@ def test_what_is_no_state_is_refused(state, tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(GloraError, match="glora metadata"):
         State.load(path)
+    with pytest.raises(GloraError, match="glora did not write"):
+        state.save(path)  # nor is it replaced by one
+    path.unlink()
     state.save(path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(GloraError, match="safetensors"):

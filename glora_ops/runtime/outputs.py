@@ -1,0 +1,431 @@
+"""Files and folders that appear under their name complete, or not at all, and take nobody's place.
+
+What is written is built in a hidden folder beside its target, `.NAME.<hex>.new`, flushed to the
+disk and renamed. The rename refuses whatever has come to stand at the target meanwhile. What is
+replaced on request is looked at right before it changes places with the new, and again once it is
+out of everybody's reach: if it is not glora's own any more, both change back.
+
+The hidden folder holds a lock file for as long as its maker lives. Whoever writes to the same
+target next removes those whose lock is free: what a killed process left behind. A folder that only
+has such a name is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import GloraError, GloraWarning, Refusal, Refused, require, unfit
+from .rename import Taken, exchange, rename_new
+
+__all__ = [
+    "Strangers",
+    "apart",
+    "check_free",
+    "claimed",
+    "destination",
+    "lock",
+    "new_file",
+    "new_folder",
+    "ours",
+    "sweep",
+    "write_text",
+]
+
+#: What of a file or folder glora did not write, by name; nothing: it may be replaced.
+Strangers = Callable[[Path], Sequence[str]]
+
+_LOCK = ".glora"  # in a hidden folder: it is glora's, and its maker lives while it is locked
+_UNSURE = "unsure"  # stands there from before old and new change places until the old was looked at
+_ASIDE = "aside"  # the old one, where it cannot change places with the new in one step
+_HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
+
+
+def check_free(
+    target: str | os.PathLike[str], strangers: Strangers | None, *, what: str = "folder"
+) -> None:
+    """Raise `GloraError` where nothing could be put at `target`.
+
+    Parameters
+    ----------
+    target : path
+    strangers : callable or None
+        What of an existing `target` glora did not write; None: it must not exist at all.
+    what : str
+        "folder" or "file", for the message.
+    """
+    final = Path(target).resolve()
+    if os.path.lexists(final):
+        require(
+            strangers is not None,
+            what,
+            f"the existing {str(final)!r}",
+            "a new one",
+            "choose another, or replace it with overwrite=True (--overwrite)",
+            file=str(final),
+        )
+        _require_own(final, final, strangers, what)
+    above = next(parent for parent in final.parents if os.path.lexists(parent))
+    require(
+        above.is_dir() and os.access(above, os.W_OK | os.X_OK),
+        what,
+        f"{str(final)!r} below {str(above)!r}",
+        "a place in a folder that can be written to",
+        "choose another place",
+        file=str(above),
+    )
+
+
+def _require_own(found: Path, final: Path, strangers: Strangers | None, what: str) -> None:
+    """Refuse to replace what lies at `found`, and stands or stood at `final`, unless it is ours."""
+    others = list(strangers(found)) if strangers else [final.name]
+    named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    holds = f", which holds what glora did not write: {named}" if found.is_dir() else ""
+    require(
+        not others,
+        what,
+        f"the existing {str(final)!r}{holds or ', which glora did not write'}",
+        "nothing but what glora wrote, and nobody changed since, to be replaced",
+        f"choose another {what} (for commands -o), or move that away",
+        file=str(final),
+    )
+
+
+def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise `Refused` for every input that lies in `out`, is `out`, or holds it."""
+    place = Path(out).resolve()
+    refusals = [
+        Refusal(
+            "the output and an input lie in one another",
+            file=str(out),
+            found=f"the input {str(given)!r} and the output {str(out)!r}",
+            expected="an output outside every input, and no input in it",
+            remedy="choose another place for the output",
+        )
+        for given in inputs
+        if (real := Path(given).resolve()) == place
+        or real in place.parents
+        or place in real.parents
+    ]
+    if refusals:
+        raise Refused(refusals)
+
+
+# --- who writes ------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(path: Path, refuse: Callable[[str], GloraError]) -> Iterator[None]:
+    """Hold the lock file `path`, which is gone afterwards; the system frees it after a kill.
+
+    Parameters
+    ----------
+    path : path
+    refuse : callable
+        Makes the error where another process holds it, from words that say which.
+    """
+    from filelock import FileLock, Timeout
+
+    known = _holder(path)
+    require(known is not None, "lock", repr(str(path)), "a lock file of glora", "move it away",
+            file=str(path))  # fmt: skip
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=0)
+        path.write_text(json.dumps({"glora": os.getpid(), "host": socket.gethostname()}))
+        yield
+    except Timeout:
+        raise refuse(_holder(path) or "another process") from None
+    finally:
+        if held.is_locked:
+            _let_go(held, path)
+
+
+def _holder(path: Path) -> str | None:
+    """Who a lock file says holds it; None where it is no lock file of glora."""
+    try:
+        text = path.read_text() if os.path.lexists(path) else ""
+        about = json.loads(text or "{}")
+        return f"process {about['glora']} on {about['host']}" if text else "another process"
+    except FileNotFoundError:  # let go of between two looks
+        return "another process"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _let_go(held: object, path: Path) -> None:
+    if os.name == "nt":  # an open file cannot be removed
+        held.release()  # type: ignore[attr-defined]
+    with suppress(OSError):
+        path.unlink()
+    held.release()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def claimed(target: str | os.PathLike[str], strangers: Strangers) -> Iterator[None]:
+    """Be the only process of glora that writes to `target`, and clear away what a killed one left.
+
+    Folders above `target` are made, and taken away again if the block fails.
+
+    Raises
+    ------
+    GloraError
+        If another process is at work there.
+    """
+    final = Path(target).resolve()
+    made = [parent for parent in final.parents if not parent.exists()]
+
+    def refuse(holder: str) -> GloraError:
+        return unfit(
+            "output",
+            f"{str(final)!r}, where {holder} is at work",
+            "one process for an output",
+            "wait for it or stop it, or choose another place",
+            file=str(final),
+        )
+
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with lock(final.with_name(f".{final.name}.lock"), refuse):
+            sweep(final.parent, strangers, final.name)
+            yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(target: str | os.PathLike[str], strangers: Strangers | None) -> Iterator[Path]:
+    """Give a folder to fill; when the block ends without an error, it stands at `target`.
+
+    Parameters
+    ----------
+    target : path
+        Must not exist, unless `strangers` says that all of it is glora's own.
+    strangers : callable or None
+        As in `check_free`.
+
+    Raises
+    ------
+    GloraError
+        If something stands at `target` that may not be replaced, whenever it came there. The
+        new folder is gone then, and `target` as it was.
+    """
+    with _built(target, strangers, "folder") as path:
+        path.mkdir()
+        yield path
+
+
+@contextmanager
+def new_file(target: str | os.PathLike[str], strangers: Strangers | None) -> Iterator[Path]:
+    """Give a path to write a file to; when the block ends without an error, it is `target`.
+
+    Parameters, errors: as for `new_folder`.
+    """
+    with _built(target, strangers, "file") as path:
+        yield path
+        path.chmod(0o644)
+
+
+def ours(path: Path) -> list[str]:
+    """The strangers of a file whose folder tells that it is glora's."""
+    return []
+
+
+def write_text(path: Path, text: str, strangers: Strangers = ours) -> None:
+    with new_file(path, strangers) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _built(
+    target: str | os.PathLike[str], strangers: Strangers | None, what: str
+) -> Iterator[Path]:
+    check_free(target, strangers, what=what)
+    final = Path(target).resolve()
+    if strangers is not None:
+        sweep(final.parent, strangers, final.name)
+    with _hidden(final, strangers or _all) as hidden:
+        path = hidden / final.name
+        yield path
+        _flush(path)
+        try:
+            _put(path, final, strangers, what)
+        except Taken:
+            raise unfit(
+                what,
+                f"{str(final)!r}, which has come to stand there meanwhile",
+                "a new one",
+                "choose another, or look whether it may go",
+                file=str(final),
+            ) from None
+    _flush_one(final.parent)
+
+
+def _all(path: Path) -> list[str]:
+    return [path.name]
+
+
+@contextmanager
+def _hidden(final: Path, strangers: Strangers) -> Iterator[Path]:
+    """A locked folder of glora's own beside `final`, cleared away at the end."""
+    from filelock import FileLock, Timeout
+
+    while True:
+        hidden = final.with_name(f".{final.name}.{secrets.token_hex(4)}.new")
+        held = FileLock(hidden / _LOCK)
+        try:
+            hidden.mkdir()
+            try:
+                held.acquire(timeout=0)
+                gone = not (hidden / _LOCK).exists()
+            except (Timeout, FileNotFoundError):
+                gone = True
+            if gone:  # another process took it for a leftover before it was locked
+                held.release()
+                continue
+            yield hidden
+            return
+        finally:
+            if held.is_locked:
+                _clear(hidden, final, strangers)
+                held.release()
+            else:
+                with suppress(OSError):
+                    hidden.rmdir()
+
+
+def _put(path: Path, final: Path, strangers: Strangers | None, what: str) -> None:
+    """Rename `path` to `final`; what stood there, if it may go, is left at `path`."""
+    if strangers is None or not os.path.lexists(final):
+        rename_new(path, final)
+        return
+    _require_own(final, final, strangers, what)
+    unsure = path.with_name(_UNSURE)
+    unsure.touch()
+    old = _swap(path, final)
+    try:
+        _require_own(old, final, strangers, what)
+    except BaseException:
+        if not exchange(path, final):
+            os.rename(final, path)
+            rename_new(old, final)
+        raise
+    finally:
+        unsure.unlink()
+
+
+def _swap(path: Path, final: Path) -> Path:
+    """Put `path` in the place of what is at `final`; where that is now.
+
+    In two steps where the system cannot do it in one.
+    """
+    if exchange(path, final):
+        return path
+    aside = path.with_name(_ASIDE)
+    os.rename(final, aside)
+    try:
+        rename_new(path, final)
+    except BaseException:
+        rename_new(aside, final)
+        raise
+    return aside
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """Where what is built at `path` will stand; any other path as it is, resolved."""
+    parts = list(Path(path).resolve().parts)
+    for i in range(len(parts) - 1, 0, -1):
+        found = _HIDDEN.fullmatch(parts[i - 1])
+        if found and found[1] == parts[i]:
+            del parts[i - 1]
+    return Path(*parts)
+
+
+def sweep(folder: Path, strangers: Strangers, name: str | None = None) -> None:
+    """Clear away what killed processes were building in `folder`, for `name` or for any target."""
+    from filelock import FileLock, Timeout
+
+    try:
+        entries = list(folder.iterdir())
+    except PermissionError:  # a folder may be written to that is not to be read
+        return
+    for hidden in entries:
+        found = _HIDDEN.fullmatch(hidden.name)
+        if not found or name not in (None, found[1]) or hidden.is_symlink() or not hidden.is_dir():
+            continue
+        if not (hidden / _LOCK).is_file():
+            with suppress(OSError):  # killed before it was locked: empty, or not glora's
+                hidden.rmdir()
+            continue
+        held = FileLock(hidden / _LOCK)
+        try:
+            held.acquire(timeout=0)
+        except (Timeout, OSError):
+            continue
+        try:
+            _clear(hidden, folder / found[1], strangers)
+        finally:
+            held.release()
+
+
+def _clear(hidden: Path, final: Path, strangers: Strangers) -> None:
+    """Remove a hidden folder, its lock last; what might be somebody's is put back or kept."""
+    aside, path = hidden / _ASIDE, hidden / final.name
+    if os.path.lexists(aside):
+        with suppress(OSError):
+            rename_new(aside, final)
+    if os.path.lexists(hidden / _UNSURE):
+        for left in (aside, path):
+            others = list(strangers(left)) if os.path.lexists(left) else []
+            if others:
+                warnings.warn(
+                    f"{str(left)!r} was replaced by a run that was killed, and holds what glora "
+                    f"did not write: {', '.join(others[:5])}; it is kept",
+                    GloraWarning,
+                    stacklevel=2,
+                )
+                return
+    for entry in hidden.iterdir():
+        if entry.name != _LOCK:
+            _remove(entry)
+    for remove in ((hidden / _LOCK).unlink, hidden.rmdir):
+        with suppress(OSError):
+            remove()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _flush(path: Path) -> None:
+    for inner in path.rglob("*") if path.is_dir() else ():
+        _flush_one(inner)
+    _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
