@@ -36,7 +36,7 @@ __all__ = [
 INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"
 HEAT = "Blues"
-MARK = "glora (drawn by glora_ops.plots)"  # in every picture's metadata
+MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata
 SUFFIXES = (".png", ".pdf", ".svg")
 
 #: Above this many modules lines are told apart by a colour bar instead of a legend.
@@ -266,7 +266,7 @@ def check_picture(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLi
         f"a file ending in {' or '.join(SUFFIXES)}",
     )
     apart(path, inputs)
-    check_free(path, no_picture, what="file")
+    check_free(path.resolve(), no_picture, what="file")
 
 
 def no_picture(path: Path) -> list[str]:

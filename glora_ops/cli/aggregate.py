@@ -172,7 +172,8 @@ def aggregate(
         from .facts import STATE_NAME, load_state, padding_note, print_state, state_facts
         from .outputs import strangers
 
-        inputs = [*weighed, *([weights] if weights is not None and _is_file(weights) else [])]
+        inputs: list[str | Path] = [*weighed]
+        inputs += [weights] if weights is not None and _is_file(weights) else []
         old = None if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
@@ -192,11 +193,11 @@ def aggregate(
 
             with listing(refusals):
                 require_matplotlib()
-        replaces = strangers if overwrite else None
+        place, replaces = out.resolve(), strangers if overwrite else None
         with listing(refusals):
-            check_free(out, replaces)
+            check_free(place, replaces)
             apart(out, inputs)
-            held.enter_context(claimed(out, strangers))
+            held.enter_context(claimed(place, strangers))
         if weights is not None and _is_file(weights):
             with listing(refusals):
                 settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
@@ -221,7 +222,7 @@ def aggregate(
             record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}},
         )
         facts = state_facts(state)
-        with new_folder(out, replaces) as building:
+        with new_folder(place, replaces) as building:
             state.save(building / STATE_NAME)
             for r in readouts:
                 state.write_adapter(building / f"r{r}", r, pad=pad, seed=seed)

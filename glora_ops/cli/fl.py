@@ -152,7 +152,8 @@ def report(
         folder = runs[0] / "report" if out is None else out
         apart(folder, [run.folder for run in found])
         summaries, pages = [], []
-        with claimed(folder, strangers), new_folder(folder, strangers) as building:
+        place = folder.resolve()
+        with claimed(place, strangers), new_folder(place, strangers) as building:
             for name, mine in by_config(found).items():
                 summary = summarise(mine, sweeps, reference)
                 names = draw(mine, summary["reference"], building, name)

@@ -92,7 +92,7 @@ def learning_rate(
     if own is not None or not config.sweep.lrs:
         return config.training.lr if own is None else own
     outcome = home / SWEEP / f"{label}.json"
-    check_free(outcome, _no_sweep, what="file")
+    check_free(outcome.resolve(), _no_sweep, what="file")
     scores = {}
     for lr in config.sweep.lrs:  # a finished trial is not repeated, one of another setting refused
         plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")

@@ -49,20 +49,18 @@ _ASIDE = "aside"  # the old one, where it cannot change places with the new in o
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
 
 
-def check_free(
-    target: str | os.PathLike[str], strangers: Strangers | None, *, what: str = "folder"
-) -> None:
-    """Raise `GloraError` where nothing could be put at `target`.
+def check_free(final: Path, strangers: Strangers | None, *, what: str = "folder") -> None:
+    """Raise `GloraError` where nothing could be put at `final`.
 
     Parameters
     ----------
-    target : path
+    final : path
+        Resolved: a link that has come to stand there since is not followed.
     strangers : callable or None
-        What of an existing `target` glora did not write; None: it must not exist at all.
+        What of an existing `final` glora did not write; None: it must not exist at all.
     what : str
         "folder" or "file", for the message.
     """
-    final = Path(target).resolve()
     if os.path.lexists(final):
         require(
             strangers is not None,
@@ -170,17 +168,16 @@ def _let_go(held: object, path: Path) -> None:
 
 
 @contextmanager
-def claimed(target: str | os.PathLike[str], strangers: Strangers) -> Iterator[None]:
-    """Be the only process of glora that writes to `target`, and clear away what a killed one left.
+def claimed(final: Path, strangers: Strangers) -> Iterator[None]:
+    """Be the only process of glora that writes to `final`, and clear away what a killed one left.
 
-    Folders above `target` are made, and taken away again if the block fails.
+    Folders above `final`, a resolved path, are made, and taken away again if the block fails.
 
     Raises
     ------
     GloraError
         If another process is at work there.
     """
-    final = Path(target).resolve()
     made = [parent for parent in final.parents if not parent.exists()]
 
     def refuse(holder: str) -> GloraError:
@@ -208,23 +205,23 @@ def claimed(target: str | os.PathLike[str], strangers: Strangers) -> Iterator[No
 
 
 @contextmanager
-def new_folder(target: str | os.PathLike[str], strangers: Strangers | None) -> Iterator[Path]:
-    """Give a folder to fill; when the block ends without an error, it stands at `target`.
+def new_folder(final: Path, strangers: Strangers | None) -> Iterator[Path]:
+    """Give a folder to fill; when the block ends without an error, it stands at `final`.
 
     Parameters
     ----------
-    target : path
-        Must not exist, unless `strangers` says that all of it is glora's own.
+    final : path
+        Resolved. Must not exist, unless `strangers` says that all of it is glora's own.
     strangers : callable or None
         As in `check_free`.
 
     Raises
     ------
     GloraError
-        If something stands at `target` that may not be replaced, whenever it came there. The
-        new folder is gone then, and `target` as it was.
+        If something stands at `final` that may not be replaced, whenever it came there. The
+        new folder is gone then, and `final` as it was.
     """
-    with _built(target, strangers, "folder") as path:
+    with _built(final, strangers, "folder") as path:
         path.mkdir()
         yield path
 
@@ -233,9 +230,9 @@ def new_folder(target: str | os.PathLike[str], strangers: Strangers | None) -> I
 def new_file(target: str | os.PathLike[str], strangers: Strangers | None) -> Iterator[Path]:
     """Give a path to write a file to; when the block ends without an error, it is `target`.
 
-    Parameters, errors: as for `new_folder`.
+    Otherwise as `new_folder`; a link at `target` is followed.
     """
-    with _built(target, strangers, "file") as path:
+    with _built(Path(target).resolve(), strangers, "file") as path:
         yield path
         path.chmod(0o644)
 
@@ -251,11 +248,8 @@ def write_text(path: Path, text: str, strangers: Strangers = ours) -> None:
 
 
 @contextmanager
-def _built(
-    target: str | os.PathLike[str], strangers: Strangers | None, what: str
-) -> Iterator[Path]:
-    check_free(target, strangers, what=what)
-    final = Path(target).resolve()
+def _built(final: Path, strangers: Strangers | None, what: str) -> Iterator[Path]:
+    check_free(final, strangers, what=what)
     if strangers is not None:
         sweep(final.parent, strangers, final.name)
     with _hidden(final, strangers or _all) as hidden:
@@ -323,9 +317,9 @@ def _put(path: Path, final: Path, strangers: Strangers | None, what: str) -> Non
         if not exchange(path, final):
             os.rename(final, path)
             rename_new(old, final)
-        raise
-    finally:
         unsure.unlink()
+        raise
+    unsure.unlink()
 
 
 def _swap(path: Path, final: Path) -> Path:

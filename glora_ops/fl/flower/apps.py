@@ -86,7 +86,9 @@ def simulate(
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is in the records
     cores = min(nodes, os.cpu_count() or 1)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     in_main = threading.current_thread() is threading.main_thread()  # where signals arrive
     theirs = ray_utils.set_sigterm_handler
     if in_main:
