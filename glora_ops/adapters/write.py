@@ -123,8 +123,8 @@ def write_adapter(
         CARD_NAME: _model_card(config, len(factors), sorted(dense or {})),
     }
     mark = json.dumps({name: _digest(text.encode()) for name, text in sorted(texts.items())})
-    final, replaces = Path(folder).resolve(), strangers if overwrite else None
-    with claimed(final, strangers), new_folder(final, replaces) as path:
+    final = Path(folder).resolve()
+    with claimed(final, strangers), new_folder(final, strangers, overwrite=overwrite) as path:
         save_tensors(tensors, path / TENSORS_NAME, {"format": "pt", MARK: mark})
         for name, text in texts.items():
             (path / name).write_bytes(text.encode())

@@ -193,11 +193,11 @@ def aggregate(
 
             with listing(refusals):
                 require_matplotlib()
-        place, replaces = out.resolve(), strangers if overwrite else None
+        place = out.resolve()
         with listing(refusals):
-            check_free(place, replaces)
-            apart(out, inputs)
             held.enter_context(claimed(place, strangers))
+            check_free(place, strangers, overwrite=overwrite)
+            apart(out, inputs)
         if weights is not None and _is_file(weights):
             with listing(refusals):
                 settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
@@ -222,7 +222,7 @@ def aggregate(
             record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}},
         )
         facts = state_facts(state)
-        with new_folder(place, replaces) as building:
+        with new_folder(place, strangers, overwrite=overwrite) as building:
             state.save(building / STATE_NAME)
             for r in readouts:
                 state.write_adapter(building / f"r{r}", r, pad=pad, seed=seed)

@@ -22,9 +22,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import GloraError, GloraWarning, Refusal, Refused, require, unfit
 from .rename import Taken, exchange, rename_new
+from .signals import surely
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = [
     "Strangers",
@@ -49,21 +54,25 @@ _ASIDE = "aside"  # the old one, where it cannot change places with the new in o
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
 
 
-def check_free(final: Path, strangers: Strangers | None, *, what: str = "folder") -> None:
+def check_free(
+    final: Path, strangers: Strangers, *, overwrite: bool = True, what: str = "folder"
+) -> None:
     """Raise `GloraError` where nothing could be put at `final`.
 
     Parameters
     ----------
     final : path
         Resolved: a link that has come to stand there since is not followed.
-    strangers : callable or None
-        What of an existing `final` glora did not write; None: it must not exist at all.
+    strangers : callable
+        What of an existing `final` glora did not write.
+    overwrite : bool
+        Whether `final` may be replaced where there is nothing of that kind; else it must not exist.
     what : str
         "folder" or "file", for the message.
     """
     if os.path.lexists(final):
         require(
-            strangers is not None,
+            overwrite,
             what,
             f"the existing {str(final)!r}",
             "a new one",
@@ -71,6 +80,10 @@ def check_free(final: Path, strangers: Strangers | None, *, what: str = "folder"
             file=str(final),
         )
         _require_own(final, final, strangers, what)
+    _require_place(final, what)
+
+
+def _require_place(final: Path, what: str) -> None:
     above = next(parent for parent in final.parents if os.path.lexists(parent))
     require(
         above.is_dir() and os.access(above, os.W_OK | os.X_OK),
@@ -82,9 +95,9 @@ def check_free(final: Path, strangers: Strangers | None, *, what: str = "folder"
     )
 
 
-def _require_own(found: Path, final: Path, strangers: Strangers | None, what: str) -> None:
+def _require_own(found: Path, final: Path, strangers: Strangers, what: str) -> None:
     """Refuse to replace what lies at `found`, and stands or stood at `final`, unless it is ours."""
-    others = list(strangers(found)) if strangers else [final.name]
+    others = list(strangers(found))
     named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
     holds = f", which holds what glora did not write: {named}" if found.is_dir() else ""
     require(
@@ -143,8 +156,7 @@ def lock(path: Path, refuse: Callable[[str], GloraError]) -> Iterator[None]:
     except Timeout:
         raise refuse(_holder(path) or "another process") from None
     finally:
-        if held.is_locked:
-            _let_go(held, path)
+        surely(lambda: _let_go(held))
 
 
 def _holder(path: Path) -> str | None:
@@ -159,12 +171,24 @@ def _holder(path: Path) -> str | None:
         return None
 
 
-def _let_go(held: object, path: Path) -> None:
-    if os.name == "nt":  # an open file cannot be removed
-        held.release()  # type: ignore[attr-defined]
-    with suppress(OSError):
-        path.unlink()
-    held.release()  # type: ignore[attr-defined]
+def _let_go(held: BaseFileLock) -> None:
+    """Release a lock and remove its file, unless it is another process that holds it."""
+    from filelock import Timeout
+
+    path = Path(held.lock_file)
+    if not path.exists():
+        held.release()
+        return
+    try:
+        held.acquire(timeout=0)  # a second time, or after an interruption the first
+    except Timeout:
+        return
+    if os.name != "nt":  # there an open file cannot be removed
+        path.unlink(missing_ok=True)
+    held.release(force=True)
+    if os.name == "nt":
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
@@ -176,8 +200,9 @@ def claimed(final: Path, strangers: Strangers) -> Iterator[None]:
     Raises
     ------
     GloraError
-        If another process is at work there.
+        If another process is at work there, or nothing can be written there.
     """
+    _require_place(final, "folder")
     made = [parent for parent in final.parents if not parent.exists()]
 
     def refuse(holder: str) -> GloraError:
@@ -195,24 +220,28 @@ def claimed(final: Path, strangers: Strangers) -> Iterator[None]:
             sweep(final.parent, strangers, final.name)
             yield
     except BaseException:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
+        surely(lambda: _remove_empty(made))
         raise
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 # --- writing ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def new_folder(final: Path, strangers: Strangers | None) -> Iterator[Path]:
+def new_folder(final: Path, strangers: Strangers, *, overwrite: bool = True) -> Iterator[Path]:
     """Give a folder to fill; when the block ends without an error, it stands at `final`.
 
     Parameters
     ----------
     final : path
-        Resolved. Must not exist, unless `strangers` says that all of it is glora's own.
-    strangers : callable or None
+        Resolved.
+    strangers, overwrite
         As in `check_free`.
 
     Raises
@@ -221,18 +250,18 @@ def new_folder(final: Path, strangers: Strangers | None) -> Iterator[Path]:
         If something stands at `final` that may not be replaced, whenever it came there. The
         new folder is gone then, and `final` as it was.
     """
-    with _built(final, strangers, "folder") as path:
+    with _built(final, strangers, overwrite, "folder") as path:
         path.mkdir()
         yield path
 
 
 @contextmanager
-def new_file(target: str | os.PathLike[str], strangers: Strangers | None) -> Iterator[Path]:
+def new_file(target: str | os.PathLike[str], strangers: Strangers) -> Iterator[Path]:
     """Give a path to write a file to; when the block ends without an error, it is `target`.
 
     Otherwise as `new_folder`; a link at `target` is followed.
     """
-    with _built(Path(target).resolve(), strangers, "file") as path:
+    with _built(Path(target).resolve(), strangers, True, "file") as path:
         yield path
         path.chmod(0o644)
 
@@ -248,16 +277,19 @@ def write_text(path: Path, text: str, strangers: Strangers = ours) -> None:
 
 
 @contextmanager
-def _built(final: Path, strangers: Strangers | None, what: str) -> Iterator[Path]:
-    check_free(final, strangers, what=what)
-    if strangers is not None:
+def _built(final: Path, strangers: Strangers, overwrite: bool, what: str) -> Iterator[Path]:
+    if final.parent.is_dir():
         sweep(final.parent, strangers, final.name)
-    with _hidden(final, strangers or _all) as hidden:
+    check_free(final, strangers, overwrite=overwrite, what=what)
+    with _hidden(final, strangers) as hidden:
         path = hidden / final.name
         yield path
         _flush(path)
         try:
-            _put(path, final, strangers, what)
+            if overwrite and os.path.lexists(final):
+                _replace(path, final, strangers, what)
+            else:
+                rename_new(path, final)
         except Taken:
             raise unfit(
                 what,
@@ -267,10 +299,6 @@ def _built(final: Path, strangers: Strangers | None, what: str) -> Iterator[Path
                 file=str(final),
             ) from None
     _flush_one(final.parent)
-
-
-def _all(path: Path) -> list[str]:
-    return [path.name]
 
 
 @contextmanager
@@ -285,28 +313,23 @@ def _hidden(final: Path, strangers: Strangers) -> Iterator[Path]:
             hidden.mkdir()
             try:
                 held.acquire(timeout=0)
-                gone = not (hidden / _LOCK).exists()
+                if not (hidden / _LOCK).exists():
+                    continue
             except (Timeout, FileNotFoundError):
-                gone = True
-            if gone:  # another process took it for a leftover before it was locked
-                held.release()
-                continue
+                continue  # another process took it for a leftover before it was locked
             yield hidden
             return
         finally:
-            if held.is_locked:
-                _clear(hidden, final, strangers)
-                held.release()
-            else:
-                with suppress(OSError):
-                    hidden.rmdir()
+            surely(lambda held=held, hidden=hidden: _let_hidden_go(held, hidden, final, strangers))
 
 
-def _put(path: Path, final: Path, strangers: Strangers | None, what: str) -> None:
-    """Rename `path` to `final`; what stood there, if it may go, is left at `path`."""
-    if strangers is None or not os.path.lexists(final):
-        rename_new(path, final)
-        return
+def _let_hidden_go(held: BaseFileLock, hidden: Path, final: Path, strangers: Strangers) -> None:
+    held.release()
+    _clear_unlocked(hidden, final, strangers)
+
+
+def _replace(path: Path, final: Path, strangers: Strangers, what: str) -> None:
+    """Put `path` in the place of what is at `final`, which is left beside it, if that may go."""
     _require_own(final, final, strangers, what)
     unsure = path.with_name(_UNSURE)
     unsure.touch()
@@ -351,29 +374,35 @@ def destination(path: str | os.PathLike[str]) -> Path:
 
 def sweep(folder: Path, strangers: Strangers, name: str | None = None) -> None:
     """Clear away what killed processes were building in `folder`, for `name` or for any target."""
-    from filelock import FileLock, Timeout
-
     try:
         entries = list(folder.iterdir())
     except PermissionError:  # a folder may be written to that is not to be read
         return
     for hidden in entries:
         found = _HIDDEN.fullmatch(hidden.name)
-        if not found or name not in (None, found[1]) or hidden.is_symlink() or not hidden.is_dir():
-            continue
-        if not (hidden / _LOCK).is_file():
-            with suppress(OSError):  # killed before it was locked: empty, or not glora's
-                hidden.rmdir()
-            continue
-        held = FileLock(hidden / _LOCK)
-        try:
-            held.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        try:
-            _clear(hidden, folder / found[1], strangers)
-        finally:
-            held.release()
+        if found and name in (None, found[1]):
+            _clear_unlocked(hidden, folder / found[1], strangers)
+
+
+def _clear_unlocked(hidden: Path, final: Path, strangers: Strangers) -> None:
+    """Remove a hidden folder if it is glora's and its maker does not live."""
+    from filelock import FileLock, Timeout
+
+    if hidden.is_symlink() or not hidden.is_dir():
+        return
+    if not (hidden / _LOCK).is_file():
+        with suppress(OSError):  # killed before it was locked: empty, or not glora's
+            hidden.rmdir()
+        return
+    held = FileLock(hidden / _LOCK)
+    try:
+        held.acquire(timeout=0)
+    except (Timeout, OSError):
+        return
+    try:
+        _clear(hidden, final, strangers)
+    finally:
+        held.release()
 
 
 def _clear(hidden: Path, final: Path, strangers: Strangers) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "terminable"]
+__all__ = ["Terminated", "surely", "terminable"]
 
 
 class Terminated(KeyboardInterrupt):
@@ -32,3 +32,12 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def surely(clear: Callable[[], object]) -> None:
+    """Clear something away; once more from the start if a signal comes meanwhile."""
+    try:
+        clear()
+    except KeyboardInterrupt:
+        clear()
+        raise

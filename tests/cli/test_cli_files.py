@@ -139,7 +139,7 @@ def test_leftovers_go_with_the_next_run_and_what_looks_like_one_stays(work: Path
     alike = work / ".out.deadbeef.new"
     alike.mkdir()
     (alike / "thesis.txt").write_text("mine")
-    with outputs.new_folder(work / "out", None) as other:  # at work: not left over
+    with outputs.new_folder(work / "out", strangers) as other:  # at work: not left over
         glora("aggregate", "ann", "bob", "-o", "out2")
         glora("aggregate", "ann", "bob", "-o", "out", "--readout", 4)
         assert other.is_dir()
