@@ -164,7 +164,8 @@ def _holder(path: Path) -> str | None:
     try:
         text = path.read_text() if os.path.lexists(path) else ""
         about = json.loads(text or "{}")
-        return f"process {about['glora']} on {about['host']}" if text else "another process"
+        which = f" ({about['glora']} on {about['host']})" if text else ""
+        return f"another process{which}"
     except FileNotFoundError:  # let go of between two looks
         return "another process"
     except (OSError, ValueError, KeyError, TypeError):

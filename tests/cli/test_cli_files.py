@@ -122,7 +122,7 @@ def test_a_second_writer_is_refused_by_name(work: Path, monkeypatch: pytest.Monk
     others.clear()
     glora("aggregate", *CLIENTS, "-o", "out")
     (said,) = others
-    assert f"process {os.getpid()} on" in said
+    assert f"another process ({os.getpid()} on" in said
     assert State.load("out/server.safetensors").clients == tuple(CLIENTS)
     assert {p.name for p in work.iterdir()} == {*CLIENTS, "m", "out"}
 
