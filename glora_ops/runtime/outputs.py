@@ -7,11 +7,12 @@ out of everybody's reach: if it is not glora's own any more, both change back.
 
 The hidden folder holds a lock file for as long as its maker lives. Whoever writes to the same
 target next removes those whose lock is free: what a killed process left behind. A folder that only
-has such a name is left alone.
+has such a name, and anything in it, is left alone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -48,9 +49,9 @@ __all__ = [
 #: What of a file or folder glora did not write, by name; nothing: it may be replaced.
 Strangers = Callable[[Path], Sequence[str]]
 
-_LOCK = ".glora"  # in a hidden folder: it is glora's, and its maker lives while it is locked
-_UNSURE = "unsure"  # stands there from before old and new change places until the old was looked at
-_ASIDE = "aside"  # the old one, where it cannot change places with the new in one step
+_LOCK = ".glora-lock"  # in a hidden folder: it is glora's, and its maker lives while it is locked
+_UNSURE = ".glora-unsure"  # stands while old and new change places, until the old was looked at
+_ASIDE = ".glora-aside"  # the old one, where it cannot change places with the new in one step
 _HIDDEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.new")
 
 
@@ -282,6 +283,8 @@ def _built(final: Path, strangers: Strangers, overwrite: bool, what: str) -> Ite
     if final.parent.is_dir():
         sweep(final.parent, strangers, final.name)
     check_free(final, strangers, overwrite=overwrite, what=what)
+    if not final.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(final.parent))
     with _hidden(final, strangers) as hidden:
         path = hidden / final.name
         yield path

@@ -324,7 +324,7 @@ def test_a_crash_between_any_two_writes_loses_nothing(
             if when == "in the checkpoint":
                 left = self.folder / ".checkpoint.safetensors.0123abcd.new"
                 left.mkdir()
-                (left / ".glora").touch()
+                (left / ".glora-lock").touch()
                 (left / "checkpoint.safetensors").write_bytes(b"half")
                 with self.metrics_path.open("a") as file:
                     file.write('{"round": 3, "cut o')
