@@ -21,7 +21,7 @@ from .config import CONFIG_NAME
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME
 
-__all__ = ["strangers", "unmarked", "write_adapter"]
+__all__ = ["strangers", "strangers_unmarked", "write_adapter"]
 
 CARD_NAME = "README.md"
 MARK = "glora_adapter"  # key in the tensors' metadata: digests of the files beside them
@@ -156,12 +156,13 @@ def _written(entry: Path, mark: Mapping[str, Any]) -> bool:
     )
 
 
-def unmarked(folder: Path) -> bool:
-    """Whether a folder is as `write_adapter` left it before there were marks, to its texts."""
+def strangers_unmarked(folder: Path) -> list[str]:
+    """`strangers` of a folder from before there were marks, known by its texts alone."""
     found = {entry.name: entry for entry in folder.iterdir()}
-    links = any(entry.is_symlink() for entry in found.values())
-    if links or found.keys() != {TENSORS_NAME, CONFIG_NAME, CARD_NAME}:
-        return False
+    names = {TENSORS_NAME, CONFIG_NAME, CARD_NAME}
+    odd = [name for name, entry in found.items() if name not in names or entry.is_symlink()]
+    if odd or found.keys() != names:
+        return sorted(odd or found)
     try:
         text = found[CONFIG_NAME].read_text(encoding="utf-8")
         config = json.loads(text)
@@ -169,13 +170,14 @@ def unmarked(folder: Path) -> bool:
             keys, metadata = list(file.keys()), file.metadata()
         dense = sorted(key.removeprefix(PREFIX) for key in keys if ".lora_" not in key)
         card = _model_card(config, len(config["target_modules"]), dense)
-        return (
+        own = (
             metadata == {"format": "pt"}
             and text == json.dumps(config, indent=2, sort_keys=True)
             and card == found[CARD_NAME].read_text(encoding="utf-8")
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        own = False
+    return [] if own else sorted(found)
 
 
 def _digest(content: bytes) -> str:

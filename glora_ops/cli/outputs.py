@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.write import strangers as strangers_in_adapter
-from ..adapters.write import unmarked
+from ..adapters.write import strangers_unmarked
 from ..plots import no_picture
 from ..runtime.tensors import read_mark
 from ..state import MARK
@@ -35,8 +35,9 @@ def strangers(folder: Path) -> list[str]:
         elif entry.name == PICTURE_NAME:
             out += [] if _is_before(about) and _drawn(entry) else no_picture(entry)
         elif re.fullmatch(r"r[1-9]\d*", entry.name) and entry.is_dir():
-            before = _is_before(about) and int(entry.name[1:]) in _ranks(about)
-            inside = [] if before and unmarked(entry) else strangers_in_adapter(entry)
+            inside = strangers_in_adapter(entry)
+            if inside and _is_before(about) and int(entry.name[1:]) in _ranks(about):
+                inside = strangers_unmarked(entry)
             out += [f"{entry.name}/{name}" for name in inside]
         elif entry.name != STATE_NAME:
             out.append(entry.name)

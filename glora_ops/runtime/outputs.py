@@ -22,6 +22,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,7 +158,7 @@ def lock(path: Path, refuse: Callable[[str], GloraError]) -> Iterator[None]:
     except Timeout:
         raise refuse(_holder(path) or "another process") from None
     finally:
-        surely(lambda: _let_go(held))
+        surely(partial(_let_go, held))
 
 
 def _holder(path: Path) -> str | None:
@@ -222,7 +223,7 @@ def claimed(final: Path, strangers: Strangers) -> Iterator[None]:
             sweep(final.parent, strangers, final.name)
             yield
     except BaseException:
-        surely(lambda: _remove_empty(made))
+        surely(partial(_remove_empty, made))
         raise
 
 
@@ -324,7 +325,7 @@ def _hidden(final: Path, strangers: Strangers) -> Iterator[Path]:
             yield hidden
             return
         finally:
-            surely(lambda held=held, hidden=hidden: _let_hidden_go(held, hidden, final, strangers))
+            surely(partial(_let_hidden_go, held, hidden, final, strangers))
 
 
 def _let_hidden_go(held: BaseFileLock, hidden: Path, final: Path, strangers: Strangers) -> None:
