@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -69,7 +70,10 @@ def simulate(
     def server(grid: Grid, context: Context) -> None:
         def engine(plan: Plan) -> FlowerEngine:
             begun.append(run_name(plan_text(plan)))
-            return FlowerEngine(grid, plan, patience=DAY, timeout=DAY, over=over)
+            made = FlowerEngine(grid, plan, patience=DAY, timeout=DAY, over=over)
+            if in_main:
+                set_handler(signal.SIGTERM, pythons)
+            return made
 
         results.append(main(engine))
 
@@ -90,11 +94,17 @@ def simulate(
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
     }
     in_main = threading.current_thread() is threading.main_thread()  # where signals arrive
-    theirs = ray_utils.set_sigterm_handler
+    theirs, pythons = ray_utils.set_sigterm_handler, None
+    get_handler, set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get_handler.restype = set_handler.restype = ctypes.c_void_p
+    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
     if in_main:
         for number in before:
             signal.signal(number, stop)
-        ray_utils.set_sigterm_handler = lambda handler: None  # Ray's ends the process at once
+        # Ray's handlers end the process at once: one in Python, which it is not let set, and one in C,
+        # which Python's replaces again once the nodes have answered (in any thread, unlike `signal`).
+        ray_utils.set_sigterm_handler = lambda handler: None
+        pythons = get_handler(signal.SIGTERM)
     try:
         run_simulation(
             app,
