@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import check_padding, integer, number
 from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, STATS
 from .errors import GloraWarning, clean, require, unfit
-from .state_file import StateFile, encode, read
+from .runtime.outputs import destination, new_file
+from .runtime.tensors import read_mark, save_tensors
+from .state_file import MARK, StateFile, encode, read
 
 __all__ = ["Factors", "ModuleState", "State"]
 
@@ -204,11 +204,12 @@ class State:
         Raises
         ------
         GloraError
-            What could not be read again: values that no state has, settings that JSON cannot
-            hold or that are none of glora's, names that are not printable or too long.
+            If something stands at `path` that is no state. What could not be read again: values
+            that no state has, settings that JSON cannot hold or that are none of glora's, names
+            that are not printable or too long.
         """
         path = Path(path)
-        here = path.resolve().parent
+        here = destination(path).parent
         tensors, metadata = encode(
             {
                 "modules": list(self.modules),
@@ -221,17 +222,8 @@ class State:
             {name: vars(m) for name, m in self.modules.items()},
             self.dense,
         )
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path, _no_state) as partial:
+            save_tensors(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -283,7 +275,8 @@ class State:
         ------
         GloraError
             The state was not made from PEFT folders, `rank` would be nothing but padding, as
-            `readout`, or `folder` exists and not `overwrite`.
+            `readout`, or `folder` exists and not `overwrite`, or it holds anything that
+            `write_adapter` did not write.
         """
         from .adapters import write_adapter
 
@@ -296,6 +289,11 @@ class State:
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+
+
+def _no_state(path: Path) -> list[str]:
+    """The name of a file that is no state of glora's, which `save` does not replace."""
+    return [] if read_mark(path, MARK) else [path.name]
 
 
 def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:

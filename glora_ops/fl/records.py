@@ -20,13 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GloraError, require, unfit
-from .files import replacing, write_text
+from ..runtime.outputs import lock, new_file, ours, sweep, write_text
 from .messages import Pairs
 from .server import SVD, Server
 
@@ -108,25 +107,24 @@ class Run:
         self.metrics_path = folder / "metrics.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
+        self.lock_path = folder / ".lock"
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes out: two that write one run would mix their rounds."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise unfit(
+
+        def refuse(holder: str) -> GloraError:
+            return unfit(
                 "runs",
-                f"{str(self.folder)!r}, where another process is at work",
+                f"{str(self.folder)!r}, where {holder} is at work",
                 "one process a run",
                 "wait for it or stop it, then --resume; or another -o",
-            ) from None
-        try:
+            )
+
+        with lock(self.lock_path, refuse):
+            sweep(self.folder, ours)
             yield
-        finally:
-            lock.release()
 
     def begin(self, about: Mapping[str, Any], *, resume: bool) -> bool:
         """Make the folder ready; True where a checkpoint of the same run is there to go on from.
@@ -145,7 +143,9 @@ class Run:
                     "the configuration and data it began with",
                     "another -o for another experiment")  # fmt: skip
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            found = sorted(path.name for path in self.folder.glob("[!.]*"))
+            require(not found, "runs", f"{str(self.folder)!r} with {', '.join(found[:5])} but no "
+                    "run.json", "a new folder, or that of a run", "another -o")  # fmt: skip
             write_text(self.about_path, json.dumps(about, indent=1, sort_keys=True) + "\n")
         going_on = self.checkpoint_path.exists()
         if not going_on and not self.done:  # killed before its first: that line goes too
@@ -166,7 +166,7 @@ class Run:
         tensors |= {f"engine/{n}": x for n, x in engine_state[0].items()}
         about = {"format": FORMAT_VERSION, "server": server_about(server)}
         about["engine"] = dict(engine_state[1])
-        with replacing(self.checkpoint_path) as partial:
+        with new_file(self.checkpoint_path, ours) as partial:
             save_file(
                 {n: x.detach().contiguous().clone() for n, x in tensors.items()},
                 partial,
