@@ -52,7 +52,8 @@ def as_before(out: Path) -> None:
         remark(path, lambda metadata: {"format": "pt"})
 
     def older(metadata: dict[str, str]) -> dict[str, str]:
-        return {"glora": json.dumps(json.loads(metadata["glora"]) | {"format_version": 2})}
+        about = json.loads(metadata["glora"]) | {"format_version": 2}
+        return {"glora": json.dumps({k: about[k] for k in about if k not in ("tensors", "sha256")})}
 
     remark(out / "server.safetensors", older)
 
