@@ -16,7 +16,8 @@ from torch import Tensor
 from .arguments import integer, number
 from .certificates import CLIENT_STATS, STATS
 from .errors import require, unfit
-from .runtime.outputs import destination, new_file
+from .runtime.hidden import destination
+from .runtime.outputs import new_file
 from .runtime.tensors import read_mark, save_tensors
 
 __all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
