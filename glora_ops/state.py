@@ -17,7 +17,8 @@ from .arguments import check_padding, integer, number
 from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, STATS
 from .errors import GloraWarning, clean, require, unfit
-from .runtime.outputs import destination, new_file
+from .runtime.hidden import destination
+from .runtime.outputs import new_file
 from .runtime.tensors import read_mark, save_tensors
 from .state_file import MARK, StateFile, encode, read
 

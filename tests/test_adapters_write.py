@@ -278,7 +278,7 @@ for step in range(100):
         child(step)
     _, status = os.waitpid(pid, 0)
     if not os.path.exists(out):  # in two steps: whoever comes next puts the old one back
-        with claimed(out, strangers):
+        with claimed(Path(out), strangers):
             pass
     ranks.append(read_adapter(out).config["r"])
     if not status:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from glora_ops.errors import GloraError, GloraWarning
-from glora_ops.runtime import outputs, rename
+from glora_ops.runtime import hidden, outputs, rename
 from glora_ops.runtime.streams import output_trouble, steady
 
 WAYS = ["flags", "no flags", "no links"]
@@ -128,7 +128,7 @@ def test_what_cannot_come_back_is_kept_where_it_is(
         pass
     (kept,) = tmp_path.glob(".out.*.new/out/thesis.txt")
     with pytest.warns(GloraWarning, match="it is kept"):
-        outputs.sweep(tmp_path, thesis)
+        hidden.sweep(tmp_path, thesis)
     assert kept.read_text() == "mine"
 
 
@@ -159,8 +159,8 @@ def test_one_process_writes_at_a_time_and_lets_go(tmp_path: Path) -> None:
 def test_a_place_inside_a_hidden_folder_is_told_where_it_will_stand(tmp_path: Path) -> None:
     with outputs.new_folder(tmp_path / "out", thesis) as path:
         assert path != tmp_path / "out"
-        assert outputs.destination(path / "r2" / "x") == tmp_path / "out" / "r2" / "x"
-    assert outputs.destination(tmp_path / "a") == tmp_path / "a"
+        assert hidden.destination(path / "r2" / "x") == tmp_path / "out" / "r2" / "x"
+    assert hidden.destination(tmp_path / "a") == tmp_path / "a"
 
 
 def test_steady_streams_replace_what_the_terminal_lacks_and_remember_trouble(

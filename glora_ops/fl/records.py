@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GloraError, require, unfit
-from ..runtime.outputs import lock, new_file, ours, sweep, write_text
+from ..runtime.hidden import sweep
+from ..runtime.locks import lock
+from ..runtime.outputs import new_file, ours, write_text
 from .messages import Pairs
 from .server import SVD, Server
 

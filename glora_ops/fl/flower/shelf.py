@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...runtime.outputs import new_file, ours, sweep
+from ...runtime.hidden import sweep
+from ...runtime.outputs import new_file, ours
 from ..clients import ClientState
 from ..messages import digest
 
