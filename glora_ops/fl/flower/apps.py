@@ -101,13 +101,8 @@ def simulate(
     if in_main:
         for number in before:
             signal.signal(number, stop)
-<<<<<<< HEAD
-        # Ray's handlers end the process at once: one in Python, which it is not let set, and one in
-        # C, which Python's replaces once the nodes have answered (in any thread, unlike `signal`).
-=======
         # Ray's handlers end the process at once: one in Python, which it is not let set, one in C,
         # which Python's replaces again once the nodes have answered (any thread may do that in C).
->>>>>>> files
         ray_utils.set_sigterm_handler = lambda handler: None
         pythons = get_handler(signal.SIGTERM)
     try:
