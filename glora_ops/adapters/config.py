@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Refusal
+from ..errors import Refusal, Refusals
 from .files import read_json_object
 from .patterns import GRAMMAR, PatternError, Patterns
 
@@ -102,7 +102,8 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
     refusals : list of Refusal
         Everything in the configuration that glora refuses; may be non-empty beside settings.
     """
-    raw, problems = read_json_object(folder, CONFIG_NAME, client)
+    raw, unreadable = read_json_object(folder, CONFIG_NAME, client)
+    problems = Refusals(unreadable)
     if raw is None:
         return None, problems
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import Refusal
+from ..errors import Refusal, Refusals
 from .config import NAME_IN_FULL, LoraSettings
 from .patterns import PatternError
 from .safetensors_header import TensorInfo
@@ -115,7 +115,7 @@ def sort_tensors(
     def refuse(problem: str, key: str | None, found: str, expected: str, remedy: str) -> None:
         problems.append(Refusal(problem, client, file, key, found, expected, remedy))
 
-    problems: list[Refusal] = []
+    problems = Refusals()
     modules: dict[str, Module] = {}
     for (path, family), keys in found.items():
         if ".base_layer." in path:

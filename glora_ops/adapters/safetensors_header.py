@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ..errors import Refusal
-from .files import parse_json_object
+from ..errors import Refusal, Refusals
+from ..reading import open_regular, parse_json_object
 
 __all__ = ["DTYPES", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
+MAX_TENSORS = 250_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,7 +76,7 @@ def read_header(
                 "have the client send less, or raise max_bytes (max_file_bytes) in Python",
             )
         ]
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             return None, [
@@ -100,11 +101,20 @@ def read_header(
         ]
 
     metadata = header.pop("__metadata__", {})
-    problems = []
+    problems = Refusals()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append(
             refusal("the metadata are malformed", repr(metadata)[:80], "strings only", again)
         )
+    if len(header) > MAX_TENSORS:
+        return None, [
+            refusal(
+                "the header names too many tensors",
+                str(len(header)),
+                f"at most {MAX_TENSORS}",
+                again,
+            )
+        ]
     tensors = {}
     for name, entry in header.items():
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:

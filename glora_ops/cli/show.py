@@ -152,9 +152,12 @@ def _refuse(refusals: Sequence[Refusal], as_json: bool, writes: bool) -> None:
         for refusal in refusals:
             to.print(labelled("refused: ", "bold red", clean(refusal.problem)))
             for name, value in asdict(refusal).items():
-                if value and name != "problem":
+                if value and name not in ("problem", "more"):
                     to.print(labelled(f"  {name:<9}", "dim", clean(value)), soft_wrap=True)
-        count = "1 problem" if len(refusals) == 1 else f"{len(refusals)} problems"
+            if refusal.more:
+                to.print(f"  {refusal.rest}")
+        total = sum(1 + refusal.more for refusal in refusals)
+        count = "1 problem" if total == 1 else f"{total} problems"
         to.print(count + "; nothing was written" * writes)
     raise typer.Exit(1)
 

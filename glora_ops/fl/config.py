@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import GloraError, Refusal, Refused, listing, require
+from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
 from .methods import METHODS, Method
 
 if sys.version_info >= (3, 11):
@@ -195,7 +195,7 @@ class MethodSection(BaseModel):
     @classmethod
     def _all_of_it(cls, given: Any, validate: ModelWrapValidatorHandler[MethodSection]) -> Any:
         """What is wrong with kind and lr and what is wrong for the kind, in one list."""
-        refusals: list[Refusal] = []
+        refusals = Refusals()
         section = None
         try:
             section = validate(given)
