@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..plots import FAINT, INK, label_axes, line_colours, new_figure, plot_alignment, save_figure
+from ..plots import (
+    FAINT,
+    INK,
+    label_axes,
+    line_colours,
+    new_figure,
+    plain,
+    plot_alignment,
+    save_figure,
+)
 from .report import RunData
 
 __all__ = ["draw", "draw_partition"]
@@ -52,8 +61,8 @@ def _curves(runs: Sequence[RunData], labels: Sequence[str], path: Path) -> bool:
         scores = np.array([[x["metrics"][r.metric] for x in r.evaluated] for r in mine])
         sent = np.array([_cumulated(r) for r in mine]).mean(0) / 1e6
         for axes, x in ((by_round, rounds), (by_bytes, sent)):
-            _band(axes, x, scores, label, colour)
-    metric = runs[0].metric
+            _band(axes, x, scores, plain(label), colour)
+    metric = plain(runs[0].metric)
     label_axes(by_round, "round", metric, f"{metric} of the server's model")
     label_axes(by_bytes, "megabytes, down and up", "", f"{metric} against bytes")
     _legend(figure, by_round)
@@ -84,11 +93,11 @@ def _updates(runs: Sequence[RunData], labels: Sequence[str], path: Path) -> bool
         if not shortest:
             continue
         spectrum = updates[0][-1]["update"]["spectrum"]
-        spectra.plot(range(1, len(spectrum) + 1), spectrum, color=colour, label=label)
+        spectra.plot(range(1, len(spectrum) + 1), spectrum, color=colour, label=plain(label))
         rounds = [line["round"] for line in updates[0][:shortest]]
         for axes, name in ((ranks, "effective_rank"), (captured, "captured")):
             values = np.array([[x["update"][name] for x in u[:shortest]] for u in updates])
-            _band(axes, rounds, values, label, colour)
+            _band(axes, rounds, values, plain(label), colour)
     spectra.set_yscale("log")
     label_axes(spectra, "direction j", "σⱼ over all modules", "spectrum of the server's update")
     label_axes(ranks, "round", "effective rank", "effective rank, mean over modules")
@@ -128,9 +137,11 @@ def draw_partition(counts: np.ndarray, names: Sequence[str], title: str, path: P
     axes = figure.subplots()
     left = np.zeros(len(counts))
     for column, name, colour in zip(counts.T, names, line_colours(len(names)), strict=True):
-        axes.barh(range(len(counts)), column, left=left, color=colour, label=name, height=0.8)
+        axes.barh(
+            range(len(counts)), column, left=left, color=colour, label=plain(name, 40), height=0.8
+        )
         left += column
-    label_axes(axes, "examples", "client", title)
+    label_axes(axes, "examples", "client", plain(title))
     axes.set_yticks(range(len(counts)))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
