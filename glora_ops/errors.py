@@ -109,7 +109,7 @@ _OTHERS = Refusal(
 
 
 class Refusals(list[Refusal]):
-    """Refusals in order, of one client's one problem the first `SHOWN`; the rest are counted.
+    """Refusals in order: the first `SHOWN` of a kind in one file of one client, the rest counted.
 
     The last one listed says how many `more` there are, so that what is kept and printed stays
     small however much is wrong. Beyond `LISTED` altogether problems are counted as well.
@@ -120,14 +120,14 @@ class Refusals(list[Refusal]):
 
     def __init__(self, refusals: Iterable[Refusal] = ()) -> None:
         super().__init__()
-        self._places: dict[tuple[str | None, str], list[int]] = {}
+        self._places: dict[tuple[str | None, str | None, str], list[int]] = {}
         self.extend(refusals)
 
     def append(self, refusal: Refusal) -> None:
-        kind = (refusal.client, refusal.problem)
+        kind = (refusal.client, refusal.file, refusal.problem)
         if len(self) >= self.LISTED and kind not in self._places:
             refusal = replace(_OTHERS, more=refusal.more)
-            kind = (None, refusal.problem)
+            kind = (None, None, refusal.problem)
         places = self._places.setdefault(kind, [])
         if not places or (len(places) < self.SHOWN and len(self) < self.LISTED):
             places.append(len(self))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from .options import Json, Plot
-from .show import answering, clean, console, print_json, progress, table
+from .show import answering, clean, console, finite, print_json, progress, table
 
 __all__ = ["app"]
 
@@ -150,7 +150,7 @@ def report(
             names = draw(mine, summary["reference"], folder, name)
             summaries.append(summary)
             pages.append(markdown(summary, names))
-        write_text(folder / "report.json", json.dumps(summaries, indent=1) + "\n")
+        write_text(folder / "report.json", json.dumps(finite(summaries), indent=1) + "\n")
         write_text(folder / "report.md", "# Federated runs\n\n" + "\n".join(pages))
         if as_json:
             print_json({"out": str(folder), "configs": summaries})

@@ -31,6 +31,7 @@ __all__ = [
     "answering",
     "clean",
     "console",
+    "finite",
     "labelled",
     "number",
     "print_json",
@@ -91,15 +92,15 @@ def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(facts), indent=2, allow_nan=False))
+    typer.echo(json.dumps(finite(facts), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinities: null."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
