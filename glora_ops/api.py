@@ -15,7 +15,7 @@ from torch import Tensor
 from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
 from .batches import Source, solve
-from .errors import GloraWarning, Refusal, Refused, require, unfit
+from .errors import GloraWarning, Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .report import notes
 from .state import UNNAMED, Factors, State
@@ -131,7 +131,7 @@ def aggregate(
     settings = check_settings(
         {
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
-            "normalise": bool(normalise), "tau_rel": tau_rel, "anchor": anchor,
+            "normalise": normalise, "tau_rel": tau_rel, "anchor": anchor,
             "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
             "max_bytes": max_bytes,
         }
@@ -173,7 +173,7 @@ def aggregate(
         state = run(wanted or 2 * largest, progress)
     for note in notes(state):
         if note.warning:
-            warnings.warn(note.text, GloraWarning, stacklevel=2)
+            warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
     return state
 
 

@@ -40,6 +40,8 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = number(out[name])
             require(value is not None and holds(value), name, repr(out[name]), expected)
             out[name] = value
+    if "normalise" in out:
+        out["normalise"] = bool(out["normalise"])
     for name, choices in (("basis", BASES), ("missing", MISSING)):
         if name in out:
             require(out[name] in choices, name, repr(out[name]), f"one of {choices}")

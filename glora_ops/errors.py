@@ -12,6 +12,7 @@ __all__ = [
     "Refusal",
     "Refusals",
     "Refused",
+    "clean",
     "listing",
     "require",
     "require_all",
@@ -20,6 +21,11 @@ __all__ = [
 
 
 LONGEST = 500  # characters of a field: values come from anywhere
+
+
+def clean(text: object) -> str:
+    """`text` without control characters: names come from clients and could drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
 
 
 class GloraError(ValueError):
@@ -32,7 +38,7 @@ class GloraError(ValueError):
     """
 
     def __init__(self, message: str, refusal: Refusal | None = None) -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
 
 

@@ -27,7 +27,7 @@ from .adapters.read import (
 from .api import aggregate
 from .arguments import check_settings, check_weights
 from .dense import dense_holders, dense_means, with_dense, without_mean
-from .errors import GloraWarning, Refusal, Refusals, Refused, listing, require
+from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
 from .isolation import release_freed, workers
 from .state import State
 
@@ -182,9 +182,10 @@ def merge(
             tell("values", done, len(clients))
     _note(refused, clients, check_base_copies(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
-    skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
+    # Shortened: they are kept in the state, and clients decide how long their values are.
+    skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
     if skipped:
-        warnings.warn("left out:\n" + "\n".join(skipped), GloraWarning, stacklevel=3)
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
 
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)

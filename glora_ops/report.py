@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .errors import clean
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -169,4 +171,4 @@ def describe(state: State) -> str:
     table = lines(state)
     width = max(len(l.name) for l in table)
     body = [f"  {l.name:<{width}}  {l.value:>10}  {l.meaning}" for l in table]
-    return "\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))])
+    return clean("\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))]))
