@@ -23,6 +23,8 @@ from .report import RunData
 
 __all__ = ["draw", "draw_partition"]
 
+MOST_DRAWN = 1e30
+
 
 def draw(runs: Sequence[RunData], reference: str, folder: Path, stem: str) -> list[str]:
     """All pictures of one configuration's finished runs; the names of the files.
@@ -93,7 +95,9 @@ def _updates(runs: Sequence[RunData], labels: Sequence[str], path: Path) -> bool
         if not shortest:
             continue
         spectrum = updates[0][-1]["update"]["spectrum"]
-        spectra.plot(range(1, len(spectrum) + 1), spectrum, color=colour, label=plain(label))
+        spectra.plot(
+            range(1, len(spectrum) + 1), _drawable(spectrum), color=colour, label=plain(label)
+        )
         rounds = [line["round"] for line in updates[0][:shortest]]
         for axes, name in ((ranks, "effective_rank"), (captured, "captured")):
             values = np.array([[x["update"][name] for x in u[:shortest]] for u in updates])
@@ -153,11 +157,18 @@ def draw_partition(counts: np.ndarray, names: Sequence[str], title: str, path: P
 
 def _band(axes: Any, x: Any, values: np.ndarray, label: str, colour: Any) -> None:
     """Mean over seeds as a line, one standard deviation as a band."""
+    values = _drawable(values)
     mean = values.mean(0)
     axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
     if len(values) > 1:
         spread = values.std(0, ddof=1)
         axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def _drawable(values: Any) -> np.ndarray:
+    """Numbers of a diverged run, as far as axes can hold them; the rest are gaps."""
+    found = np.asarray(values, dtype=float)
+    return np.where(np.abs(found) <= MOST_DRAWN, found, np.nan)
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -122,9 +122,11 @@ def test_a_diverged_run_is_reported_with_what_is_not_a_number(
     change(home / "small/it/seed1/run.json", lambda x: x.update(seed=1))
     change(home / "small/it/seed1/metrics.jsonl",
            lambda x: x["metrics"].update(accuracy=float("nan"), loss=float("inf")))  # fmt: skip
+    change(home / "small/it/seed1/metrics.jsonl",
+           lambda x: x["update"].update(effective_rank=1e308, captured=-1e308))  # fmt: skip
     report = ["fl", "report", str(home), "-o", str(home / "out"), "--json"]
     result = CliRunner().invoke(app, report)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.exception
     (summary,) = json.loads((home / "out/report.json").read_text())
     assert summary["methods"]["it"]["score"] == {"mean": None, "spread": None}
 
