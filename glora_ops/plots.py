@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import require, unfit
+from .runtime.outputs import apart, check_free, new_file
 from .state import State
 
 if TYPE_CHECKING:
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "FAINT",
     "INK",
+    "check_picture",
     "label_axes",
     "line_colours",
     "new_figure",
+    "no_picture",
     "plain",
     "plot_adapter",
     "plot_alignment",
@@ -34,6 +37,7 @@ __all__ = [
 INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"
 HEAT = "Blues"
+MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata
 SUFFIXES = (".png", ".pdf", ".svg")
 
 #: Above this many modules lines are told apart by a colour bar instead of a legend.
@@ -259,7 +263,9 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar.outline.set_visible(False)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+def check_picture(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise `GloraError` where no picture could be drawn to `path`; before anything is read."""
+    require_matplotlib()
     path = Path(path)
     require(
         path.suffix in SUFFIXES,
@@ -267,4 +273,29 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         repr(str(path)),
         f"a file ending in {' or '.join(SUFFIXES)}",
     )
-    figure.savefig(path, dpi=160)
+    apart(path, inputs)
+    check_free(path.resolve(), no_picture, what="file")
+
+
+def no_picture(path: Path) -> list[str]:
+    """The name of a file that glora did not draw, and does not draw over."""
+    try:
+        own = not path.is_symlink() and path.is_file() and MARK.encode() in path.read_bytes()
+    except OSError:
+        own = False
+    return [] if own else [path.name]
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture in one step; one that glora drew before is drawn anew.
+
+    Raises
+    ------
+    GloraError
+        For another ending than .png, .pdf or .svg, and where another file stands.
+    """
+    path = Path(path)
+    check_picture(path, ())
+    key = "Software" if path.suffix == ".png" else "Creator"
+    with new_file(path, no_picture) as partial:
+        figure.savefig(partial, dpi=160, metadata={key: MARK})

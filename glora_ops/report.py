@@ -74,7 +74,11 @@ def lines(state: State) -> list[Line]:
             "storage limit",
             _count(limited, "client"),
             "clients whose weak directions are below the precision they were stored in, so that "
-            "their vote is softened further",
+            + (
+                "these have no vote"
+                if state.settings["basis"] == "projector"
+                else "their vote is softened further"
+            ),
         ),
     ]
 
@@ -99,6 +103,16 @@ def notes(state: State) -> list[Note]:
                 f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
                 "basis serves directions that cancel or carry little; a larger rank or "
                 'basis "update" holds more',
+                warning=True,
+            )
+        )
+    unheard = [name for name, m in state.modules.items() if m.stat("info_limited")]
+    if unheard and state.settings["basis"] == "projector":
+        out.append(
+            Note(
+                f"in {len(unheard)} of {len(state.modules)} modules{_some(unheard)} clients have "
+                "directions below the precision they were stored in, which have no vote: the state "
+                'does not hold them at any rank; the basis "consensus" or "update" does',
                 warning=True,
             )
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .arguments import integer, number
+from .arguments import check_padding, integer, number
+from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, STATS
 from .errors import GloraWarning, clean, require, unfit
-from .state_file import StateFile, encode, read
+from .runtime.outputs import destination, new_file
+from .runtime.tensors import read_mark, save_tensors
+from .state_file import MARK, StateFile, encode, read
 
 __all__ = ["Factors", "ModuleState", "State"]
 
@@ -138,14 +140,18 @@ class State:
         return sum(m.stat(name) * m.stat("norm") ** 2 for m in self.modules.values()) / total
 
     def readout(
-        self, rank: int, scaling: float = 1.0, pad: str = "zero", seed: int = 0
+        self,
+        rank: int,
+        scaling: float = Readout.scaling,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
     ) -> Factors | dict[str, Factors]:
         """An adapter of any rank: slices of the stored singular value decomposition.
 
         Parameters
         ----------
         rank : int
-            Rank of the adapter, ≥ 1; above R it is padded.
+            Rank of the adapter, ≥ 1; above R it is padded, up to 16 R, or 1024 if that is more.
         scaling : float
             alpha/r of the receiving adapter, > 0: s·B·A is the update.
         pad : {"zero", "trainable"}
@@ -164,8 +170,19 @@ class State:
 
     def _readouts(self, rank: int, scaling: float, pad: str, seed: int) -> dict[str, Factors]:
         rank, seed, factor = integer("rank", rank, 1), integer("seed", seed), number(scaling)
-        require(factor is not None, "scaling", repr(scaling), "alpha/r, a number above zero")
+        if factor is None:
+            raise unfit("scaling", repr(scaling), "alpha/r, a number above zero")
+        check_padding("rank", rank, self.rank, "the state")
         require(isinstance(pad, str), "pad", repr(pad), "'zero' or 'trainable'")
+        for name, m in self.modules.items():
+            root = math.sqrt(max(m.stat("norm"), 0.0) / factor) if factor > 0 else 0.0  # ≥ √S₁
+            require(
+                root <= torch.finfo(m.u.dtype).max,
+                "scaling",
+                factor,
+                f"one at which factors of {name or 'the update'!r}, {root:.2g}, fit {m.u.dtype}",
+                "the update is too large for factors at this scaling: raise it",
+            )
         return {
             name: torch.ops.glora.readout(m.u, m.s, m.v, rank, factor, pad, seed)
             for name, m in self.modules.items()
@@ -187,11 +204,12 @@ class State:
         Raises
         ------
         GloraError
-            What could not be read again: values that no state has, settings that JSON cannot
-            hold or that are none of glora's, names that are not printable or too long.
+            If something stands at `path` that is no state. What could not be read again: values
+            that no state has, settings that JSON cannot hold or that are none of glora's, names
+            that are not printable or too long.
         """
         path = Path(path)
-        here = path.resolve().parent
+        here = destination(path).parent
         tensors, metadata = encode(
             {
                 "modules": list(self.modules),
@@ -204,17 +222,8 @@ class State:
             {name: vars(m) for name, m in self.modules.items()},
             self.dense,
         )
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with new_file(path, _no_state) as partial:
+            save_tensors(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -256,8 +265,8 @@ class State:
         folder: str | os.PathLike[str],
         rank: int,
         *,
-        pad: str = "zero",
-        seed: int = 0,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
         overwrite: bool = False,
     ) -> None:
         """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, fp32, in one step.
@@ -265,7 +274,9 @@ class State:
         Raises
         ------
         GloraError
-            The state was not made from PEFT folders, or `folder` exists and not `overwrite`.
+            The state was not made from PEFT folders, `rank` would be nothing but padding, as
+            `readout`, or `folder` exists and not `overwrite`, or it holds anything that
+            `write_adapter` did not write.
         """
         from .adapters import write_adapter
 
@@ -278,6 +289,11 @@ class State:
             )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+
+
+def _no_state(path: Path) -> list[str]:
+    """The name of a file that is no state of glora's, which `save` does not replace."""
+    return [] if read_mark(path, MARK) else [path.name]
 
 
 def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:

@@ -36,8 +36,9 @@ from .errors import Refusal, Refusals, Refused, require, unfit
 from .reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
 
-__all__ = ["FORMAT_VERSION", "StateFile", "encode", "read"]
+__all__ = ["FORMAT_VERSION", "MARK", "StateFile", "encode", "read"]
 
+MARK = "glora"  # key of a state's JSON in the metadata of its file
 FORMAT_VERSION = 3  # 2 had no digests, 1 no record
 MAX_BYTES = 2**40
 STORED = DTYPES | {"BOOL": torch.bool}
@@ -116,7 +117,7 @@ def encode(
     size = len(json.dumps(text)) + sum(2 * len(json.dumps(key)) + 200 for key in tensors)
     require(size <= MAX_HEADER_BYTES, "state", f"metadata of {size} bytes",
             f"at most {MAX_HEADER_BYTES}", "fewer clients, or shorter names")  # fmt: skip
-    return tensors, {"glora": text}
+    return tensors, {MARK: text}
 
 
 def read(path: Path) -> StateFile:
@@ -163,7 +164,7 @@ def _metadata(path: Path, header: Header) -> dict[str, Any]:
     """The JSON of the metadata, of a format that is known."""
     try:
         ((key, text),) = header.metadata.items()  # another beside it would go unchecked
-        about = parse_json_object(text.encode()) if key == "glora" else {}
+        about = parse_json_object(text.encode()) if key == MARK else {}
         version = about["format_version"]
     except (KeyError, ValueError) as error:
         found = f"{path}, which carries no glora metadata, or others beside them ({error})"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, listing, require
-from .options import Base, Json, Overwrite, Pad, Seed
+from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, listing
+from .options import PICTURE_NAME, Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ EXAMPLE = (
     "Example: **glora aggregate clients/ann clients/bob -o out --rank auto --captured 0.95 "
     "--readout 8,16**"
 )
-PICTURE_NAME = "spectra.png"
 DEFAULT_CAPTURED = 0.9
 
 
@@ -168,10 +167,10 @@ def aggregate(
     weighed = clients if update is None else added
     given = None if weights is None or _is_file(weights) else _numbers(weights, len(weighed))
 
-    with answering(as_json, writes=True):
-        from ..adapters.folders import check_free, new_folder
+    with answering(as_json, writes=True) as outcome, ExitStack() as held:
         from ..merge import merge
         from ..renew import renew
+        from ..runtime.outputs import apart, check_free, claimed, new_folder
         from .facts import (
             STATE_NAME,
             file_notes,
@@ -180,7 +179,10 @@ def aggregate(
             print_state,
             state_facts,
         )
+        from .outputs import strangers
 
+        inputs: list[str | Path] = [*weighed]
+        inputs += [weights] if weights is not None and _is_file(weights) else []
         old, file = (None, None) if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
@@ -189,6 +191,9 @@ def aggregate(
                 readouts = sorted({*readouts, *ranks})
                 pad = pad if _is_given(context, "pad") else was
                 overwrite = True
+            else:
+                inputs.append(update)
+            inputs += [entry["path"] for entry in (old.record or {"clients": []})["clients"]]
         assert out is not None
 
         refusals = Refusals()
@@ -197,8 +202,11 @@ def aggregate(
 
             with listing(refusals):
                 require_matplotlib()
+        place = Path(os.path.realpath(out))
         with listing(refusals):
-            check_free(out, overwrite=overwrite, marker=STATE_NAME)
+            held.enter_context(claimed(place, strangers))
+            check_free(place, strangers, overwrite=overwrite)
+            apart(out, inputs)
         if weights is not None and _is_file(weights):
             with listing(refusals):
                 settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
@@ -216,29 +224,28 @@ def aggregate(
             if old is not None:
                 state = renew(
                     old, add=added, remove=remove or [], weights=given, progress=report,
-                    known=refusals, opening=opening,
+                    known=refusals, readouts=readouts, opening=opening,
                 )  # fmt: skip
             else:
                 state = merge(
                     clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
-                    progress=report, known=refusals,
+                    progress=report, known=refusals, readouts=readouts,
                 )  # fmt: skip
         state = replace(
             state,
             record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}},
         )
         facts = state_facts(state)
-        with (
-            _parents_restored(out),
-            new_folder(out, overwrite=overwrite, marker=STATE_NAME) as building,
-        ):
+        with new_folder(place, strangers, overwrite=overwrite) as building:
             state.save(building / STATE_NAME)
             for r in readouts:
                 state.write_adapter(building / f"r{r}", r, pad=pad, seed=seed)
             if plot:
                 plot_state(state, building / PICTURE_NAME)
+        outcome.wrote(out)
+        held.close()
 
         facts["notes"] += padding_note(state, readouts[-1], pad) if readouts else []
         facts["notes"] += file_notes(file) if file is not None else []
@@ -302,21 +309,8 @@ def _print_reads(folders: Sequence[str], why: str) -> None:
 
 def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:
     """The folder of a state, the ranks read out there, and how they were padded."""
-    from .facts import STATE_NAME
-
-    folder = update if update.is_dir() else update.parent
     made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
-    known = {STATE_NAME, PICTURE_NAME, *(f"r{rank}" for rank in made["ranks"])}
-    others = sorted({path.name for path in folder.iterdir()} - known)
-    require(
-        not others,
-        "folder",
-        f"{str(folder)!r}, which also holds {', '.join(others[:3])}",
-        "nothing but what glora aggregate wrote, to be replaced",
-        "name another folder with -o",
-        file=str(folder),
-    )
-    return folder, made["ranks"], made["pad"]
+    return (update if update.is_dir() else update.parent), made["ranks"], made["pad"]
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -410,19 +404,6 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
     if refusals:
         raise Refused(refusals)
     return [float(numbers[Path(os.path.abspath(client)).name]) for client in clients]
-
-
-@contextmanager
-def _parents_restored(out: Path) -> Iterator[None]:
-    """Take away again, if the block fails, the folders above `out` that did not exist."""
-    new = [parent for parent in out.absolute().parents if not parent.exists()]
-    try:
-        yield
-    except BaseException:
-        for parent in new:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
 
 
 def _print_files(facts: dict[str, Any]) -> None:

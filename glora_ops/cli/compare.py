@@ -47,10 +47,14 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
     """
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
-    with answering(as_json, writes=plot is not None):
+    with answering(as_json, writes=plot is not None) as outcome:
         from ..adapters import Adapter, check_compatible, check_values, inspect_adapter
         from .measure import compare_clients
 
+        if plot is not None:
+            from ..plots import check_picture
+
+            check_picture(plot, clients)
         inspected = [inspect_adapter(folder) for folder in clients]
         adapters = [adapter for adapter, _ in inspected if adapter is not None]
         problems = [problem for _, found in inspected for problem in found]
@@ -87,6 +91,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             from ..plots import plot_alignment
 
             plot_alignment(names, found.columns, found.rows, plot)
+            outcome.wrote(plot)
         if as_json:
             print_json(facts)
         else:

@@ -33,10 +33,15 @@ def inspect(
 
     Norms and spectra are those of the update s·B·A, whatever the factors look like.
     """
-    with answering(as_json, writes=plot is not None):
+    with answering(as_json, writes=plot is not None) as outcome:
         from .facts import find_state
 
+        if plot is not None:
+            from ..plots import check_picture
+
+            check_picture(plot, [path])
         facts = _state(path, plot) if find_state(path) else _adapter(path, plot)
+        outcome.wrote(plot)
         facts["plot"] = None if plot is None else str(plot)
         if as_json:
             print_json(facts)

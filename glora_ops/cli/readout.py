@@ -36,11 +36,14 @@ def readout(
 
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
-    with answering(as_json, writes=True):
+    with answering(as_json, writes=True) as outcome:
+        from ..runtime.outputs import apart
         from .facts import file_notes, load_state, padding_note
 
+        apart(out, [state])
         loaded, file = load_state(state)
         loaded.write_adapter(out, rank, pad=pad, seed=seed, overwrite=overwrite)
+        outcome.wrote(out)
         facts: dict[str, Any] = {
             "state": str(state),
             "out": str(out),

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GloraError, require, unfit
 from ..reading import open_regular, parse_json_object
-from .files import replacing, write_text
+from ..runtime.outputs import lock, new_file, ours, sweep, write_text
 from .forms import read_about, read_lines
 from .messages import Pairs
 from .server import SVD, Server
@@ -121,25 +120,24 @@ class Run:
         self.metrics_path = folder / "metrics.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
+        self.lock_path = folder / ".lock"
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes out: two that write one run would mix their rounds."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise unfit(
+
+        def refuse(holder: str) -> GloraError:
+            return unfit(
                 "runs",
-                f"{str(self.folder)!r}, where another process is at work",
+                f"{str(self.folder)!r}, where {holder} is at work",
                 "one process a run",
                 "wait for it or stop it, then --resume; or another -o",
-            ) from None
-        try:
+            )
+
+        with lock(self.lock_path, refuse):
+            sweep(self.folder, ours)
             yield
-        finally:
-            lock.release()
 
     def begin(self, about: Mapping[str, Any], *, resume: bool) -> bool:
         """Make the folder ready; True where a checkpoint of the same run is there to go on from.
@@ -158,11 +156,9 @@ class Run:
                     "the configuration and data it began with",
                     "another -o for another experiment")  # fmt: skip
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            left = [p.name for p in (self.metrics_path, self.checkpoint_path, self.done_path)
-                    if os.path.lexists(p)]  # fmt: skip
-            require(not left, f"the run in {str(self.folder)!r}", f"{', '.join(left)} alone",
-                    "a run.json beside", "restore it, or choose another -o")  # fmt: skip
+            found = sorted(path.name for path in self.folder.glob("[!.]*"))
+            require(not found, "runs", f"{str(self.folder)!r} with {', '.join(found[:5])} but no "
+                    "run.json", "a new folder, or that of a run", "another -o")  # fmt: skip
             write_text(self.about_path, json.dumps(about, indent=1, sort_keys=True) + "\n")
         going_on = self.checkpoint_path.exists()
         if not going_on and not self.done and self.metrics_path.exists():
@@ -188,7 +184,7 @@ class Run:
         about["engine"] = dict(engine_state[1])
         text = json.dumps(about)
         copies = {n: x.detach().contiguous().clone() for n, x in tensors.items()}
-        with replacing(self.checkpoint_path) as partial:
+        with new_file(self.checkpoint_path, ours) as partial:
             save_file(copies, partial, {"glora_fl": text, "blake2b": _digest(copies, text)})
 
     def restore(self, fresh: Server) -> tuple[Server, dict[str, Tensor], dict[str, Any]]:

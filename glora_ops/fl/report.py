@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,15 @@ from ..errors import Refusals, Refused, listing, require
 from .forms import read_about, read_sweep
 from .records import Run
 
-__all__ = ["RunData", "by_config", "load_runs", "markdown", "summarise"]
+__all__ = [
+    "RunData",
+    "by_config",
+    "load_runs",
+    "markdown",
+    "strangers",
+    "summarise",
+    "write_report",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -389,3 +399,45 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |",
              "| :-- |" + " --: |" * (len(header) - 1)]  # fmt: skip
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+PAGE = "report.md"
+MARK = "\n<!-- SHA-256 of what glora fl report wrote: "
+
+
+def write_report(
+    folder: Path, summaries: Sequence[Mapping[str, Any]], pages: Sequence[str]
+) -> None:
+    """report.json and report.md beside the pictures; its last line tells what the folder held."""
+    text = json.dumps(summaries, indent=1) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    page = "# Federated runs\n\n" + "\n".join(pages)
+    digests = {PAGE: _digest(page.encode())}
+    digests |= {path.name: _digest(path.read_bytes()) for path in sorted(folder.iterdir())}
+    (folder / PAGE).write_bytes(f"{page}{MARK}{json.dumps(digests)} -->\n".encode())
+
+
+def strangers(folder: Path) -> list[str]:
+    """What in a folder `write_report` did not write, or somebody has changed since, by name."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    try:
+        page, _, mark = (folder / PAGE).read_bytes().decode().rpartition(MARK)
+        digests = json.loads(mark.removesuffix(" -->\n"))
+    except (OSError, ValueError):
+        page, digests = "", {}
+    own = digests if isinstance(digests, dict) else {}
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_symlink()
+        or not entry.is_file()
+        or entry.name not in own
+        or own[entry.name] != _digest(page.encode() if entry.name == PAGE else entry.read_bytes())
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
