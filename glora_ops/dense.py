@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adapters.modules import PREFIX
 from .adapters.read import TENSORS_NAME, Adapter
-from .errors import Refusal, listing, require
+from .errors import Refusal, Refusals, listing, require
 
 __all__ = ["dense_holders", "dense_means", "with_dense", "without_mean"]
 
@@ -39,7 +39,7 @@ def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
 
 def without_mean(adapters: Sequence[Adapter], voices: Sequence[float]) -> list[Refusal]:
     """Weights saved in full whose holders' weights allow no mean."""
-    refusals: list[Refusal] = []
+    refusals = Refusals()
     for name, having in dense_holders(adapters).items():
         held = [voices[i] for i in having]
         with listing(refusals):

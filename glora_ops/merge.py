@@ -28,7 +28,7 @@ from .api import aggregate
 from .arguments import check_settings, check_weights
 from .batches import check_ranks
 from .dense import dense_holders, dense_means, with_dense, without_mean
-from .errors import GloraWarning, Refusal, Refused, clean, listing, require
+from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
 from .isolation import release_freed, workers
 from .state import State
 
@@ -151,7 +151,7 @@ def merge(
     with listing(common):
         check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
 
-    refused: dict[int, list[Refusal]] = defaultdict(list)
+    refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
     for i, folder in enumerate(folders):
         adapter, refusals = inspect_adapter(folder, max_bytes=max_file_bytes)
@@ -289,7 +289,7 @@ def _changes(adapter: Adapter, digest: str, entry: Mapping[str, Any]) -> list[Re
 
 
 def _note(
-    refused: dict[int, list[Refusal]],
+    refused: Mapping[int, Refusals],
     clients: dict[int, Adapter],
     problems: Sequence[tuple[int, Refusal]],
 ) -> None:
@@ -301,7 +301,7 @@ def _note(
 
 def _settle(
     clients: dict[int, Adapter],
-    refused: dict[int, list[Refusal]],
+    refused: Mapping[int, Refusals],
     on_bad_client: str,
     common: Sequence[Refusal],
 ) -> dict[int, Adapter]:

@@ -26,6 +26,7 @@ __all__ = [
     "line_colours",
     "new_figure",
     "no_picture",
+    "plain",
     "plot_adapter",
     "plot_alignment",
     "plot_state",
@@ -72,11 +73,11 @@ def plot_adapter(name: str, spectra: Mapping[str, Tensor], path: str | os.PathLi
     """
     figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
-    _lines(axes, spectra)
+    _lines(axes, list(spectra.values()))
     label_axes(
-        axes, "singular value j", "σⱼ of s·B·A", f"{name}: spectra of {len(spectra)} modules"
+        axes, "singular value j", "σⱼ of s·B·A", f"{plain(name)}: spectra of {len(spectra)} modules"
     )
-    _key(figure, axes, list(spectra))
+    _key(figure, axes, list(map(plain, spectra)))
     save_figure(figure, path)
 
 
@@ -89,7 +90,7 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
     path : path
         .png, .pdf or .svg.
     """
-    names = [name or "update" for name in state.modules]
+    names = [plain(name) or "update" for name in state.modules]
     modules = list(state.modules.values())
     if state.settings["basis"] == "update":  # both sides are cut at the same singular values
         panels = [("mean update", "σⱼ of W̄", [m.eig_u for m in modules])]
@@ -100,10 +101,10 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
         ]
     figure = new_figure(4.2 * (1 + len(panels)), 4.8)
     update, *sides = figure.subplots(1, 1 + len(panels))
-    _lines(update, dict(zip(names, (m.s for m in modules), strict=True)))
+    _lines(update, [m.s for m in modules])
     label_axes(update, "singular value j", "σⱼ of the update", f"server update, rank {state.rank}")
     for axes, (title, what, values) in zip(sides, panels, strict=True):
-        _lines(axes, dict(zip(names, values, strict=True)), logarithmic=len(panels) == 1)
+        _lines(axes, values, logarithmic=len(panels) == 1)
         axes.set_xlim(right=max(axes.get_xlim()[1], state.rank + 0.9))
         axes.axvline(state.rank + 0.5, color=CUT, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -153,7 +154,7 @@ def plot_alignment(
         image = axes.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=1)
         axes.set_facecolor(FAINT)
         axes.set_title(title, size=11, color=INK)
-        short = [n if len(n) <= 20 else f"{n[:19]}…" for n in names]
+        short = [plain(name, 20) for name in names]
         font = max(4.0, min(9.0, 300 / count))
         axes.set_xticks(range(count), short, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), short)
@@ -179,6 +180,13 @@ def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:
     return [((i, j), float(values[i, j])) for i, j in known]
 
 
+def plain(name: object, most: int = 80) -> str:
+    """A name as text for a picture: no mathematics, nothing that cannot be drawn, not too long."""
+    text = "".join(c if c.isprintable() else "·" for c in str(name))
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))  # legends skip _…
+
+
 def new_figure(width: float, height: float) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -192,10 +200,10 @@ def line_colours(count: int) -> list[Any]:
     return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
 
 
-def _lines(axes: Axes, spectra: Mapping[str, Tensor], *, logarithmic: bool = True) -> None:
+def _lines(axes: Axes, spectra: Sequence[Tensor], *, logarithmic: bool = True) -> None:
     """One line per module; what is below rounding is not drawn."""
-    top = max(float(values.max()) for values in spectra.values())
-    drawn = [values[values > FLOOR * top] for values in spectra.values()]
+    top = max(float(values.max()) for values in spectra)
+    drawn = [values[values > FLOOR * top] for values in spectra]
     for shown, colour in zip(drawn, line_colours(len(spectra)), strict=True):
         axes.plot(
             range(1, len(shown) + 1), shown.tolist(), "o-", color=colour, linewidth=1.3,

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters.files import parse_json_object
 from .adapters.safetensors_header import (
     DTYPES,
     MAX_HEADER_BYTES,
@@ -33,7 +32,8 @@ from .adapters.safetensors_header import (
     read_header,
 )
 from .adapters.stored import Stored, signature
-from .errors import Refusal, Refused, require, unfit
+from .errors import Refusal, Refusals, Refused, require, unfit
+from .reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
 
 __all__ = ["FORMAT_VERSION", "MARK", "StateFile", "encode", "read"]
@@ -43,8 +43,6 @@ FORMAT_VERSION = 3  # 2 had no digests, 1 no record
 MAX_BYTES = 2**40
 STORED = DTYPES | {"BOOL": torch.bool}
 STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
-#: Refusals of one file that are listed; of more only the number is given.
-SHOWN = 8
 
 _STATE_FILE = "a server.safetensors"
 _WRITES = "glora aggregate writes one, and State.save"
@@ -168,8 +166,8 @@ def _metadata(path: Path, header: Header) -> dict[str, Any]:
         ((key, text),) = header.metadata.items()  # another beside it would go unchecked
         about = parse_json_object(text.encode()) if key == MARK else {}
         version = about["format_version"]
-    except (KeyError, ValueError):
-        found = f"{path}, which carries no glora metadata, or others beside them"
+    except (KeyError, ValueError) as error:
+        found = f"{path}, which carries no glora metadata, or others beside them ({error})"
         raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
     require(
         type(version) is int and 1 <= version <= FORMAT_VERSION,
@@ -216,18 +214,14 @@ def _other(tensor: str | None, found: str, expected: str) -> Refusal:
 
 def _refuse(refusals: Iterable[Refusal], path: Path | None, remedy: str = _DAMAGED) -> None:
     """Raise `_refused` if there is anything to refuse."""
-    found = list(refusals)
+    found = Refusals(refusals)
     if found:
         raise _refused(found, path, remedy)
 
 
 def _refused(refusals: list[Refusal], path: Path | None, remedy: str) -> Refused:
-    """The first few, and the number of the others."""
-    shown, more = refusals[:SHOWN], len(refusals) - SHOWN
-    if more > 0:
-        shown.append(Refusal("there is more", found=f"{more} more of the same kind"))
     file = None if path is None else str(path)
-    return Refused(replace(refusal, file=file, remedy=remedy) for refusal in shown)
+    return Refused(replace(refusal, file=file, remedy=remedy) for refusal in refusals)
 
 
 def _unreadable(tensors: Mapping[str, Tensor]) -> Iterator[Refusal]:

@@ -265,7 +265,7 @@ def test_values_that_no_state_has_are_refused_with_true_checksums(
         (lambda m: m["settings"].pop("seed"), r"settings\.seed: nothing"),
         (lambda m: m["settings"].pop("weights_from"), "where the weights are from"),
         (lambda m: m["settings"].update(rank_to_captured={"x": 1.0}), "rank_to_captured"),
-        (lambda m: m["settings"].update(x=json.loads("[" * 900 + "]" * 900)), r"settings\.x"),
+        (lambda m: m["settings"].update(x=json.loads("[" * 900 + "]" * 900)), "too deeply"),
         (lambda m: m["settings"].update(robust=None), r"settings\.robust: None"),
         (lambda m: m["settings"].update(robust=VERDICT | {"clip": 0}), r"robust\.clip"),
         (lambda m: m["settings"].update(robust=VERDICT | {"left_out": []}), "those left out"),
@@ -299,9 +299,9 @@ def test_many_faults_are_counted_and_not_listed(path: Path) -> None:
     tensors, about = taken_apart(path)
     about["layout"]["modules"] = {f"m{i}": {} for i in range(20_000)}
     put_together(path, tensors, about)
-    with pytest.raises(Refused, match="59992 more") as caught:
+    with pytest.raises(Refused, match="59 995 more") as caught:
         State.load(path)
-    assert len(caught.value.refusals) == 9
+    assert len(caught.value.refusals) == 5
 
 
 def test_what_could_not_be_read_is_not_saved(path: Path, tmp_path: Path) -> None:

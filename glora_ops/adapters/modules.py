@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import Refusal
-from .config import LoraSettings
+from ..errors import Refusal, Refusals
+from .config import NAME_IN_FULL, LoraSettings
+from .patterns import PatternError
 from .safetensors_header import TensorInfo
 
 __all__ = ["PREFIX", "DenseTensor", "Module", "Tensors", "factor_keys", "saved_by", "sort_tensors"]
@@ -114,7 +115,7 @@ def sort_tensors(
     def refuse(problem: str, key: str | None, found: str, expected: str, remedy: str) -> None:
         problems.append(Refusal(problem, client, file, key, found, expected, remedy))
 
-    problems: list[Refusal] = []
+    problems = Refusals()
     modules: dict[str, Module] = {}
     for (path, family), keys in found.items():
         if ".base_layer." in path:
@@ -215,15 +216,16 @@ def _module(
             "at most the sum of both sides",
             "a smaller r: no update of this layer needs more than its smaller side",
         )
-    if not (settings.ranks.affords(name) and settings.alphas.affords(name)):
+    try:
+        declared, scaling = settings.ranks[name], settings.scaling(name, rank)
+    except PatternError as error:
         return (
             0,
-            "rank_pattern and alpha_pattern could take minutes to match",
-            f"{name[:80]!r}, where the limit is reached",
+            "rank_pattern and alpha_pattern take too long to follow",
+            str(error),
             "fewer or simpler patterns, or shorter names",
-            "name the modules in full instead of by a pattern",
+            NAME_IN_FULL,
         )
-    declared = settings.ranks[name]
     if rank != declared:
         return (
             0,
@@ -242,7 +244,7 @@ def _module(
         b_shape=b.shape,
         a_dtype=a.dtype,
         b_dtype=b.dtype,
-        scaling=settings.scaling(name, rank),
+        scaling=scaling,
         fan_in_fan_out=settings.fan_in_fan_out and family == "lora" and not conv,
     )
 

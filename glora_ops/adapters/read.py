@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Refusal, Refused
+from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
 from .files import find_file, read_json_object
@@ -223,29 +223,36 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         if key not in copies:
             extents[key].append(extent(piece))
     dense = {PREFIX + name for name in adapter.dense}
-    problems: list[Refusal] = []
+    problems = Refusals()
 
-    def refuse(key: str, *why: str) -> None:
-        problems.append(Refusal(why[0], adapter.name, TENSORS_NAME, key, *why[1:]))
+    def refuse(key: str, problem: str, found: str, expected: str) -> None:
+        problems.append(
+            Refusal(problem, adapter.name, TENSORS_NAME, key, found, expected, _DIVERGED)
+        )
 
     for key, pieces in extents.items():
         overall = extent(torch.stack(pieces))
         beyond = None if key in dense else out_of_range(overall)
         if not bool(overall.isfinite().all()):
-            (tensor,) = adapter.stored.read(key)
-            wrong = ~torch.isfinite(tensor)
-            first = tuple(wrong.nonzero()[0].tolist())
             refuse(
                 key,
                 "values are not finite",
-                f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} "
-                f"at {first}",
+                _where_not_finite(adapter, key) if len(problems) < problems.SHOWN else "",
                 "finite numbers",
-                "the training diverged: leave this client out",
             )
         elif beyond is not None:
-            refuse(key, *beyond, "the training diverged: leave this client out")
+            refuse(key, *beyond)
     return problems
+
+
+_DIVERGED = "the training diverged: leave this client out"
+
+
+def _where_not_finite(adapter: Adapter, key: str) -> str:
+    (tensor,) = adapter.stored.read(key)
+    wrong = ~torch.isfinite(tensor)
+    first = tuple(wrong.nonzero()[0].tolist())
+    return f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} at {first}"
 
 
 def _find_tensors(path: Path, client: str) -> tuple[Path | None, list[Refusal]]:

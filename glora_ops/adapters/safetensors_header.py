@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from ..errors import Refusal
-from .files import parse_json_object
+from ..errors import Refusal, Refusals
+from ..reading import open_regular, parse_json_object
 
 __all__ = ["DTYPES", "MAX_HEADER_BYTES", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
+MAX_TENSORS = 250_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -93,7 +94,7 @@ def read_header(
     if size < 8:  # not opened: an empty one may be no file on a disk, and block
         found, expected = f"a file of {size} bytes", "at least the 8 of the header's length"
         return None, [refusal("the header does not fit", found, expected, again)]
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             return None, [
@@ -118,11 +119,20 @@ def read_header(
         ]
 
     metadata = header.pop("__metadata__", {})
-    problems = []
+    problems = Refusals()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append(
             refusal("the metadata are malformed", repr(metadata)[:80], "strings only", again)
         )
+    if len(header) > MAX_TENSORS:
+        return None, [
+            refusal(
+                "the header names too many tensors",
+                str(len(header)),
+                f"at most {MAX_TENSORS}",
+                again,
+            )
+        ]
     tensors = {}
     for name, entry in header.items():
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refusal, Refused
+from ..reading import open_regular
 from .safetensors_header import TensorInfo
 
 __all__ = ["Stored", "signature"]
@@ -51,7 +53,7 @@ class Stored:
     tensors: Mapping[str, TensorInfo]
     signature: tuple[int, int, int]
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Where the header ends."""
         return self.signature[0] - max((info.end for info in self.tensors.values()), default=0)
@@ -92,7 +94,7 @@ class Stored:
 
     def _open(self) -> BinaryIO:
         try:
-            file = self.path.open("rb", buffering=0)
+            file = open_regular(self.path, buffering=0)
         except FileNotFoundError:
             raise self._changed("no such file any more") from None
         try:

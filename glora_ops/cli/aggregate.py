@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import GloraWarning, Refusal, Refused, listing
+from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, listing
 from .options import PICTURE_NAME, Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
 
@@ -196,13 +196,13 @@ def aggregate(
             inputs += [entry["path"] for entry in (old.record or {"clients": []})["clients"]]
         assert out is not None
 
-        refusals: list[Refusal] = []
+        refusals = Refusals()
         if plot:
             from ..plots import plot_state, require_matplotlib
 
             with listing(refusals):
                 require_matplotlib()
-        place = out.resolve()
+        place = Path(os.path.realpath(out))
         with listing(refusals):
             held.enter_context(claimed(place, strangers))
             check_free(place, strangers, overwrite=overwrite)
@@ -356,13 +356,15 @@ def _numbers(text: str, clients: int) -> list[float]:
 
 def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any]) -> list[float]:
     """Weights by folder name; every name that lacks one or has one for nothing is listed."""
-    from ..adapters.files import parse_json_object
     from ..arguments import check_weights
+    from ..reading import parse_json_object, read_bytes
 
     wanted = "one number for each client folder, by its name"
     remedy = 'write {"folder name": number, …}, or give the numbers in order: --weights 3,1,2'
     try:
-        content = parse_json_object(path.read_bytes())
+        content = parse_json_object(read_bytes(path))
+    except GloraError:
+        raise
     except OSError as error:
         found = f"{error.strerror}: {str(path)!r}"
         raise Refused(
@@ -377,12 +379,12 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
                 )
             ]
         ) from None
-    names = list(dict.fromkeys(Path(os.path.abspath(client)).name for client in clients))
-    refusals = [
+    names = dict.fromkeys(Path(os.path.abspath(client)).name for client in clients)
+    refusals = Refusals(
         Refusal("the client has no weight", name, str(path), None, "no such name", wanted, remedy)
         for name in names
         if name not in content
-    ]
+    )
     refusals += [
         Refusal("the weight is for no client", None, str(path), None, repr(name), wanted, remedy)
         for name in content

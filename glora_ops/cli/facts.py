@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..certificates import CLIENT_STATS, STATS
-from ..errors import require
+from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
 from ..state_file import StateFile, read
@@ -147,8 +147,11 @@ def print_state(facts: Mapping[str, Any]) -> None:
     if facts["notes"] or facts["skipped"]:
         to.print()
     print_notes(facts["notes"])
-    for skipped in facts["skipped"]:
+    shown = facts["skipped"][: Refusals.LISTED]
+    for skipped in shown:
         to.print(labelled("skipped: ", "bold yellow", clean(skipped)))
+    if len(shown) < len(facts["skipped"]):
+        to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
 
 
 def print_clients(facts: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from .options import Json, Plot
-from .show import answering, clean, console, print_json, progress, table
+from .show import answering, clean, console, finite, print_json, progress, table
 
 __all__ = ["app"]
 
@@ -159,7 +159,7 @@ def report(
                 names = draw(mine, summary["reference"], building, name)
                 summaries.append(summary)
                 pages.append(markdown(summary, names))
-            write_report(building, summaries, pages)
+            write_report(building, finite(summaries), pages)
         outcome.wrote(folder)
         if as_json:
             print_json({"out": str(folder), "configs": summaries})

@@ -36,6 +36,7 @@ __all__ = [
     "answering",
     "clean",
     "console",
+    "finite",
     "labelled",
     "number",
     "print_json",
@@ -91,15 +92,15 @@ def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(facts), indent=2, allow_nan=False))
+    typer.echo(json.dumps(finite(facts), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinities: null."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -194,9 +195,12 @@ def _refuse(refusals: Sequence[Refusal], as_json: bool, outcome: Outcome) -> Non
         for refusal in refusals:
             to.print(labelled("refused: ", "bold red", clean(refusal.problem)))
             for name, value in asdict(refusal).items():
-                if value and name != "problem":
+                if value and name not in ("problem", "more"):
                     to.print(labelled(f"  {name:<9}", "dim", clean(value)), soft_wrap=True)
-        count = "1 problem" if len(refusals) == 1 else f"{len(refusals)} problems"
+            if refusal.more:
+                to.print(f"  {refusal.rest}")
+        total = sum(1 + refusal.more for refusal in refusals)
+        count = "1 problem" if total == 1 else f"{total} problems"
         to.print(f"{count}{outcome}", soft_wrap=True)
     raise typer.Exit(1)
 

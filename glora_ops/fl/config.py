@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import GloraError, Refusal, Refused, listing, require
+from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
+from ..reading import MAX_DEPTH, read_bytes, too_deep
 from .methods import METHODS, Method
 
 if sys.version_info >= (3, 11):
@@ -33,6 +35,13 @@ __all__ = ["Config", "Training", "load_config", "shipped"]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _of_a_size(self) -> Section:
+        for name, value in self:
+            fits = not isinstance(value, int) or abs(value) < 2**31
+            require(fits, name, value, f"an integer up to {2**31 - 1}")
+        return self
 
 
 class TaskSection(Section):
@@ -96,8 +105,8 @@ class ModelSection(Section):
 class ClientsSection(Section):
     """Who takes part, with what, and how they differ."""
 
-    count: int = Field(default=8, ge=1, description="Number of clients.")
-    ranks: list[Annotated[int, Field(ge=1)]] = Field(
+    count: int = Field(default=8, ge=1, le=100_000, description="Number of clients.")
+    ranks: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
         default=[8], min_length=1, description="LoRA ranks, dealt to the clients in turn."
     )
     scaling: float = Field(
@@ -195,7 +204,7 @@ class MethodSection(BaseModel):
     @classmethod
     def _all_of_it(cls, given: Any, validate: ModelWrapValidatorHandler[MethodSection]) -> Any:
         """What is wrong with kind and lr and what is wrong for the kind, in one list."""
-        refusals: list[Refusal] = []
+        refusals = Refusals()
         section = None
         try:
             section = validate(given)
@@ -245,11 +254,16 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     return method
 
 
+Label = Annotated[str, Field(pattern=r"^[\w-]+$", max_length=100)]
+
+
 class Config(Section):
     """A federated experiment: one task, one population of clients, several methods."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Folder name of its runs."
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Folder name of its runs.",
     )
     about: str = Field(default="", description="One sentence: what the experiment asks.")
     hours: str = Field(default="", description="How long it takes, where.")
@@ -259,7 +273,7 @@ class Config(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep = Sweep()
-    methods: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MethodSection] = Field(
+    methods: dict[Label, MethodSection] = Field(
         min_length=1, description="Arms by label; [methods.LABEL] with kind = … and its fields."
     )
 
@@ -296,15 +310,33 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
         f"a .toml file or one of {', '.join(shipped())}",
     )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _parse_toml(read_bytes(path).decode("utf-8"))
         section = content.setdefault("model", {})
         if model is not None and isinstance(section, dict):
             section["name"] = model
         return Config.model_validate(content)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
     except ValidationError as error:
         raise Refused(replace(r, file=str(path)) for r in _refusals(error)) from None
+    except GloraError:
+        raise
+    except ValueError as error:  # tomllib's own, of decoding, of a huge integer
+        raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
+
+
+# A key of many parts, which tomllib reads at the cost of its square.
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"(?<![\w-])({_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """What tomllib reads; `ValueError` for no TOML, and for tables too deep in each other."""
+    try:
+        content = {} if _LONG_KEY.search(text) else tomllib.loads(text)
+    except RecursionError:
+        content = {}
+    if not content or too_deep(content):
+        raise ValueError(f"empty, or more than {MAX_DEPTH} tables or lists in each other")
+    return content
 
 
 def _refusals(error: ValidationError) -> list[Refusal]:

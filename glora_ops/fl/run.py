@@ -177,7 +177,7 @@ def _line(
         "bytes_down": answers.bytes_down,
         "bytes_up": answers.bytes_up,
         "clients": [
-            {"client": r.client.index, "rank": r.sent.rank, "examples": r.examples, **r.metrics}
+            {**r.metrics, "client": r.client.index, "rank": r.sent.rank, "examples": r.examples}
             for r in answers.replies
         ],
         "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],

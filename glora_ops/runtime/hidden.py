@@ -65,7 +65,7 @@ def _let_hidden_go(held: BaseFileLock, hidden: Path, final: Path, strangers: Str
 
 def destination(path: str | os.PathLike[str]) -> Path:
     """Where what is built at `path` will stand; any other path as it is, resolved."""
-    parts = list(Path(path).resolve().parts)
+    parts = list(Path(os.path.realpath(path)).parts)
     for i in range(len(parts) - 1, 0, -1):
         found = _HIDDEN.fullmatch(parts[i - 1])
         if found and found[1] == parts[i]:

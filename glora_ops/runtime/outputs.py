@@ -91,7 +91,7 @@ def _require_own(found: Path, final: Path, strangers: Strangers, what: str) -> N
 
 def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
     """Raise `Refused` for every input that lies in `out`, is `out`, or holds it."""
-    place = Path(out).resolve()
+    place = Path(os.path.realpath(out))
     refusals = [
         Refusal(
             "the output and an input lie in one another",
@@ -101,7 +101,7 @@ def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]])
             remedy="choose another place for the output",
         )
         for given in inputs
-        if (real := Path(given).resolve()) == place
+        if (real := Path(os.path.realpath(given))) == place
         or real in place.parents
         or place in real.parents
     ]
@@ -182,7 +182,7 @@ def new_file(target: str | os.PathLike[str], strangers: Strangers) -> Iterator[P
 
     Otherwise as `new_folder`; a link at `target` is followed.
     """
-    with _built(Path(target).resolve(), strangers, True, "file") as path:
+    with _built(Path(os.path.realpath(target)), strangers, True, "file") as path:
         yield path
         path.chmod(0o644)
 

@@ -63,6 +63,31 @@ def test_the_publications_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 1000 + "]" * 1000,
+        "a = " + "{a = " * 1000 + "1" + "}" * 1000,
+        ".".join(["a"] * 100_000) + " = 1",
+        "[" + ".".join(['"a"'] * 40) + "]",
+        "a = 1" + "0" * 5000,
+        "a = " + "[" * 40 + "]" * 40,
+    ],
+    ids=["lists", "tables", "a key", "a header", "digits", "forty"],
+)
+def test_what_is_too_deep_or_too_long_is_no_configuration(tmp_path: Path, text: str) -> None:
+    with pytest.raises(GloraError, match=r"mine\.toml is no TOML"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "section", ["[clients]\ncount = 1000000000000", "[training]\nsteps = 99999999999999999999"]
+)
+def test_numbers_that_nothing_could_hold_are_refused(tmp_path: Path, section: str) -> None:
+    with pytest.raises(GloraError, match=section.split()[1]):
+        load(tmp_path, 'name = "x"\n' + section + METHOD)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ('nam = "x"' + METHOD, ["nam: unknown key", "name"]),

@@ -126,6 +126,16 @@ def fault(kind: str, message: Message, reply: Message) -> Message | None:
             arrays[name] = Array(old.dtype, old.shape, old.stype, data)
         elif kind == "claims another length":
             arrays[name] = Array(old.dtype, (*old.shape, 10**9), old.stype, old.data)
+        elif kind == "claims 70 dimensions":
+            arrays[name] = Array(old.dtype, (*old.shape, *[1] * 68), old.stype, old.data)
+        elif kind == "says true for a size":
+            arrays[name] = Array(old.dtype, (True, *old.shape), old.stype, old.data)
+        elif kind == "sends a thousand metrics":
+            form["metrics"] = {str(i): 0.0 for i in range(1000)}
+        elif kind == "goes deep":
+            form["metrics"] = json.loads("[" * 100 + "]" * 100)
+        elif kind == "names no state":
+            form["state"] = "x" * 10**6
         elif kind == "sends NumPy":
             arrays[name] = Array(torch.zeros(tuple(old.shape)).numpy())
         elif kind == "claims no examples":
@@ -151,6 +161,11 @@ FAULTS = {
     "turns a tensor": "missing, unknown or of another shape",
     "says NaN": "NaN or infinity",
     "claims another length": "bytes",
+    "claims 70 dimensions": "at most 8 integers",
+    "says true for a size": "at most 8 integers",
+    "sends a thousand metrics": "do not fit",
+    "goes deep": "do not fit",
+    "names no state": "do not fit",
     "sends NumPy": "expected ('glora.raw', 'bfloat16')",
     "claims no examples": "do not fit",
     "claims more examples": "examples: got",
@@ -216,12 +231,27 @@ def test_a_node_that_goes_away_and_one_that_comes_later(tmp_path: Path) -> None:
     assert there.lines()[-1]["failures"][0]["reason"] == "its node is not connected"
 
 
+def test_a_nodes_metrics_take_no_field_of_the_records(tmp_path: Path) -> None:
+    class Posing(LoopGrid):
+        def answer(self, node: int, message: Message) -> Message | None:
+            reply = super().answer(node, message)
+            if reply is not None and message.metadata.message_type == "train":
+                return changed(reply, lambda form, _: form["metrics"].update(client=9.0, rank=0.5))
+            return reply
+
+    there = run_flower(tmp_path / "run", {"kind": "fedit"}, Posing(NODES, tmp_path / "nodes"))
+    assert [c["client"] for c in there.lines()[1]["clients"]] == [0, 1, 2, 3]
+    assert {type(c["rank"]) for c in there.lines()[1]["clients"]} == {int}
+
+
 def test_nodes_that_do_not_fit_are_refused_by_reason(tmp_path: Path) -> None:
     class Lying(LoopGrid):
         def answer(self, node: int, message: Message) -> Message | None:
             reply = super().answer(node, message)
             if reply is not None and node == self.node(3):
                 return changed(reply, lambda form, _: form.update(examples=1))
+            if reply is not None and node == self.node(1):
+                return changed(reply, lambda form, _: form.update(rank=10**9))
             return reply
 
     nodes = [*NODES, {"partition-id": 0}, {"partition-id": 4}, {}]
@@ -229,10 +259,11 @@ def test_nodes_that_do_not_fit_are_refused_by_reason(tmp_path: Path) -> None:
     made = config({"it": {"kind": "fedit"}})
     with pytest.warns(GloraWarning) as told:
         engine = FlowerEngine(grid, Plan(made, "it", 0, 0.005), patience=0.5)
-    assert set(engine.nodes) == {0, 1, 2}
+    assert set(engine.nodes) == {0, 2}
     reasons = " ".join(str(w.message) for w in told)
     for part in ("a second one", "examples of the node of client 3: got 1", "partition-id: got 4",
-                 "partition-id: got None"):  # fmt: skip
+                 "partition-id: got None",
+                 "rank of the node of client 1: got 1000000000"):  # fmt: skip
         assert part in reasons
     with (
         pytest.warns(GloraWarning),
