@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, solve
+from .batches import Source, compare, solve
 from .errors import GloraWarning, Refusal, Refused, require, unfit
 from .packing import FLOATS
 from .report import notes
+from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
 from .values import value_fault
 
@@ -38,6 +39,8 @@ def aggregate(
     missing: str = "zero",
     normalise: bool = True,
     names: Sequence[str] | None = None,
+    robust: str | None = None,
+    clip: float = CLIP,
     tau_rel: float = 0.1,
     anchor: float = 1.0,
     oversample: int = 16,
@@ -81,6 +84,13 @@ def aggregate(
         ``basis="update"`` only.
     names : sequence of str, optional
         Of the clients, for messages and the report.
+    robust : {"clip", "gate", "geometric-median"}, optional
+        Against bad clients: one verdict per client from its norm and its signed cosines with the
+        others over all modules, before anything is solved (docs/reliability.md). None by default.
+        The verdict stands in ``state.settings["robust"]``; a client that is left out keeps its
+        place, with weight 0.
+    clip : float
+        With `robust`: updates longer than this many median norms are shortened to it.
     tau_rel, anchor, oversample, power_iters, tol, seed
         As `torch.ops.glora.aggregate`.
     warm : State, optional
@@ -111,7 +121,8 @@ def aggregate(
     Warns
     -----
     GloraWarning
-        The state holds much less than its rank could, or a cut falls into a tie.
+        The state holds much less than its rank could, a cut falls into a tie, or a client was left
+        out by `robust`.
 
     Notes
     -----
@@ -133,7 +144,7 @@ def aggregate(
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
             "normalise": bool(normalise), "tau_rel": tau_rel, "anchor": anchor,
             "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
-            "max_bytes": max_bytes,
+            "max_bytes": max_bytes, "robust": robust, "clip": clip,
         }
     )  # fmt: skip
     require(
@@ -154,13 +165,19 @@ def aggregate(
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
+    robust, clip = (settings.pop(k) for k in ("robust", "clip"))
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
+    folder = None if scratch is None else os.fspath(scratch)
+    if robust is not None:
+        inner = compare(sources, modules, scale, max_bytes, folder, device)
+        verdict = judge(robust, inner, factor_weights, clip)
+        factor_weights, scale = _heeded(verdict, factor_weights, scale)
+        settings["robust"] = verdict.record(names) | {"clip": clip}
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
-            sources, modules, factor_weights, scale, missing, max_bytes,
-            None if scratch is None else os.fspath(scratch), report, warm, device,
-            rank=server_rank, **solver,
+            sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
+            device, rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
@@ -175,6 +192,19 @@ def aggregate(
         if note.warning:
             warnings.warn(note.text, GloraWarning, stacklevel=2)
     return state
+
+
+def _heeded(
+    verdict: Verdict, weights: Sequence[float], scalings: Sequence[Mapping[str, float]]
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Weights and scalings as a verdict changes them."""
+    return (
+        [w * trust for w, trust in zip(weights, verdict.trust, strict=True)],
+        [
+            {name: s * factor for name, s in of.items()}
+            for of, factor in zip(scalings, verdict.scale, strict=True)
+        ],
+    )
 
 
 def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from .adapters.read import (
 )
 from .api import aggregate
 from .arguments import check_settings, check_weights
-from .dense import dense_holders, dense_means, with_dense, without_mean
+from .dense import dense_holders, dense_means, heeded, with_dense, without_mean
 from .errors import GloraWarning, Refusal, Refused, listing, require
 from .isolation import release_freed, workers
 from .state import State
@@ -82,7 +82,8 @@ def aggregate_adapters(
         Called as ``progress(step, done, total)``, step being "headers", "values", "dense" or
         "modules".
     **settings
-        Passed on to `aggregate`: normalise, tau_rel, anchor, seed, ….
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
+        factors are read once more.
 
     Returns
     -------
@@ -189,8 +190,6 @@ def merge(
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)
     names = [adapter.name for adapter in adapters]
-    holders = dense_holders(adapters)
-    means = dense_means(adapters, holders, voices, tell)
 
     def tell_modules(done: int, total: int) -> None:
         release_freed()  # a tenth of the time, and memory stays that of a few modules
@@ -204,6 +203,8 @@ def merge(
         progress=tell_modules,
         **settings,
     )
+    holders = dense_holders(adapters)
+    means = dense_means(adapters, holders, heeded(state, voices), tell)
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,

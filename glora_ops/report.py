@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import robust
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -108,6 +110,8 @@ def notes(state: State) -> list[Note]:
                 f"{state.clients[heaviest]} has {state.weights[heaviest] / total:.0%} of the weight"
             )
         )
+    if "robust" in state.settings:
+        out += [Note(*said) for said in robust.say(state.settings["robust"], state.clients)]
     silent = _silent_clients(state)
     if silent:
         out.append(

@@ -49,6 +49,7 @@ def state_facts(state: State) -> dict[str, Any]:
         "base_model": (state.layout or {}).get("base_model"),
         "clients": _clients(state),
         "skipped": settings.get("skipped", []),
+        "robust": settings.get("robust"),
         "summary": [asdict(line) for line in lines(state)],
         "certificates": {
             name: {
