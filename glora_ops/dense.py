@@ -53,7 +53,7 @@ def _no_mean(name: str, voices: Sequence[float]) -> tuple[str, str, str, str]:
         f"weights of the clients with {name}",
         str(voices),
         "none negative, not all zero",
-        "weights saved in full can only be averaged",
+        "weights saved in full can only be averaged, over clients that no robust rule left out",
     )
 
 

@@ -267,8 +267,10 @@ class Config(Section):
         description="Rule against bad clients, for every method: clip, gate or geometric-median "
         "(docs/reliability.md); None: none.",
     )
-    robust_clip: float = Field(
-        default=CLIP, gt=0, description="Longest update a rule lets through, in median norms."
+    robust_clip: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Longest update a rule lets through, in median norms; None: {CLIP:g}.",
     )
     task: TaskSection = TaskSection()
     model: ModelSection = ModelSection()
@@ -293,7 +295,7 @@ class Config(Section):
     def rule(self, label: str) -> Rule | None:
         """What is done against bad clients in an arm."""
         name = self.methods[label].robust or self.robust
-        return None if name is None else Rule(name, self.robust_clip)
+        return None if name is None else Rule(name, self.robust_clip or CLIP)
 
 
 def shipped() -> dict[str, Path]:
