@@ -44,12 +44,12 @@ def normal(rng: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def population(seed: int) -> list[Pair]:
+def population(seed: int, own: float = OWN) -> list[Pair]:
     """Twenty honest clients."""
     rng = torch.Generator().manual_seed(seed)
     b, a = normal(rng, D_OUT, RANK), normal(rng, RANK, D_IN)
     return [
-        (b + OWN * normal(rng, *b.shape), a + OWN * normal(rng, *a.shape)) for _ in range(COUNT)
+        (b + own * normal(rng, *b.shape), a + own * normal(rng, *a.shape)) for _ in range(COUNT)
     ]
 
 

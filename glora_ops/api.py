@@ -106,7 +106,8 @@ def aggregate(
         same bits, at the disk's speed where memory is short. Takes the stack as it is stored,
         and for bf16 and fp16 once more in fp32.
     progress : callable (done, total), optional
-        Called in the calling thread after every batch of modules.
+        Called in the calling thread after every batch of modules; with `robust` first after every
+        module that is compared.
 
     Returns
     -------
@@ -169,7 +170,7 @@ def aggregate(
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
     folder = None if scratch is None else os.fspath(scratch)
     if robust is not None:
-        inner = compare(sources, modules, scale, max_bytes, folder, device)
+        inner = compare(sources, modules, scale, max_bytes, folder, progress, device)
         verdict = judge(robust, inner, factor_weights, clip)
         factor_weights, scale = _heeded(verdict, factor_weights, scale)
         settings["robust"] = verdict.record(names) | {"clip": clip}

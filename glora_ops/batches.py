@@ -214,6 +214,7 @@ def compare(
     scalings: Sequence[Mapping[str, float]],
     max_bytes: int | None,
     scratch: str | None,
+    progress: Callable[[int, int], None] | None,
     device: torch.device,
 ) -> Tensor:
     """(K, K) fp64: `inner_products` of the clients' updates, summed over modules.
@@ -238,15 +239,24 @@ def compare(
 
     total = torch.zeros(len(sources), len(sources), dtype=torch.float64)
     flying: deque[tuple[int, Future[Tensor]]] = deque()
+    done = 0
+
+    def finish() -> None:
+        nonlocal done
+        total.add_(flying.popleft()[1].result())
+        done += 1
+        if progress is not None:
+            progress(done, len(batches))
+
     with workers(threads if on_cpu else 1) as pool:
         for batch in batches:
             while flying and (
                 len(flying) > threads or sum(size for size, _ in flying) + batch.bytes > room
             ):
-                total += flying.popleft()[1].result()
+                finish()
             flying.append((batch.bytes, pool.submit(products, batch, stack(batch))))
-        for _, future in flying:
-            total += future.result()
+        while flying:
+            finish()
     return total
 
 

@@ -28,6 +28,7 @@ from .api import aggregate
 from .arguments import check_settings, check_weights
 from .dense import dense_holders, dense_means, heeded, with_dense, without_mean
 from .errors import GloraWarning, Refusal, Refused, listing, require
+from .inner_products import check_pairs
 from .isolation import release_freed, workers
 from .state import State
 
@@ -79,8 +80,8 @@ def aggregate_adapters(
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
-        Called as ``progress(step, done, total)``, step being "headers", "values", "dense" or
-        "modules".
+        Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
+        "dense".
     **settings
         Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
         factors are read once more.
@@ -146,6 +147,9 @@ def merge(
         )
     with listing(common):
         settings |= check_settings(settings)
+    with listing(common):
+        if settings.get("robust") is not None:
+            check_pairs(len(folders))
     with listing(common):
         check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
 

@@ -124,6 +124,15 @@ def notes(state: State) -> list[Note]:
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
         )
+    opposed = _opposed_clients(state)
+    if opposed:
+        out.append(
+            Note(
+                f"{len(opposed)} of {len(state.clients)} clients pull against the mean"
+                f"{_some(opposed)}: their updates have a negative inner product with the server's; "
+                "glora compare shows signed cosines"
+            )
+        )
     partial = [name for name, m in state.modules.items() if not bool(m.present.all())]
     if partial:
         how = "counts as zero there" if state.settings["missing"] == "zero" else "is left out there"
@@ -161,6 +170,19 @@ def _loud_clients(state: State) -> list[tuple[str, float]]:
         (name, float(n) / median)
         for name, n in zip(state.clients, overall, strict=True)
         if n > LOUD * median
+    ]
+
+
+def _opposed_clients(state: State) -> list[str]:
+    """Of positive weight, with a negative share of the energy, more than rounding."""
+    modules = state.modules.values()
+    held = [m.stat("captured") * m.stat("norm") ** 2 for m in modules]
+    shares = torch.stack([m.client_stat("share") for m in modules], 1)
+    energy = shares @ torch.tensor(held, dtype=shares.dtype)
+    return [
+        name
+        for name, w, mine in zip(state.clients, state.weights, energy.tolist(), strict=True)
+        if w > 0 and mine < -1e-3 * sum(held)
     ]
 
 

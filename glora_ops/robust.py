@@ -1,7 +1,7 @@
 """Verdicts on clients that may be bad: clip, gate, geometric median (docs/reliability.md).
 
 Every rule is a function of the K × K inner products ⟨ΔW_i, ΔW_j⟩ over the whole adapter and of the
-weights, so that no gauge, rank or module is seen. Numbered formulae: docs/mathematics.md, 12.
+weights, so that no gauge, rank or module is seen. Numbered formulae: docs/mathematics.md, 15.
 """
 
 from __future__ import annotations
