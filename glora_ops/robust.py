@@ -36,7 +36,7 @@ TELLING = 0.1
 #: Fewer clients than this cannot outvote one.
 FEWEST = 3
 # Of Weiszfeld's iteration: relative smoothing, stop, and the most steps.
-SMOOTH, STILL, STEPS = 1e-6, 1e-9, 1000
+SMOOTH, STILL, STEPS = 1e-4, 1e-9, 1000
 
 
 @dataclass(frozen=True)

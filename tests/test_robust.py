@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Problem, problems, regauge
+from strategies import Problem, Recipe, problems, regauge
 from test_invariance import permuted, widened
 
 import glora_ops as glora
@@ -53,6 +53,37 @@ def near(found: tuple[float | None, ...], expected: tuple[float | None, ...], to
         (x is None) == (y is None) and (x is None or abs(x - y) <= tol * max(1.0, abs(y)))
         for x, y in zip(found, expected, strict=True)
     )
+
+
+def crowd(count: int, own: float = 0.1, seed: int = 0) -> Problem:
+    """Clients that share most of what they learnt."""
+    rng = np.random.default_rng(seed)
+    b, a = rng.standard_normal((12, 3)), rng.standard_normal((3, 10))
+    clients = [
+        (torch.from_numpy(b + own * rng.standard_normal(b.shape)), torch.from_numpy(a))
+        for _ in range(count)
+    ]
+    recipe = Recipe(seed=seed, m=12, n=10, dtype="float64")
+    return Problem(recipe, clients, np.full(count, 1 / count), np.ones(count), 3)
+
+
+def spoilt(problem: Problem, **scalings: float) -> Problem:
+    """Client i's update times what ``c<i>`` says."""
+    scaling = problem.scaling.copy()
+    for name, factor in scalings.items():
+        scaling[int(name[1:])] = factor
+    return replace(problem, scaling=scaling)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> Problem:
+    """Clients that agree more or less, up to a third of them spoilt."""
+    count = draw(st.integers(3, 9))
+    problem = crowd(count, draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), draw(st.integers(0, 99)))
+    bad = draw(st.lists(st.sampled_from([-1.0, -10.0, 100.0, 0.0]), max_size=count // 3))
+    weights = draw(st.lists(st.sampled_from([1.0, 3.0, 0.1]), min_size=count, max_size=count))
+    scaling = np.append(np.ones(count - len(bad)), bad)
+    return replace(problem, scaling=scaling, weights=np.array(weights) / sum(weights))
 
 
 # --- inner products --------------------------------------------------------------------------
@@ -111,15 +142,20 @@ def check_same(one: Verdict, two: Verdict, order: list[int], tol: float) -> None
     if undecided(one):
         return
     assert (one.applied, one.reason[:30]) == (two.applied, two.reason[:30])
-    for name in ("norms", "cosines", "scale", "trust"):
+    for name in ("norms", "cosines", "scale", "distances"):
         before, after = getattr(one, name), getattr(two, name)
         assert near(after, tuple(before[i] for i in order), tol), name
+    # Trust moves the mean as far as the client is from it: identical ones may share it anyhow.
+    for i, trust in zip(order, two.trust, strict=True):
+        apart = one.distances[i]
+        reach = 1.0 if apart is None else min(1.0, apart / np.median(one.norms))
+        assert abs(trust - one.trust[i]) * reach <= tol * max(1.0, trust), "trust"
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_gauge_and_no_width_moves_a_verdict(rule: str) -> None:
     @given(
-        problem=problems(("float64",), condition=1.0, dead=False, spectrum="geometric"),
+        problem=crowds() | problems(("float64",), condition=1.0, dead=False, spectrum="geometric"),
         seed=st.integers(0, 99),
         condition=st.sampled_from([3.0, 1e2, 1e3]),
         columns=st.integers(0, 6),
@@ -135,7 +171,7 @@ def test_no_gauge_and_no_width_moves_a_verdict(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_order_of_the_clients_moves_a_verdict(rule: str) -> None:
-    @given(problem=problems(("float64", "bfloat16")), seed=st.integers(0, 99))
+    @given(problem=crowds() | problems(("float64", "bfloat16")), seed=st.integers(0, 99))
     def check(problem: Problem, seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(problem.clients)).tolist()
         check_same(verdict(rule, problem), verdict(rule, permuted(problem, seed)), order, 1e-6)
@@ -152,25 +188,6 @@ def test_the_tolerance_sees_a_client_turned_round(rule: str) -> None:
 
 
 # --- the rules -------------------------------------------------------------------------------
-
-
-def crowd(count: int, own: float = 0.1, seed: int = 0) -> Problem:
-    """Clients that share most of what they learnt."""
-    rng = np.random.default_rng(seed)
-    b, a = rng.standard_normal((12, 3)), rng.standard_normal((3, 10))
-    clients = [
-        (torch.from_numpy(b + own * rng.standard_normal(b.shape)), torch.from_numpy(a))
-        for _ in range(count)
-    ]
-    return Problem(None, clients, np.full(count, 1 / count), np.ones(count), 3)  # type: ignore[arg-type]  # no recipe
-
-
-def spoilt(problem: Problem, **scalings: float) -> Problem:
-    """Client i's update times what ``c<i>`` says."""
-    scaling = problem.scaling.copy()
-    for name, factor in scalings.items():
-        scaling[int(name[1:])] = factor
-    return replace(problem, scaling=scaling)
 
 
 @pytest.mark.parametrize("c", [2.0, 1.5])

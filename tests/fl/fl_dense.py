@@ -51,7 +51,7 @@ def verdict(rule: str, updates: Array, weights: list[float]) -> tuple[Array, Arr
     if rule == "geometric-median":
         x = w @ updates / w.sum()
         for _ in range(3000):
-            trust = 1 / np.sqrt(np.sum((updates - x) ** 2, axis=1) + 1e-12 * np.median(norms) ** 2)
+            trust = 1 / np.sqrt(np.sum((updates - x) ** 2, axis=1) + 1e-8 * np.median(norms) ** 2)
             x = (w * trust) @ updates / (w @ trust)
         return trust * w.sum() / (w @ trust), scale
     kept = np.ones(len(w), dtype=bool)
