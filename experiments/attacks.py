@@ -34,7 +34,7 @@ OWN = 0.2
 BAD = (1, 2, 4, 6)  # 5, 10, 20, 30 %
 BEYOND = (9, 11)  # 45, 55 %: just below and just above a half
 SEEDS = 3
-LOUDEST = 100.0  # median norms, for the attacker who knows the rule
+LOUDEST, SENT = 100.0, 12  # median norms and rank of the attacker who knows the rule
 
 Pair = tuple[Tensor, Tensor]
 Aggregate = Callable[[list[Pair], int], Tensor]  # clients, how many may be bad → dense update
@@ -92,43 +92,54 @@ ATTACKS = ("none", "sign flip", "−10×", "×100", "injection", "collusion")
 
 def knowing(
     aggregate: Aggregate, clients: list[Pair], bad: int, seed: int, *, fine: bool
-) -> tuple[float, float, float]:
-    """The worst error that `bad` clients reach who know honest clients and rule; scale and angle.
+) -> tuple[float, list[float]]:
+    """The worst error that `bad` clients reach who know the honest ones and the rule; where it is.
 
-    All send s·n·(cos θ · H + sin θ · Y): H the honest mean's direction at rank 4, Y a foreign one
-    orthogonal to it, n the honest clients' median norm, s ≤ 100. A grid, then Nelder–Mead from its
-    two best points: around the boundary of what the rule accepts.
+    All send the one update s·n·(cos θ · H + sin θ · (cos φ · Y + sin φ · Z)): H the direction of
+    the honest mean, Y a foreign one, Z what five honest clients have of their own (their agreement
+    carries a median), n the honest clients' median norm, s ≤ 100. A grid over s and θ, then
+    Nelder–Mead over all three from its three best points: around the edge of what is accepted.
     """
     good = clients[: COUNT - bad]
-    norms = dense(good).norm(dim=(1, 2))
-    u, s, vt = torch.linalg.svd(dense(good).mean(0))
-    toward = (u[:, :RANK] * s[:RANK]) @ vt[:RANK] / s[:RANK].norm()
-    rng = torch.Generator().manual_seed(2000 + seed)
-    b, a = normal(rng, D_OUT, RANK), normal(rng, RANK, D_IN)
-    b, a = b - u[:, :RANK] @ (u[:, :RANK].T @ b), a - a @ vt[:RANK].T @ vt[:RANK]
-    b = b / (b @ a).norm()
-    usual = float(norms.median())
+    updates = dense(good)
+    usual = float(updates.norm(dim=(1, 2)).median())
+    y = torch.matmul(*foreign(torch.Generator().manual_seed(2000 + seed), 1.0))
+    own = updates[:5].mean(0) - updates.mean(0)
+    # Orthonormal directions: H, then Y and Z without what they share with those before.
+    span = torch.linalg.qr(torch.stack([updates.mean(0), y, own]).flatten(1).mT)
+    directions = (span.Q * span.R.diagonal().sign()).mT.reshape(3, D_OUT, D_IN)
 
     def reached(x: Sequence[float]) -> float:
-        scale, angle = min(math.exp(x[0]), LOUDEST), x[1]
-        left = torch.cat([math.cos(angle) * toward @ vt[:RANK].T, math.sin(angle) * b], 1)
-        sent = (scale * usual * left, torch.cat([vt[:RANK], a]))
-        return error(aggregate(good + [sent] * bad, bad), good)
+        scale, (angle, turn) = min(math.exp(x[0]), LOUDEST), x[1:]
+        along = [
+            math.cos(angle),
+            math.sin(angle) * math.cos(turn),
+            math.sin(angle) * math.sin(turn),
+        ]
+        sent = torch.einsum("k,kij->ij", torch.tensor(along, dtype=torch.float64), directions)
+        u, s, vt = torch.linalg.svd(scale * usual * sent, full_matrices=False)
+        root = s[:SENT].sqrt()
+        return error(
+            aggregate(good + [(u[:, :SENT] * root, root[:, None] * vt[:SENT])] * bad, bad), good
+        )
 
     scales = (0.5, 1.0, 1.5, 2.0, 3.0, 10.0, LOUDEST) if fine else (1.0, 2.0, LOUDEST)
     steps = 24 if fine else 4
-    grid = [(math.log(s), math.pi * k / steps) for s in scales for k in range(steps + 1)]
-    best = sorted(((reached(x), x) for x in grid), reverse=True)[:2]
+    grid = [(math.log(s), math.pi * k / steps, 0.0) for s in scales for k in range(steps + 1)]
+    best = sorted(((reached(x), x) for x in grid), reverse=True)[:3]
     if fine:
         for _, start in tuple(best):
+            simplex = [start, *(
+                tuple(v + d * (k == at) for k, v in enumerate(start))
+                for at, d in enumerate((0.2, -0.05, 0.3))
+            )]  # fmt: skip
             found = minimize(
                 lambda x: -reached(x), start, method="Nelder-Mead",
-                options={"maxfev": 80, "initial_simplex": [
-                    start, (start[0] + 0.2, start[1]), (start[0], start[1] - 0.05)]},
+                options={"maxfev": 100, "initial_simplex": simplex},
             )  # fmt: skip
-            best.append((reached(found.x), tuple(found.x)))
-    worst, (log_scale, angle) = max(best)
-    return worst, min(math.exp(log_scale), LOUDEST), angle
+            best.append((-float(found.fun), tuple(found.x)))
+    worst, (log_scale, *angles) = max(best)
+    return worst, [min(math.exp(log_scale), LOUDEST), *angles]
 
 
 # --- aggregates ------------------------------------------------------------------------------
@@ -215,9 +226,8 @@ def measure(seed: int, bad: int, name: str) -> dict[str, float]:
         for attack in ATTACKS
     }
     if bad in BAD:
-        row["knows the rule"], row["scale"], row["angle"] = knowing(
-            aggregate, honest, bad, seed, fine=name in JUDGES
-        )
+        worst, at = knowing(aggregate, honest, bad, seed, fine=name in JUDGES)
+        row |= {"knows the rule": worst, **dict(zip(("scale", "angle", "turn"), at, strict=True))}
     return row
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Problem, Recipe, problems, regauge
 from test_invariance import permuted, widened
@@ -325,6 +325,26 @@ def test_one_verdict_over_all_modules() -> None:
     expected = median_cosines(unit @ unit.T, torch.ones(5, dtype=torch.bool))
     found = torch.tensor([c["cosine"] for c in record["clients"]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_gauge_and_no_order_moves_the_server_update(rule: str) -> None:
+    @settings(max_examples=25)
+    @given(problem=crowds(), seed=st.integers(0, 99), condition=st.sampled_from([3.0, 1e2]))
+    def check(problem: Problem, seed: int, condition: float) -> None:
+        found = []
+        for each in (problem, permuted(regauge(problem, seed, condition), seed)):
+            if undecided(verdict(rule, each)):
+                return
+            state = glora.aggregate(
+                each.clients, each.weights.tolist(), each.scaling.tolist(), 12, robust=rule
+            )  # of full rank: no cut that could fall into a tie
+            b, a = state.readout(12)
+            found.append(b @ a)
+        size = float(np.median(verdict(rule, problem).norms))
+        assert (found[0] - found[1]).norm() <= 1e-6 * size
+
+    check()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -20,6 +20,7 @@ from glora_ops.fl.clients import Learnt, Trainer
 from glora_ops.fl.messages import Client, Reply
 from glora_ops.fl.methods import METHODS, Method
 from glora_ops.fl.records import Run
+from glora_ops.fl.report import load_runs, markdown, summarise
 from glora_ops.fl.robust import Rule, heed
 from glora_ops.fl.run import Plan, run
 from glora_ops.fl.server import Server, clients_of
@@ -177,7 +178,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train", train)
 
 
-SHARED = {"partition": "iid", "count": 5}
+SHARED = {"clients": {"partition": "iid", "count": 5}, "training": {"rounds": 2}}
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -186,14 +187,18 @@ def test_a_run_leaves_out_by_name_records_it_and_resumes_to_the_same_bits(
 ) -> None:
     how = {"kind": "fedit", "robust": "gate"}
     with caplog.at_level(logging.WARNING, "glora_ops"):
-        whole = run_small(tmp_path / "whole", how, clients=SHARED)
+        whole = run_small(tmp_path / "whole" / "seed0", how, **SHARED)
     assert "left client 2 out" in caplog.text
     lines = whole.lines()[1:]
-    assert [line["robust"]["left_out"] for line in lines] == [["client 2"]] * 3
+    assert [line["robust"]["left_out"] for line in lines] == [["client 2"]] * 2
     assert all(len(line["clients"]) == 5 for line in lines)  # who answered, heard or not
     assert lines[-1]["alignment"]["cosines"][2][0] < 0 < lines[-1]["alignment"]["cosines"][1][0]
 
-    plan = Plan(config({"it": how}, clients=SHARED), "it", 0, 0.005)
+    summary = summarise(*load_runs([tmp_path / "whole"]))
+    assert summary["left_out"] == [{"method": "it", "seed": 0, "client": "client 2", "rounds": 2}]
+    assert "Left out by robust rules: client 2 (it, seed 0: 2 rounds)" in markdown(summary)
+
+    plan = Plan(config({"it": how}, **SHARED), "it", 0, 0.005)
     run(plan, tmp_path / "half", rounds=1)
     (tmp_path / "half" / "done").unlink()
     run(plan, tmp_path / "half", resume=True)
