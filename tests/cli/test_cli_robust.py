@@ -63,6 +63,8 @@ def test_the_gate_leaves_out_by_name_and_says_why(five: Path) -> None:
     assert "warning: robust gate left fay out: its median cosine with the others is -1.00" in said
     assert "note: robust gate clipped gus" in said
     assert glora_json("inspect", "out")["robust"] == record
+    assert facts["clients"][2]["cosine"] == record["clients"][2]["cosine"] < -0.9
+    assert "cosine" in said
 
 
 def test_an_update_keeps_the_rule(five: Path) -> None:
