@@ -119,6 +119,19 @@ def test_a_sign_is_seen_and_a_size_is_not() -> None:
     assert found[3].isnan().all()
 
 
+def test_an_update_that_cancels_to_rounding_is_none() -> None:
+    """Its cosines would be those of noise, and it would be left out or counted among the judges."""
+    problem = crowd(4)
+    b, a = problem.clients[3]
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    pair = (torch.cat([b, b], 1) @ turn, turn.mT @ torch.cat([a, -a]))
+    assert 0 < (pair[0] @ pair[1]).norm() < 1e-13
+    found = verdict("gate", replace(problem, clients=[*problem.clients[:3], pair]))
+    assert found.norms[3] == 0
+    assert found.cosines[3] is None
+    assert found.left_out == ()
+
+
 def test_too_many_pairs_are_refused_before_anything_is_read() -> None:
     b, a = torch.ones(2, 1), torch.ones(1, 2)
     with pytest.raises(glora.GloraError, match=r"2049.*at most 2097152 pairs.*groups"):
