@@ -27,6 +27,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import glora_ops as glora
+from glora_ops.robust import judge
 
 OUT = Path(__file__).parent / "results" / "attacks.json"
 COUNT, D_OUT, D_IN, RANK, SERVER_RANK = 20, 40, 32, 4, 8
@@ -91,14 +92,15 @@ ATTACKS = ("none", "sign flip", "−10×", "×100", "injection", "collusion")
 
 
 def knowing(
-    aggregate: Aggregate, clients: list[Pair], bad: int, seed: int, *, fine: bool
+    aggregate: Aggregate, clients: list[Pair], bad: int, seed: int, search: Aggregate | None = None
 ) -> tuple[float, list[float]]:
     """The worst error that `bad` clients reach who know the honest ones and the rule; where it is.
 
     All send the one update s·n·(cos θ · H + sin θ · (cos φ · Y + sin φ · Z)): H the direction of
     the honest mean, Y a foreign one, Z what five honest clients have of their own (their agreement
-    carries a median), n the honest clients' median norm, s ≤ 100. A grid over s and θ, then
-    Nelder–Mead over all three from its three best points: around the edge of what is accepted.
+    carries a median), n the honest clients' median norm, s ≤ 100. A grid over s and θ, then,
+    where there is a cheap `search` for the aggregate, Nelder–Mead over all three from its eight
+    best points: around the edge of what is accepted. The error is the aggregate's own.
     """
     good = clients[: COUNT - bad]
     updates = dense(good)
@@ -109,7 +111,7 @@ def knowing(
     span = torch.linalg.qr(torch.stack([updates.mean(0), y, own]).flatten(1).mT)
     directions = (span.Q * span.R.diagonal().sign()).mT.reshape(3, D_OUT, D_IN)
 
-    def reached(x: Sequence[float]) -> float:
+    def reached(x: Sequence[float], aggregate: Aggregate = search or aggregate) -> float:
         scale, (angle, turn) = min(math.exp(x[0]), LOUDEST), x[1:]
         along = [
             math.cos(angle),
@@ -123,22 +125,19 @@ def knowing(
             aggregate(good + [(u[:, :SENT] * root, root[:, None] * vt[:SENT])] * bad, bad), good
         )
 
-    scales = (0.5, 1.0, 1.5, 2.0, 3.0, 10.0, LOUDEST) if fine else (1.0, 2.0, LOUDEST)
-    steps = 24 if fine else 4
+    scales = (0.5, 1.0, 1.5, 2.0, 3.0, 10.0, LOUDEST) if search else (1.0, 2.0, LOUDEST)
+    steps = 36 if search else 4
     grid = [(math.log(s), math.pi * k / steps, 0.0) for s in scales for k in range(steps + 1)]
-    best = sorted(((reached(x), x) for x in grid), reverse=True)[:3]
-    if fine:
-        for _, start in tuple(best):
-            simplex = [start, *(
-                tuple(v + d * (k == at) for k, v in enumerate(start))
-                for at, d in enumerate((0.2, -0.05, 0.3))
-            )]  # fmt: skip
-            found = minimize(
-                lambda x: -reached(x), start, method="Nelder-Mead",
-                options={"maxfev": 100, "initial_simplex": simplex},
-            )  # fmt: skip
-            best.append((-float(found.fun), tuple(found.x)))
-    worst, (log_scale, *angles) = max(best)
+    best = sorted(grid, key=reached)[-8:]
+    for start in tuple(best) if search else ():
+        simplex = [start, *(
+            tuple(v + d * (k == at) for k, v in enumerate(start))
+            for at, d in enumerate((0.2, -0.05, 0.3))
+        )]  # fmt: skip
+        options = {"maxfev": 300, "initial_simplex": simplex}
+        found = minimize(lambda x: -reached(x), start, method="Nelder-Mead", options=options)
+        best.append(tuple(map(float, found.x)))
+    worst, (log_scale, *angles) = max((reached(x, aggregate), x) for x in best)
     return worst, [min(math.exp(log_scale), LOUDEST), *angles]
 
 
@@ -151,6 +150,14 @@ def ours(rule: str | None, clients: list[Pair], bad: int = 0) -> Tensor:
         state = glora.aggregate(clients, rank=SERVER_RANK, robust=rule)
     b, a = state.readout(SERVER_RANK)
     return b @ a
+
+
+def judged_mean(rule: str, clients: list[Pair], bad: int) -> Tensor:
+    """The mean of the judged updates, before any basis: 40 times cheaper than `ours`."""
+    x = dense(clients)
+    verdict = judge(rule, x.flatten(1) @ x.flatten(1).mT, [1 / len(x)] * len(x))
+    factors = [t * s / len(x) for t, s in zip(verdict.trust, verdict.scale, strict=True)]
+    return torch.einsum("k,kij->ij", torch.tensor(factors, dtype=x.dtype), x)
 
 
 def mean(clients: list[Pair], bad: int) -> Tensor:
@@ -209,7 +216,13 @@ AGGREGATES: dict[str, Aggregate] = {
     "glora, gate": partial(ours, "gate"),
     "glora, geometric-median": partial(ours, "geometric-median"),
 }
-JUDGES = ("multi-Krum, told how many", "glora, clip", "glora, gate", "glora, geometric-median")
+#: Of those that judge clients, what the attacker searches on.
+JUDGES: dict[str, Aggregate] = {
+    "multi-Krum, told how many": multi_krum,
+    "glora, clip": partial(judged_mean, "clip"),
+    "glora, gate": partial(judged_mean, "gate"),
+    "glora, geometric-median": partial(judged_mean, "geometric-median"),
+}
 
 
 # --- the tables ------------------------------------------------------------------------------
@@ -226,8 +239,12 @@ def measure(seed: int, bad: int, name: str) -> dict[str, float]:
         for attack in ATTACKS
     }
     if bad in BAD:
-        worst, at = knowing(aggregate, honest, bad, seed, fine=name in JUDGES)
-        row |= {"knows the rule": worst, **dict(zip(("scale", "angle", "turn"), at, strict=True))}
+        worst, at = knowing(aggregate, honest, bad, seed, JUDGES.get(name))
+        # Whoever knows all this also knows the other attacks.
+        row |= {
+            "knows the rule": max(worst, *row.values()),
+            **dict(zip(("scale", "angle", "turn"), at, strict=True)),
+        }
     return row
 
 

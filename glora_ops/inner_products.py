@@ -16,7 +16,7 @@ __all__ = ["MOST_PAIRS", "check_pairs", "inner_products", "of_pairs"]
 #: Most pairs of clients that are compared: K ≤ 2048, 32 MiB of inner products.
 MOST_PAIRS = 2**21
 #: Rows of two blocks of stacked factors whose Gram matrices exist at a time.
-ROWS = 1024
+ROWS = 256
 
 
 def check_pairs(clients: int) -> None:
@@ -52,7 +52,7 @@ def inner_products(b: Tensor, a: Tensor, offsets: Tensor, scaling: Tensor) -> Te
 
     Notes
     -----
-    N²(d_out + d_in) multiply-adds, N = Σ r_i; memory beside the stack: blocks of 1024 rows in fp64
+    N²(d_out + d_in) multiply-adds, N = Σ r_i; memory beside the stack: two blocks of 256 rows in fp64
     and their Gram matrices.
     """
     starts = offsets.tolist()
