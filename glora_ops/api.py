@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, check_ranks, directions, solve
+from .batches import Source, check_ranks, compare, directions, solve
 from .bindings.ops import Aggregate
 from .errors import GloraWarning, Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .report import notes
+from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
 from .values import value_fault
 
@@ -37,6 +38,8 @@ def aggregate(
     missing: str = "zero",
     normalise: bool = True,
     names: Sequence[str] | None = None,
+    robust: str | None = None,
+    clip: float = CLIP,
     tau_rel: float = Aggregate.tau_rel,
     anchor: float = Aggregate.anchor,
     oversample: int = Aggregate.oversample,
@@ -82,6 +85,13 @@ def aggregate(
         ``basis="update"`` only.
     names : sequence of str, optional
         Of the clients, for messages and the report.
+    robust : {"clip", "gate", "geometric-median"}, optional
+        Against bad clients: one verdict per client from its norm and its signed cosines with the
+        others over all modules, before anything is solved (docs/reliability.md). None by default.
+        The verdict stands in ``state.settings["robust"]``; a client that is left out keeps its
+        place, with weight 0.
+    clip : float
+        With `robust`: updates longer than this many median norms are shortened to it.
     tau_rel, anchor, oversample, power_iters, tol, seed
         As `torch.ops.glora.aggregate`.
     warm : State, optional
@@ -97,7 +107,8 @@ def aggregate(
         same bits, at the disk's speed where memory is short. Takes the stack as it is stored,
         and for bf16 and fp16 once more in fp32.
     progress : callable (done, total), optional
-        Called in the calling thread after every batch of modules.
+        Called in the calling thread after every batch of modules; with `robust` first after every
+        module that is compared.
 
     Returns
     -------
@@ -112,7 +123,8 @@ def aggregate(
     Warns
     -----
     GloraWarning
-        The state holds much less than its rank could, or a cut falls into a tie.
+        The state holds much less than its rank could, a cut falls into a tie, or a client was left
+        out by `robust`.
 
     Notes
     -----
@@ -134,7 +146,7 @@ def aggregate(
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
             "normalise": normalise, "tau_rel": tau_rel, "anchor": anchor,
             "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
-            "max_bytes": max_bytes,
+            "max_bytes": max_bytes, "robust": robust, "clip": clip,
         }
     )  # fmt: skip
     require(
@@ -156,13 +168,19 @@ def aggregate(
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
+    robust, clip = (settings.pop(k) for k in ("robust", "clip"))
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
+    folder = None if scratch is None else os.fspath(scratch)
+    if robust is not None:
+        inner = compare(sources, modules, scale, max_bytes, folder, progress, device)
+        verdict = judge(robust, inner, factor_weights, clip)
+        factor_weights, scale = _heeded(verdict, factor_weights, scale)
+        settings["robust"] = verdict.record(names) | {"clip": clip}
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
-            sources, modules, factor_weights, scale, missing, max_bytes,
-            None if scratch is None else os.fspath(scratch), report, warm, device,
-            rank=server_rank, **solver,
+            sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
+            device, rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
@@ -177,6 +195,19 @@ def aggregate(
         if note.warning:
             warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
     return state
+
+
+def _heeded(
+    verdict: Verdict, weights: Sequence[float], scalings: Sequence[Mapping[str, float]]
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Weights and scalings as a verdict changes them."""
+    return (
+        [w * trust for w, trust in zip(weights, verdict.trust, strict=True)],
+        [
+            {name: s * factor for name, s in of.items()}
+            for of, factor in zip(scalings, verdict.scale, strict=True)
+        ],
+    )
 
 
 def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:

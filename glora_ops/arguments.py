@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .bindings.checks import BASES, MOST_STEPS, NUMBERS
 from .errors import Refusal, Refused, require, unfit
+from .robust import RULES
 
 __all__ = [
     "LEAST", "MOST", "PADDING", "SMALL", "check_padding", "check_settings", "check_weights",
@@ -45,7 +46,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = value
     if "normalise" in out:
         out["normalise"] = bool(out["normalise"])
-    for name, choices in (("basis", BASES), ("missing", MISSING)):
+    for name, choices in (("basis", BASES), ("missing", MISSING), ("robust", (None, *RULES))):
         if name in out:
             require(out[name] in choices, name, repr(out[name]), f"one of {choices}")
     return out
@@ -54,6 +55,7 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 _INTEGERS = {"rank": 1, "oversample": 1, "power_iters": -1, "seed": -(2**63), "max_bytes": 1}
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "captured": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
+    "clip": (lambda x: 0 < x < math.inf, "a positive number of median norms"),
     **{name: NUMBERS[name] for name in ("tau_rel", "anchor", "tol")},
 }
 
@@ -123,7 +125,8 @@ def check_weights(
     weights = sequence("weights", weights, f"one number per client, {len(names)}")
     require(len(weights) == len(names), "weights", len(weights), f"one per client, {len(names)}")
     normalise = settings.get("normalise", True)
-    signed = settings.get("basis") == "update" and not normalise
+    judged = settings.get("robust") is not None
+    signed = settings.get("basis") == "update" and not normalise and not judged
     numbers = [number(w) for w in weights]
     refusals = [
         Refusal(
@@ -131,10 +134,12 @@ def check_weights(
             client=name,
             found=repr(given) if w is None else str(w),
             expected="a finite number" if signed else "a finite number ≥ 0",
-            remedy="negative votes do not exist; task arithmetic needs basis='update' and "
-            "normalise=False (--basis update --no-normalise)"
-            if w is not None and w < 0 and not signed
-            else "",
+            remedy=""
+            if w is None or not w < 0 or signed
+            else "robust rules weigh votes, which are not negative: leave robust (--robust) out"
+            if judged
+            else "negative votes do not exist; task arithmetic needs basis='update' and "
+            "normalise=False (--basis update --no-normalise)",
         )
         for name, given, w in zip(names, weights, numbers, strict=True)
         if w is None or not math.isfinite(w) or (w < 0 and not signed)

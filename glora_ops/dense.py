@@ -13,8 +13,9 @@ from torch import Tensor
 from .adapters.modules import PREFIX
 from .adapters.read import TENSORS_NAME, Adapter
 from .errors import Refusal, Refusals, listing, require
+from .state import State
 
-__all__ = ["dense_holders", "dense_means", "with_dense", "without_mean"]
+__all__ = ["dense_holders", "dense_means", "heeded", "with_dense", "without_mean"]
 
 
 def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
@@ -52,7 +53,7 @@ def _no_mean(name: str, voices: Sequence[float]) -> tuple[str, str, str, str]:
         f"weights of the clients with {name}",
         str(voices),
         "none negative, not all zero",
-        "weights saved in full can only be averaged",
+        "weights saved in full can only be averaged, over clients that no robust rule left out",
     )
 
 
@@ -63,6 +64,17 @@ def dense_holders(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
         for name in adapter.dense:
             holders[name].append(i)
     return dict(sorted(holders.items()))
+
+
+def heeded(state: State, voices: Sequence[float]) -> list[float]:
+    """Each client's voice as the verdict in a state's settings leaves it.
+
+    Full tensors are weights and no updates: what shortens an update lessens the voice here.
+    """
+    if "robust" not in state.settings:
+        return list(voices)
+    verdicts = state.settings["robust"]["clients"]
+    return [v * x["trust"] * x["scale"] for v, x in zip(voices, verdicts, strict=True)]
 
 
 def dense_means(

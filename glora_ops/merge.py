@@ -27,8 +27,9 @@ from .adapters.read import (
 from .api import aggregate
 from .arguments import check_settings, check_weights
 from .batches import check_ranks
-from .dense import dense_holders, dense_means, with_dense, without_mean
+from .dense import dense_holders, dense_means, heeded, with_dense, without_mean
 from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from .inner_products import check_pairs
 from .isolation import release_freed, workers
 from .state import State
 
@@ -80,10 +81,11 @@ def aggregate_adapters(
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
-        Called as ``progress(step, done, total)``, step being "headers", "values", "dense" or
-        "modules".
+        Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
+        "dense".
     **settings
-        Passed on to `aggregate`: normalise, tau_rel, anchor, seed, ….
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
+        factors are read once more.
 
     Returns
     -------
@@ -149,6 +151,9 @@ def merge(
     with listing(common):
         settings |= check_settings(settings)
     with listing(common):
+        if settings.get("robust") is not None:
+            check_pairs(len(folders))
+    with listing(common):
         check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
 
     refused: dict[int, Refusals] = defaultdict(Refusals)
@@ -194,8 +199,6 @@ def merge(
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)
     names = [adapter.name for adapter in adapters]
-    holders = dense_holders(adapters)
-    means = dense_means(adapters, holders, voices, tell)
 
     def tell_modules(done: int, total: int) -> None:
         release_freed()  # a tenth of the time, and memory stays that of a few modules
@@ -209,6 +212,8 @@ def merge(
         progress=tell_modules,
         **settings,
     )
+    holders = dense_holders(adapters)
+    means = dense_means(adapters, holders, heeded(state, voices), tell)
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,

@@ -38,6 +38,7 @@ INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"
 HEAT = "Blues"
 MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata
+SIGNED = "RdBu"
 SUFFIXES = (".png", ".pdf", ".svg")
 
 #: Above this many modules lines are told apart by a colour bar instead of a legend.
@@ -129,29 +130,35 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
 
 
 def plot_alignment(
-    names: Sequence[str], columns: Tensor, rows: Tensor, path: str | os.PathLike[str]
-) -> None:
-    """Draw two client-by-client heat maps, of column and of row spaces.
+    names: Sequence[str], columns: Tensor, rows: Tensor, cosines: Tensor,
+    path: str | os.PathLike[str],
+) -> None:  # fmt: skip
+    """Draw three client-by-client heat maps: of column spaces, of row spaces, of the updates.
 
     Parameters
     ----------
     names : sequence of str
     columns, rows : Tensor (K, K)
         Alignments from 0 to 1; NaN cells are left grey.
+    cosines : Tensor (K, K)
+        Signed, from −1 to 1.
     path : path
         .png, .pdf or .svg.
     """
     count = len(names)
     size = min(max(3.2, 0.55 * count), 10.0)
-    figure = new_figure(2 * size + 2.5, size + 1.2)
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, values, title in zip(
-        both,
-        (columns, rows),
-        ("column spaces: what the updates write", "row spaces: what they read"),
+    figure = new_figure(3 * size + 3.5, size + 1.2)
+    panels = figure.subplots(1, 3, sharey=True)
+    images = []
+    for axes, values, title, colours, least in zip(
+        panels,
+        (columns, rows, cosines),
+        ("column spaces: what the updates write", "row spaces: what they read", "signed cosines"),
+        (HEAT, HEAT, SIGNED),
+        (0, 0, -1),
         strict=True,
     ):
-        image = axes.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=1)
+        images.append(axes.imshow(values.numpy(), cmap=colours, vmin=least, vmax=1))
         axes.set_facecolor(FAINT)
         axes.set_title(title, size=11, color=INK)
         short = [plain(name, 20) for name in names]
@@ -166,12 +173,16 @@ def plot_alignment(
         axes.tick_params(which="minor", length=0)
         if count <= NUMBERED_CELLS:
             for (i, j), value in _cells(values):
-                ink = "white" if value > 0.6 else INK
+                ink = "white" if abs(value) > 0.6 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=8, color=ink)
-    bar = figure.colorbar(image, ax=both, shrink=0.85, pad=0.02)
-    bar.set_label("alignment (mean squared cosine)", color=INK, size=9)
-    bar.ax.tick_params(length=0, labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
+    for image, beside, label in (
+        (images[0], panels[:2], "alignment (mean squared cosine)"),
+        (images[2], panels[2:], "cosine of the updates"),
+    ):
+        bar = figure.colorbar(image, ax=beside, shrink=0.85, pad=0.02)
+        bar.set_label(label, color=INK, size=9)
+        bar.ax.tick_params(length=0, labelsize=8, colors=INK)
+        bar.outline.set_visible(False)
     save_figure(figure, path)
 
 

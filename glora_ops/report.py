@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import robust
 from .errors import clean
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ def notes(state: State) -> list[Note]:
                 f"{state.clients[heaviest]} has {state.weights[heaviest] / total:.0%} of the weight"
             )
         )
+    if "robust" in state.settings:
+        out += [Note(*said) for said in robust.say(state.settings["robust"], state.clients)]
     silent = _silent_clients(state)
     if silent:
         out.append(
@@ -135,6 +138,15 @@ def notes(state: State) -> list[Note]:
     for name, ratio in _loud_clients(state):
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
+        )
+    opposed = _opposed_clients(state)
+    if opposed:
+        out.append(
+            Note(
+                f"{len(opposed)} of {len(state.clients)} clients pull against the mean"
+                f"{_some(opposed)}: their updates have a negative inner product with the server's; "
+                "glora compare shows signed cosines"
+            )
         )
     partial = [name for name, m in state.modules.items() if not bool(m.present.all())]
     if partial:
@@ -173,6 +185,19 @@ def _loud_clients(state: State) -> list[tuple[str, float]]:
         (name, float(n) / median)
         for name, n in zip(state.clients, overall, strict=True)
         if n > LOUD * median
+    ]
+
+
+def _opposed_clients(state: State) -> list[str]:
+    """Of positive weight, with a negative share of the energy, more than rounding."""
+    modules = state.modules.values()
+    held = [m.stat("captured") * m.stat("norm") ** 2 for m in modules]
+    shares = torch.stack([m.client_stat("share") for m in modules], 1)
+    energy = shares @ torch.tensor(held, dtype=shares.dtype)
+    return [
+        name
+        for name, w, mine in zip(state.clients, state.weights, energy.tolist(), strict=True)
+        if w > 0 and mine < -1e-3 * sum(held)
     ]
 
 

@@ -249,10 +249,10 @@ def test_progress(tmp_path: Path) -> None:
     assert list(dict.fromkeys(step for step, _, _ in calls)) == [
         "headers",
         "values",
-        "dense",
         "modules",
+        "dense",
     ]
-    for step in ("headers", "values", "dense", "modules"):
+    for step in ("headers", "values", "modules", "dense"):
         assert [c for c in calls if c[0] == step][-1][1:] in {(2, 2), (4, 4)}
 
 

@@ -27,6 +27,7 @@ EXAMPLE = (
     "--readout 8,16**"
 )
 DEFAULT_CAPTURED = 0.9
+DEFAULT_CLIP = 2.0
 
 
 def aggregate(
@@ -101,6 +102,21 @@ def aggregate(
             "of hard projectors, as published; or the least error to the mean update."
         ),
     ] = "consensus",
+    robust: Annotated[
+        Literal["clip", "gate", "geometric-median"] | None,
+        typer.Option(
+            help="Against bad clients: clip long updates; or leave out, by name, also those that "
+            "point elsewhere than the others; or weigh by the distance from the geometric median. "
+            "Off by default; reads all factors once more.",
+        ),
+    ] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            help="With --robust clip or gate: longest update, in median norms. "
+            f"{DEFAULT_CLIP:g} by default.",
+        ),
+    ] = None,
     base: Base = None,
     on_bad_client: Annotated[
         Literal["refuse", "skip"],
@@ -163,6 +179,10 @@ def aggregate(
     server_rank = _rank(rank)
     if captured is not None and server_rank != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
+    if clip is not None and robust not in ("clip", "gate"):
+        raise typer.BadParameter(
+            "only means something with --robust clip or gate", param_hint="--clip"
+        )
     readouts = _readouts(readout)
     weighed = clients if update is None else added
     given = None if weights is None or _is_file(weights) else _numbers(weights, len(weighed))
@@ -209,7 +229,9 @@ def aggregate(
             apart(out, inputs)
         if weights is not None and _is_file(weights):
             with listing(refusals):
-                settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
+                settings: Mapping[str, Any] = {
+                    "normalise": normalise, "basis": basis, "robust": robust,
+                } if old is None else old.settings  # fmt: skip
                 given = _from_file(Path(weights), weighed, settings)
         reads: list[str] = []
 
@@ -231,6 +253,7 @@ def aggregate(
                     clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
+                    robust=robust, clip=DEFAULT_CLIP if clip is None else clip,
                     progress=report, known=refusals, readouts=readouts,
                 )  # fmt: skip
         state = replace(
@@ -268,7 +291,8 @@ def aggregate(
 
 #: What STATE decides; given beside --update it would be another run.
 _DECIDED = (
-    "rank", "captured", "normalise", "missing", "basis", "base", "on_bad_client", "dense", "seed",
+    "rank", "captured", "normalise", "missing", "basis", "robust", "clip", "base",
+    "on_bad_client", "dense", "seed",
 )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ def state_facts(state: State) -> dict[str, Any]:
         "base_model": (state.layout or {}).get("base_model"),
         "clients": _clients(state),
         "skipped": settings.get("skipped", []),
+        "robust": settings.get("robust"),
         "summary": [asdict(line) for line in lines(state)],
         "certificates": {
             name: {
@@ -84,11 +85,18 @@ def _clients(state: State) -> list[dict[str, Any]]:
         share @ held,
     )
     record = state.record or {"clients": [{} for _ in state.clients]}
+    judged = state.settings.get("robust") or {"clients": [{} for _ in state.clients]}
     return [
         {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(float, row), strict=True))}
         | {what: entry[what] for what in ("ranks", "scalings") if what in entry}
-        for name, weight, row, entry in zip(
-            state.clients, state.weights, zip(*columns, strict=True), record["clients"], strict=True
+        | ({"cosine": verdict["cosine"]} if verdict else {})
+        for name, weight, row, entry, verdict in zip(
+            state.clients,
+            state.weights,
+            zip(*columns, strict=True),
+            record["clients"],
+            judged["clients"],
+            strict=True,
         )
     ]
 
@@ -157,9 +165,10 @@ def print_state(facts: Mapping[str, Any]) -> None:
 def print_clients(facts: Mapping[str, Any]) -> None:
     """One row per client."""
     stored = any("ranks" in client for client in facts["clients"])
+    judged = any("cosine" in client for client in facts["clients"])
     rows = table(
         "client", "weight", *(["rank", "scaling"] if stored else []), "‖ΔW‖", "align left",
-        "align right", "share",
+        "align right", "share", *(["cosine"] if judged else []),
     )  # fmt: skip
     for client in facts["clients"]:
         held = [span(client["ranks"]), span(client["scalings"])] if stored else []
@@ -169,6 +178,7 @@ def print_clients(facts: Mapping[str, Any]) -> None:
             *held,
             number(client["norm"]),
             *(f"{client[name]:.2f}" for name in ("align_u", "align_v", "share")),
+            *([_cosine(client["cosine"])] if judged else []),
         )
     to = console()
     to.print(rows)
@@ -180,6 +190,10 @@ def print_clients(facts: Mapping[str, Any]) -> None:
     if origin:
         to.print(origin, style="dim")
     to.print()
+
+
+def _cosine(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _count(n: int, noun: str) -> str:

@@ -23,7 +23,9 @@ from pydantic import (
 
 from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
 from ..reading import MAX_DEPTH, read_bytes, too_deep
+from ..robust import CLIP
 from .methods import METHODS, Method
+from .robust import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +33,9 @@ else:
     import tomli as tomllib
 
 __all__ = ["Config", "Training", "load_config", "shipped"]
+
+
+RuleName = Literal["clip", "gate", "geometric-median"]
 
 
 class Section(BaseModel):
@@ -199,6 +204,9 @@ class MethodSection(BaseModel):
     lr: float | None = Field(
         default=None, gt=0, le=1e30, description="Its learning rate; None: swept, or training.lr."
     )
+    robust: RuleName | None = Field(
+        default=None, description="Its rule; None: the configuration's."
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -212,7 +220,8 @@ class MethodSection(BaseModel):
             refusals += _refusals(error)
         fields = dict(given) if isinstance(given, Mapping) else {}
         kind = fields.pop("kind", None)
-        fields.pop("lr", None)
+        for own in ("lr", "robust"):
+            fields.pop(own, None)
         if isinstance(kind, str):
             with listing(refusals):
                 _method(kind, fields)
@@ -236,7 +245,7 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     cls = METHODS[kind]
     known = [f.name for f in dataclasses.fields(cls)]
     refusals = [
-        _unknown(key, value, ("kind", "lr", *known))
+        _unknown(key, value, ("kind", "lr", "robust", *known))
         for key, value in given.items()
         if key not in known
     ]
@@ -267,6 +276,16 @@ class Config(Section):
     )
     about: str = Field(default="", description="One sentence: what the experiment asks.")
     hours: str = Field(default="", description="How long it takes, where.")
+    robust: RuleName | None = Field(
+        default=None,
+        description="Rule against bad clients, for every method: clip, gate or geometric-median "
+        "(docs/reliability.md); None: none.",
+    )
+    robust_clip: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Longest update a rule lets through, in median norms; None: {CLIP:g}.",
+    )
     task: TaskSection = TaskSection()
     model: ModelSection = ModelSection()
     clients: ClientsSection = ClientsSection()
@@ -286,6 +305,11 @@ class Config(Section):
     def method(self, label: str) -> Method:
         require(label in self.methods, "methods", repr(label), f"one of {list(self.methods)}")
         return self.methods[label].build()
+
+    def rule(self, label: str) -> Rule | None:
+        """What is done against bad clients in an arm."""
+        name = self.methods[label].robust or self.robust
+        return None if name is None else Rule(name, self.robust_clip or CLIP)
 
 
 def shipped() -> dict[str, Path]:

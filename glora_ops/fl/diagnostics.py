@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .. import eigen
 from ..alignment import align, canonical_bases, mean_over_modules
+from ..robust import cosines
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
 from .methods.base import shares
 from .methods.flora import stack
+from .robust import inner
 
 __all__ = ["alignment", "describe", "effective_rank", "misalignment", "significant", "spectrum"]
 
@@ -67,7 +69,7 @@ def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> 
 def alignment(replies: Sequence[Reply]) -> dict[str, Any]:
     """Client-by-client alignment of the column and row spaces of ΔW_i, from 0 to 1, lists of lists.
 
-    Of the updates as clients train them; NaN becomes None.
+    And their signed cosines. Of the updates as clients train them; NaN becomes None.
     """
     columns, rows, energies = [], [], []
     for m in replies[0].factors:
@@ -81,6 +83,7 @@ def alignment(replies: Sequence[Reply]) -> dict[str, Any]:
         "clients": [r.client.index for r in replies],
         "columns": _listed(mean_over_modules(columns, energy)),
         "rows": _listed(mean_over_modules(rows, energy)),
+        "cosines": _listed(cosines(inner([(r.factors, r.sent.scaling) for r in replies]))),
     }
 
 
@@ -126,6 +129,8 @@ def significant(numbers: Mapping[str, Any]) -> dict[str, Any]:
     def short(x: Any) -> Any:
         if isinstance(x, list):
             return [short(y) for y in x]
+        if isinstance(x, dict):
+            return significant(x)
         return float(f"{x:.9g}") if isinstance(x, float) else x
 
     return {name: short(x) for name, x in numbers.items()}

@@ -118,12 +118,14 @@ def _alignment(runs: Sequence[RunData], reference: str, path: Path) -> bool:
     if not lines or len(lines[-1]["alignment"]["clients"]) < 2:
         return False
     found = lines[-1]["alignment"]
-    columns, rows = (
+    found.setdefault("cosines", [[None] * len(row) for row in found["rows"]])  # of older runs
+    columns, rows, cosines = (
         torch.tensor([[np.nan if v is None else v for v in row] for row in found[side]])
-        for side in ("columns", "rows")
+        for side in ("columns", "rows", "cosines")
     )
     ranks = {c["client"]: c["rank"] for c in lines[-1]["clients"]}
-    plot_alignment([f"client {i}, r {ranks[i]}" for i in found["clients"]], columns, rows, path)
+    names = [f"client {i}, r {ranks[i]}" for i in found["clients"]]
+    plot_alignment(names, columns, rows, cosines, path)
     return True
 
 

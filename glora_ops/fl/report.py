@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,12 @@ class RunData:
     def failures(self) -> list[Mapping[str, Any]]:
         return [f | {"round": line["round"]} for line in self.lines for f in line["failures"]]
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rounds in which a robust rule left a client out, by its name."""
+        judged = [line["robust"] for line in self.lines if "robust" in line]
+        return dict(Counter(name for verdict in judged for name in verdict["left_out"]))
+
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[RunData], dict[str, dict[str, Any]]]:
     """Every run below the folders, and the outcomes of sweeps by ``config/method``.
@@ -143,7 +149,7 @@ def summarise(
     -------
     dict
         methods (mean and spread of everything), differences (paired by seed, reference minus
-        other), sweeps, failures, unfinished.
+        other), sweeps, failures, left_out (by robust rules), unfinished.
     """
     config = runs[0].about["config"]
     finished = [run for run in runs if run.done]
@@ -176,6 +182,10 @@ def summarise(
         "failures": [
             {"method": run.method, "seed": run.seed, **f} for run in finished for f in run.failures
         ],
+        "left_out": [
+            {"method": run.method, "seed": run.seed, "client": name, "rounds": rounds}
+            for run in finished for name, rounds in run.left_out.items()
+        ],
         "unfinished": [str(run.folder) for run in runs if not run.done],
     }  # fmt: skip
 
@@ -194,8 +204,10 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
         require(not odd, "runs", f"{both}, which differ in {', '.join(odd)}",
                 f"one configuration {one['name']!r}", apart)  # fmt: skip
         arm = arms.setdefault(run.method, run)
-        here, there = ({**r.about["config"]["methods"][r.method], "lr": r.about["lr"]}
-                       for r in (run, arm))  # fmt: skip
+        here, there = (
+            {"robust": None, **r.about["config"]["methods"][r.method], "lr": r.about["lr"]}
+            for r in (run, arm)
+        )
         require(here == there, "runs", f"{arm.folder} and {run.folder}, {there} and {here}",
                 f"one setting of {run.method!r}", apart)  # fmt: skip
         if run.done:
@@ -389,6 +401,10 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     if summary["failures"]:
         parts.append(f"{len(summary['failures'])} replies failed, the first: "
                      f"{summary['failures'][0]['reason']}")  # fmt: skip
+    if summary["left_out"]:
+        parts.append("Left out by robust rules: " + ", ".join(
+            f"{x['client']} ({x['method']}, seed {x['seed']}: {x['rounds']} rounds)"
+            for x in summary["left_out"]))  # fmt: skip
     if summary["unfinished"]:
         parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]

@@ -89,6 +89,21 @@ class Glora(Method):
         }
         return replace(next_state(server, replies, svd=svd), notes=notes)
 
+    def update(self, reply: Reply) -> tuple[Pairs, float]:
+        learnt = reply.factors
+        if self.mode == "delta":
+            learnt = _difference(learnt, reply.sent.factors)
+        return learnt, reply.sent.scaling
+
+    def scaled(self, reply: Reply, factor: float) -> Pairs:
+        if self.mode == "adapter":
+            return super().scaled(reply, factor)
+        sent = reply.sent.factors
+        return {
+            m: (torch.cat([factor * b, (1 - factor) * sent[m][0]], 1), torch.cat([a, sent[m][1]]))
+            for m, (b, a) in reply.factors.items()
+        }
+
     def model(self, server: Server) -> Sent:
         """The whole state, of rank R."""
         if not server.svd:
@@ -111,7 +126,7 @@ class Glora(Method):
                 return updates, w, scalings
             keep = self.momentum
             return [before, *updates], [keep, *((1 - keep) * x for x in w)], [1.0, *scalings]
-        learnt = [_difference(r.factors, r.sent.factors) for r in replies]
+        learnt = [self.update(r)[0] for r in replies]
         if not before:
             return learnt, w, [s] * len(replies)
         # Votes p and scalings 1/p: each term enters the sum with weight one, and the bases by vote.
