@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +19,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import GloraError, require, unfit
-from .gauge import regauge
+from .gauge import regauge, turned
 from .messages import Client, Pairs, Sent
 from .seeds import number, numpy_stream
 from .tasks import Task
 
 __all__ = ["ClientState", "Learnt", "LocalTraining", "Trainer"]
 
-#: What a client keeps between rounds: optimiser moments by parameter, empty when they are reset.
+#: What a client keeps between rounds: optimiser moments by parameter and, under `START`, the
+#: factors they began at; empty when they are reset.
 ClientState = dict[str, Tensor]
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ class Trainer:
             If a loss or what was learnt is not finite.
         """
         how = self.how
+        if how.optimiser_state == "keep":
+            sent, state = _continued(sent, state)
         name = self._load(sent)
         learning = self._learning(name, sent.train)
         optimiser = _optimiser(list(learning.values()), how)
@@ -170,7 +174,9 @@ class Trainer:
                 f"factors: got values that are not finite after {how.steps} steps, expected finite "
                 "ones; a smaller training.lr"
             )
-        kept = _moments(optimiser, learning) if how.optimiser_state == "keep" else {}
+        kept: ClientState = {}
+        if how.optimiser_state == "keep":
+            kept = _moments(optimiser, learning) | _started(sent)
         metrics = {"loss_first": losses[0], "loss_last": losses[-1]}
         return Learnt(factors, self.dense, len(rows), metrics, kept)
 
@@ -274,12 +280,43 @@ def _moments(optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor]) -
     }
 
 
+def _started(sent: Sent) -> ClientState:
+    """What a client began at, where that fixes the gauge of its moments."""
+    if not sent.turn:
+        return {}
+    return {
+        f"{m}/{side}:{START}": x
+        for m, pair in sent.factors.items()
+        for side, x in zip("BA", pair, strict=True)
+    }
+
+
+def _continued(sent: Sent, state: ClientState) -> tuple[Sent, ClientState]:
+    """The message in the gauge of the moments; moments that mean nothing now are left out.
+
+    A fresh adapter has none: a first moment of another A points nowhere in it.
+    """
+    if sent.drawn is not None:
+        return sent, {key: x for key, x in state.items() if key.startswith("dense/")}
+    if not sent.turn:
+        return sent, state
+    last = {
+        m: (state[f"{m}/B:{START}"], state[f"{m}/A:{START}"])
+        for m in sent.factors
+        if f"{m}/B:{START}" in state
+    }
+    if any(m not in last or last[m][1].shape != a.shape for m, (_, a) in sent.factors.items()):
+        return sent, state
+    return replace(sent, factors=turned(sent.factors, last)), state
+
+
 def _restore(
     optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor], state: ClientState
 ) -> None:
     """Last round's moments, for parameters whose shape is still the same."""
     for key, parameter in learning.items():
-        own = {k.rpartition(":")[2]: v for k, v in state.items() if k.rpartition(":")[0] == key}
+        parts = ((*k.rpartition(":")[::2], v) for k, v in state.items())
+        own = {what: v for owner, what, v in parts if owner == key and what != START}
         shapes = {v.shape for v in own.values() if v.dim()}
         if own and shapes <= {parameter.shape}:
             optimiser.state[parameter] = {

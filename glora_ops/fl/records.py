@@ -43,7 +43,7 @@ def server_tensors(server: Server) -> dict[str, Tensor]:
             out |= {f"{prefix}/{m}/{side}": x for side, x in zip("BA", pair, strict=True)}
     for m, svd in server.svd.items():
         out |= {f"svd/{m}/{part}": x for part, x in zip("usv", svd, strict=True)}
-    return out
+    return out | {f"moments/{n}": x for n, x in server.moments.items()}
 
 
 def server_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], fresh: Server) -> Server:
@@ -67,6 +67,7 @@ def server_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], fresh: 
         factors=named("factors", "BA"),
         svd={m: SVD(*x) for m, x in named("svd", "usv").items()},
         merged=tuple(named(f"merged{k}", "BA") for k in range(about["merged"])),
+        moments={n[8:]: x for n, x in copied.items() if n.startswith("moments/")},
         notes={},
     )
 

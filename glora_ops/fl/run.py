@@ -48,6 +48,7 @@ class Plan:
         self.config, self.label, self.seed, self.lr = config, label, seed, lr
         self.method: Method = config.method(label)
         self.rule = config.rule(label)
+        self.optimiser = config.server_optimiser(label)
         self.task: Task = build_task(config, seed, data_dir, held_out)
         t, c = config.training, config.clients
         self.trainer = Trainer(
@@ -149,7 +150,9 @@ def _run(
             begun = time.perf_counter()
             before = server
             asked = participants(server, plan.config.clients.participation)
-            server, answers = run_round(plan.method, server, carrier, asked, plan.rule)
+            server, answers = run_round(
+                plan.method, server, carrier, asked, plan.rule, plan.optimiser
+            )
             seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
             append(_line(plan, server, before, answers, total, seconds))
             # Through the checkpoint's form every round, so that a restart changes no bit.
@@ -191,7 +194,8 @@ def _line(
         line["robust"] = significant(answers.verdict)
     if before is not None and answers.replies:
         if how.spectra:
-            line["update"] = significant(describe(model, before.merged, answers.heard))
+            exact = plan.method.exact(before, answers.heard)
+            line["update"] = significant(describe(model, before.merged, exact))
         if how.agreement == "every" or (how.agreement == "last" and last):
             line["alignment"] = alignment(answers.replies)
             line["misalignment"] = significant(misalignment(answers.replies))

@@ -67,9 +67,11 @@ def same_state(one: Run, other: Run) -> bool:
 
 @pytest.mark.parametrize(
     "method",
-    [{"kind": "glora"}, {"kind": "glora", "mode": "delta"}, {"kind": "ffa"}, {"kind": "rolora"},
-     {"kind": "flora"}, {"kind": "fedex"}, {"kind": "hetlora"}],
-    ids=lambda m: "-".join(m.values()),
+    [{"kind": "glora"}, {"kind": "glora", "mode": "delta", "context": True},
+     {"kind": "glora", "mode": "restart", "step": 0.5}, {"kind": "ffa"}, {"kind": "rolora"},
+     {"kind": "flora", "server": {"kind": "fedavgm", "lr": 0.5}}, {"kind": "fedex"},
+     {"kind": "hetlora"}],
+    ids=lambda m: "-".join(str(m.get(key, "")) for key in ("kind", "mode")),
 )  # fmt: skip
 def test_both_engines_give_the_same_bits(method: dict[str, Any], tmp_path: Path) -> None:
     """Frozen factors, merged history, drawn adapters, pruned ranks, moments, lost replies."""

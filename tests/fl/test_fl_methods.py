@@ -17,9 +17,8 @@ from glora_ops.fl.diagnostics import describe
 from glora_ops.fl.gauge import regauge
 from glora_ops.fl.messages import Client, Reply, Sent, draw_factors
 from glora_ops.fl.methods import METHODS, Method
-from glora_ops.fl.methods.base import next_state, shares
+from glora_ops.fl.methods.base import next_state, shares, stack
 from glora_ops.fl.methods.fedrot import rotation
-from glora_ops.fl.methods.flora import stack
 from glora_ops.fl.methods.hetlora import tail_size
 from glora_ops.fl.server import SVD, Server, Setup, clients_of
 
@@ -396,9 +395,76 @@ def test_pairs_beyond_the_update_can_learn(name: str) -> None:
         assert (a.norm(dim=1) > 1e-4).all()
 
 
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_glora_restart_adds_what_fresh_adapters_learnt(basis: str, step: float) -> None:
+    """At a rank that holds everything: W_{t+1} = W_t + γ Σ w_i s B_i A_i, from B = 0 each round."""
+    method = METHODS["glora"](basis=basis, mode="restart", rank=11, step=step)
+    server = method.start(setup(MIXED))
+    expected = {m: np.zeros(shape) for m, shape in SHAPES.items()}
+    seeds = set()
+    for _ in range(3):
+        replies = train(method, server)
+        seeds.add(replies[0].sent.drawn)
+        for r in replies:
+            assert not any(b.any() for b, _ in r.sent.factors.values())
+            assert r.sent.rank == r.client.rank
+            for m in SHAPES:
+                assert close(effective(r.sent, m), expected[m], 2e-5)  # all of W_t, frozen
+        server = method.combine(server, replies)
+        for m in SHAPES:
+            learnt = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+            expected[m] = expected[m] + step * learnt
+            assert close(effective(method.model(server), m), expected[m], 2e-5)
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_glora_restart_truncates_what_it_keeps_and_what_travels(rank: int | None) -> None:
+    method = METHODS["glora"](basis="update", mode="restart", rank=4, context_rank=rank, step=0.7)
+    server, replies = rounds(method, MIXED, 2)
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        whole = effective(method.model(server), m)
+        for r in replies:
+            assert close(effective(r.sent, m), dense.truncated(whole, rank or 4), 1e-5)
+        learnt = 0.7 * dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+        exact = method.exact(server, replies)[m]
+        assert close((exact[0].double() @ exact[1].double()).numpy(), whole + learnt, 1e-5)
+        expected = dense.truncated(whole + learnt, 4)
+        assert close(effective(method.model(after), m), expected, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_glora_delta_with_context_trains_a_readout_beside_the_rest(
+    rank: int | None, step: float
+) -> None:
+    """Every client holds W_t whole (of rank q); what it learnt is added, times the step."""
+    method = METHODS["glora"](
+        basis="update", mode="delta", rank=6, context=True, context_rank=rank, step=step
+    )
+    server, replies = rounds(method, MIXED, 2)
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        whole = effective(method.model(server), m)
+        learnt = np.zeros(SHAPES[m])
+        for w, r, p in zip(WEIGHTS, replies, pairs(replies, m), strict=True):
+            readout = dense.truncated(whole, r.client.rank)
+            held = dense.truncated(whole, max(rank or 6, r.client.rank))
+            assert close(effective(replace(r.sent, merged=()), m), readout, 1e-5)
+            assert close(effective(r.sent, m), held, 1e-5)
+            learnt += w * (dense.update(p, SCALING) - readout)
+        expected = dense.truncated(whole + step * learnt, 6)
+        assert close(effective(method.model(after), m), expected, 2e-5)
+
+
 def test_glora_refuses_settings_that_mean_nothing() -> None:
     for bad in ({"momentum": 1.0}, {"rank": 0}, {"mode": "delta", "momentum": 0.1},
-                {"server_vote": 0.0}):  # fmt: skip
+                {"server_vote": 0.0}, {"step": 0.5}, {"mode": "delta", "step": 0.0},
+                {"context": True}, {"mode": "restart", "context": True}, {"context_rank": 4},
+                {"mode": "delta", "context_rank": 4}, {"mode": "restart", "context_rank": 0},
+                {"mode": "restart", "momentum": 0.5}):  # fmt: skip
         with pytest.raises(GloraError):
             METHODS["glora"](**bad)
 
@@ -426,11 +492,16 @@ def test_the_method_written_in_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     ("name", "invariant"),
-    [("glora", True), ("flora", True), ("flexlora", True), ("fedex", True), ("fedit", False),
-     ("hetlora", False), ("fedrot", False)],
+    [("glora", True), ("delta", True), ("context", True), ("restart", True), ("flora", True),
+     ("flexlora", True), ("fedex", True), ("fedit", False), ("hetlora", False), ("fedrot", False)],
 )  # fmt: skip
 def test_who_depends_on_the_gauge(name: str, invariant: bool) -> None:
-    method = METHODS[name]()
+    modes: dict[str, dict[str, Any]] = {
+        "delta": {"mode": "delta"},
+        "context": {"mode": "delta", "context": True},
+        "restart": {"mode": "restart", "step": 0.5},
+    }
+    method = METHODS["glora"](**modes[name]) if name in modes else METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     turned = [replace(r, factors=regauge(r.factors, 10.0, r.client.index)) for r in replies]
     for m in SHAPES:
@@ -451,7 +522,7 @@ def test_captured_energy_and_spectrum_against_dense_matrices(name: str) -> None:
     method = METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     after = method.combine(server, replies)
-    found = describe(method.model(after), server.merged, replies)
+    found = describe(method.model(after), server.merged, method.exact(server, replies))
     lost = total = 0.0
     sigma, ranks = np.zeros(11), []
     for m in SHAPES:
@@ -480,7 +551,11 @@ def test_the_spectrum_of_a_small_update_keeps_its_digits() -> None:
         for r in replies
     ]
     one, other = (
-        np.array(describe(method.model(method.combine(server, x)), (), x)["spectrum"])
+        np.array(
+            describe(method.model(method.combine(server, x)), (), method.exact(server, x))[
+                "spectrum"
+            ]
+        )
         for x in (replies, small)
     )
     assert len(one) == len(other) == 3
