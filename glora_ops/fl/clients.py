@@ -23,6 +23,7 @@ from .gauge import regauge, turned
 from .messages import Client, Pairs, Sent
 from .seeds import number, numpy_stream
 from .tasks import Task
+from .tasks.base import Judged
 
 __all__ = ["ClientState", "Learnt", "LocalTraining", "Trainer"]
 
@@ -180,8 +181,8 @@ class Trainer:
         metrics = {"loss_first": losses[0], "loss_last": losses[-1]}
         return Learnt(factors, self.dense, len(rows), metrics, kept)
 
-    def evaluate(self, sent: Sent) -> dict[str, float]:
-        """The task's metrics of the model that `sent` describes."""
+    def evaluate(self, sent: Sent) -> Judged:
+        """The task's metrics and answers of the model that `sent` describes."""
         self._load(sent)
         self._model.eval()
         return self.task.evaluate(self._model)
@@ -285,7 +286,7 @@ def _started(sent: Sent) -> ClientState:
     if not sent.turn:
         return {}
     return {
-        f"{m}/{side}:{START}": x
+        f"{m}/{side}:{START}": x.clone()
         for m, pair in sent.factors.items()
         for side, x in zip("BA", pair, strict=True)
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import floor, log10
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +18,17 @@ from ..robust import cosines
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
 from .robust import inner
+from .tasks.base import Answer
 
-__all__ = ["alignment", "describe", "effective_rank", "misalignment", "significant", "spectrum"]
+__all__ = [
+    "alignment",
+    "describe",
+    "effective_rank",
+    "misalignment",
+    "own_score",
+    "significant",
+    "spectrum",
+]
 
 SHOWN = 64  # leading values that are recorded
 
@@ -112,6 +124,22 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
         name: sum(values) / len(values) if values else 0.0
         for name, values in (("turn", turns), ("apart", apart), ("apart_turned", turned))
     }
+
+
+def own_score(answers: Sequence[Answer], held: np.ndarray) -> float | None:
+    """Mean score in a client's own mix of labels; None where nothing is judged of what it holds.
+
+    Σ_l p_l · (mean score of the answers of label l), p_l the share of label l in its training
+    examples, over the labels that were judged.
+    """
+    scores: dict[int, list[float]] = defaultdict(list)
+    for answer in answers:
+        if answer.label is not None:
+            scores[answer.label].append(answer.score)
+    total = sum(float(held[label]) for label in scores)
+    if total == 0:
+        return None
+    return sum(float(held[label]) * fmean(mine) for label, mine in scores.items()) / total
 
 
 def _listed(x: Tensor) -> list[list[float | None]]:

@@ -3,6 +3,7 @@
     RUNS/<config>/<method>/seed<k>/
         run.json                 resolved configuration, method, seed, learning rate, versions
         metrics.jsonl            one line per round, round 0 before any training
+        predictions.jsonl        what the server's model answered, example by example, at the end
         checkpoint.safetensors   server and client state after the last finished round
         done                     stands when the run is complete
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..errors import GloraError, require, unfit
 from .files import replacing, write_text
 from .messages import Pairs
 from .server import SVD, Server
+from .tasks.base import Answer
 
 __all__ = ["Run", "server_from", "server_tensors"]
 
@@ -107,6 +109,7 @@ class Run:
         self.folder = folder
         self.about_path = folder / "run.json"
         self.metrics_path = folder / "metrics.jsonl"
+        self.predictions_path = folder / "predictions.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
 
@@ -158,6 +161,10 @@ class Run:
             file.write(json.dumps(line, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def write_predictions(self, round: int, answers: Iterable[Answer]) -> None:
+        lines = (json.dumps({"round": round, **a._asdict()}, sort_keys=True) for a in answers)
+        write_text(self.predictions_path, "".join(line + "\n" for line in lines))
 
     def commit(
         self, server: Server, engine_state: tuple[Mapping[str, Tensor], Mapping[str, Any]]

@@ -229,19 +229,19 @@ def test_what_is_evaluated_is_the_dense_model(tmp_path: Path) -> None:
         }  # fmt: skip
 
     one, two, adapter = pairs(5), pairs(3), pairs(4)
-    found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two)))
+    found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two))).metrics
     model = plan.task.model()
     with torch.no_grad():
         for m, module in model.named_modules():
             if m in one:
                 module.weight += sum(b @ a for b, a in (one[m], two[m]))
                 module.weight += 2.0 * adapter[m][0] @ adapter[m][1]
-    assert plan.task.evaluate(model)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert plan.task.evaluate(model).metrics["loss"] == pytest.approx(found["loss"], rel=1e-5)
     # and nothing of it remains
     start = plan.trainer.evaluate(
         plan.method.broadcast(plan.method.start(plan.setup), Client(0, 4))
-    )
-    assert start == pytest.approx(plan.task.evaluate(plan.task.model()), rel=1e-5)
+    ).metrics
+    assert start == pytest.approx(plan.task.evaluate(plan.task.model()).metrics, rel=1e-5)
 
 
 def test_frozen_factors_stay_and_every_pair_of_a_readout_learns() -> None:

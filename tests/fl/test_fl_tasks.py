@@ -165,7 +165,7 @@ def test_any_other_task_in_the_layout_runs_and_pairs_have_two_segments(
     assert task.metric == "accuracy"
     assert len(task.label_names) == 3
     assert task._x["input_ids"][1] != task._x["input_ids"][0]
-    assert set(task.evaluate(task.model())) == {"accuracy", "mcc", "loss"}
+    assert set(task.evaluate(task.model()).metrics) == {"accuracy", "mcc", "loss"}
 
 
 def test_mrpc_and_qqp_are_judged_by_accuracy_and_f1_of_class_1(
@@ -180,7 +180,7 @@ def test_mrpc_and_qqp_are_judged_by_accuracy_and_f1_of_class_1(
         model = task.model()
         model.classifier.bias.data = torch.tensor([0.0, 9.0])  # everything is a paraphrase
         share = np.mean([row["label"] for row in rows])
-        found = task.evaluate(model)
+        found = task.evaluate(model).metrics
         assert found["accuracy"] == pytest.approx(share)
         assert found["f1"] == pytest.approx(2 * share / (1 + share))  # precision: share, recall: 1
 
@@ -214,7 +214,7 @@ def test_labels_with_a_fraction_and_stsb_are_a_regression(
         assert len(task.label_names) > task.labels.max()
         assert task._dev_y.dtype == (float if regression else int)
         expected = {"pearson", "spearman", "correlation"} if regression else {"accuracy", "mcc"}
-        assert task.evaluate(task.model()).keys() - {"loss"} == expected
+        assert task.evaluate(task.model()).metrics.keys() - {"loss"} == expected
     said = [str(w.message) for w in recwarn if issubclass(w.category, GloraWarning)]
     decimals = not regression and any(isinstance(x, float) for x in train)
     assert [("3 classes" in text) for text in said] == [True] * len(said)
