@@ -55,6 +55,11 @@ def run(
     ] = "local",
     data_dir: DataDir = None,
     model: Model = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--evaluate-every", min=1, metavar="N", help="Rounds between evaluations, "
+                     "instead of the configuration's; the last one always is."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
     ] = False,
@@ -80,7 +85,7 @@ def run(
         from ..fl.experiment import Result, run_experiment
         from ..fl.run import EngineFactory, local_engine
 
-        loaded = load_config(config, model=model)
+        loaded = load_config(config, model=model, every=every)
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
         with progress() as report:
 
@@ -133,27 +138,30 @@ def report(
         from ..fl.pictures import draw
         from ..fl.report import (
             COLUMNS,
-            by_config,
             difference_rows,
             load_runs,
             markdown,
             rows_of,
             summarise,
+            unfinished,
+            with_finished,
         )
 
         found, sweeps = load_runs(runs)
+        ready, left_out = with_finished(found)
         folder = runs[0] / "report" if out is None else out
         folder.mkdir(parents=True, exist_ok=True)
         summaries, pages = [], []
-        for name, mine in by_config(found).items():
+        for name, mine in ready.items():
             summary = summarise(mine, sweeps, reference)
             names = draw(mine, summary["reference"], folder, name)
             summaries.append(summary)
             pages.append(markdown(summary, names))
         write_text(folder / "report.json", json.dumps(summaries, indent=1) + "\n")
-        write_text(folder / "report.md", "# Federated runs\n\n" + "\n".join(pages))
+        rest = f"\n{unfinished(left_out)}\n" if left_out else ""
+        write_text(folder / "report.md", "# Federated runs\n\n" + "\n".join(pages) + rest)
         if as_json:
-            print_json({"out": str(folder), "configs": summaries})
+            print_json({"out": str(folder), "configs": summaries, "unfinished": left_out})
             return
         for summary in summaries:
             to, rounds = console(), f"{summary['rounds']} rounds, {summary['metric']}"
@@ -164,6 +172,9 @@ def report(
             if summary["differences"]:
                 other = f"{clean(summary['reference'])} minus"
                 _print_table((other, "mean", "95 % interval", "won"), difference_rows(summary))
+        named = [name for s in summaries for name in s["unfinished"]] + left_out
+        if named:
+            console().print(clean(unfinished(named)), soft_wrap=True)
         console().print(f"written: {clean(folder)}/report.md", soft_wrap=True)
 
 

@@ -6,10 +6,12 @@ own state; everything random is drawn from streams named after round and client.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import GloraError, require, unfit
 from .gauge import regauge, turned
-from .messages import Client, Pairs, Sent
+from .messages import Client, Pairs, Sent, digest
 from .seeds import number, numpy_stream
 from .tasks import Task
 from .tasks.base import Judged
@@ -40,6 +42,7 @@ class LocalTraining:
     steps: int
     batch: int
     lr: float
+    head_lr: float | None = None
     optimiser: Literal["adamw", "sgd"] = "adamw"
     optimiser_state: Literal["reset", "keep"] = "reset"
     weight_decay: float = 0.0
@@ -121,6 +124,15 @@ class Trainer:
         """The heads as they are now, copied."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._dense.items()}
 
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the base model's weights and names as they are now, adapters left out."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, p in self._model.state_dict().items():
+            if ".lora_" not in name:
+                found.update(f"{name}={digest(p.cpu())};".encode())
+        return found.hexdigest()
+
     @property
     def parameters(self) -> int:
         """Number of parameters of the base model."""
@@ -142,7 +154,7 @@ class Trainer:
             sent, state = _continued(sent, state)
         name = self._load(sent)
         learning = self._learning(name, sent.train)
-        optimiser = _optimiser(list(learning.values()), how)
+        optimiser = _optimiser(learning, how)
         if how.optimiser_state == "keep":
             _restore(optimiser, learning, state)
         torch.manual_seed(number(how.seed, "dropout", round, client.index))
@@ -266,10 +278,17 @@ class Trainer:
         }
 
 
-def _optimiser(parameters: list[nn.Parameter], how: LocalTraining) -> torch.optim.Optimizer:
+def _optimiser(learning: Mapping[str, nn.Parameter], how: LocalTraining) -> torch.optim.Optimizer:
+    """Adapters at `lr`, heads at `head_lr` if it is given."""
+    heads = [p for key, p in learning.items() if key.startswith("dense/")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for key, p in learning.items() if not key.startswith("dense/")]}
+    ]
+    if heads:
+        groups.append({"params": heads, "lr": how.lr if how.head_lr is None else how.head_lr})
     if how.optimiser == "sgd":
-        return torch.optim.SGD(parameters, how.lr, weight_decay=how.weight_decay)
-    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.weight_decay)
+        return torch.optim.SGD(groups, how.lr, weight_decay=how.weight_decay)
+    return torch.optim.AdamW(groups, how.lr, weight_decay=how.weight_decay)
 
 
 def _moments(optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor]) -> ClientState:

@@ -149,6 +149,9 @@ class Training(Section):
         le=1e30,
         description="Learning rate where neither the method nor a sweep sets one.",
     )
+    head_lr: float | None = Field(
+        default=None, gt=0, le=1e30, description="Learning rate of heads; None: that of adapters."
+    )
     optimiser: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW or plain SGD.")
     optimiser_state: Literal["reset", "keep"] = Field(
         default="reset", description="A client's moments between its rounds: forgotten, or kept."
@@ -326,8 +329,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(which: str | Path, *, model: str | None = None) -> Config:
-    """Read a TOML file, or a shipped configuration by its name; `model` replaces its model.name.
+def load_config(which: str | Path, *, model: str | None = None, every: int | None = None) -> Config:
+    """Read a TOML file, or a shipped configuration by its name.
+
+    `model` replaces its model.name, `every` its evaluation.every.
 
     Raises
     ------
@@ -343,9 +348,10 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
     )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        section = content.setdefault("model", {})
-        if model is not None and isinstance(section, dict):
-            section["name"] = model
+        for name, key, value in (("model", "name", model), ("evaluation", "every", every)):
+            section = content.setdefault(name, {})
+            if value is not None and isinstance(section, dict):
+                section[key] = value
         return Config.model_validate(content)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None

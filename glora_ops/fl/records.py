@@ -88,6 +88,7 @@ def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
     keys = config.keys() - {"about", "hours", "methods"}
     return {
         **{key: about[key] for key in ("method", "seed", "lr", "parameters", "examples")},
+        "weights": about.get("weights"),
         **{key: config[key] for key in sorted(keys)},
         "methods": {method: config["methods"].get(method)},
     }

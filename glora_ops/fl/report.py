@@ -15,7 +15,15 @@ import numpy as np
 from ..errors import require
 from .records import Run
 
-__all__ = ["RunData", "by_config", "load_runs", "markdown", "summarise"]
+__all__ = [
+    "RunData",
+    "by_config",
+    "load_runs",
+    "markdown",
+    "summarise",
+    "unfinished",
+    "with_finished",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -61,6 +69,11 @@ class RunData:
             return None
         return fmean(line["by_rank"][str(r)][self.metric] for r in line["sent_ranks"])
 
+    @property
+    def own(self) -> list[float]:
+        """What clients read of it in their own mix of labels, as far as that was judged."""
+        return [score for score in self.lines[-1].get("own", []) if score is not None]
+
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))
 
@@ -98,6 +111,26 @@ def by_config(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
     for run in runs:
         out[run.about["config"]["name"]].append(run)
     return dict(out)
+
+
+def with_finished(runs: Iterable[RunData]) -> tuple[dict[str, list[RunData]], list[str]]:
+    """The runs of each configuration that has a finished one, and the folders of all others.
+
+    Raises
+    ------
+    GloraError
+        If no run is finished.
+    """
+    groups = by_config(runs)
+    ready = {name: mine for name, mine in groups.items() if any(run.done for run in mine)}
+    require(bool(ready), "runs", ", ".join(groups), "at least one finished run",
+            "go on with glora fl run --resume")  # fmt: skip
+    left = [str(run.folder) for name, mine in groups.items() if name not in ready for run in mine]
+    return ready, left
+
+
+def unfinished(folders: Iterable[str]) -> str:
+    return "Unfinished and left out: " + ", ".join(folders)
 
 
 def summarise(
@@ -204,6 +237,7 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
     last = [run.lines[-1] for run in runs]
     updates = [line["update"] for line in last if "update" in line]
     received = [run.received for run in runs if run.received is not None]
+    own = [run.own for run in runs if run.own]
     combine = [line["seconds"].get("combine", 0.0) for run in runs for line in run.lines[1:]]
     return {
         "kind": kind,
@@ -212,6 +246,8 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "score": spread([run.score for run in runs]),
         "received": spread(received) if received else None,
+        "own": spread([fmean(x) for x in own]) if own else None,
+        "worst": spread([min(x) for x in own]) if own else None,
         "start": fmean(run.evaluated[0]["metrics"][run.metric] for run in runs),
         "megabytes_down": fmean(run.total("bytes_down") for run in runs) / 1e6,
         "megabytes_up": fmean(run.total("bytes_up") for run in runs) / 1e6,
@@ -266,8 +302,8 @@ def bootstrap(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 # --- text ------------------------------------------------------------------------------------
 
-COLUMNS = ("method", "lr", "seeds", "server model", "received", "MB down", "MB up",
-           "combine s", "captured", "eff. rank")  # fmt: skip
+COLUMNS = ("method", "lr", "seeds", "server model", "received", "own", "worst client", "MB down",
+           "MB up", "combine s", "captured", "eff. rank")  # fmt: skip
 
 
 def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -279,7 +315,7 @@ def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{m['lr']:g}",
             str(len(m["seeds"])),
             _pm(m["score"]),
-            _pm(m["received"]) if m["received"] else "–",
+            *(_pm(m[name]) if m[name] else "–" for name in ("received", "own", "worst")),
             f"{m['megabytes_down']:.2f}",
             f"{m['megabytes_up']:.2f}",
             f"{m['combine_seconds']:.3f}",
@@ -321,7 +357,9 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         _table(COLUMNS, rows_of(summary)),
         "± is one standard deviation over seeds. *Server model*: what the server holds, at its own "
         "rank. *Received*: what clients are sent next, each at its own rank, mean over clients. "
-        "*Captured*: share of the exact mean update's energy in the last round.",
+        "*Own*: the same on held-out examples in each client's own mix of labels, mean over "
+        "clients; *worst client*: the least of them. "
+        "*Captured*: share of the exact update's energy that the last round kept.",
         "**All metrics** of the server's model after the last round:",
         _table(("metric", *summary["methods"]), metric_rows(summary)),
     ]
@@ -346,7 +384,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         parts.append(f"{len(summary['failures'])} replies failed, the first: "
                      f"{summary['failures'][0]['reason']}")  # fmt: skip
     if summary["unfinished"]:
-        parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
+        parts.append(unfinished(summary["unfinished"]))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
 

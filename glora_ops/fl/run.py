@@ -54,8 +54,8 @@ class Plan:
         self.trainer = Trainer(
             self.task,
             LocalTraining(
-                t.steps, t.batch, lr, t.optimiser, t.optimiser_state, t.weight_decay, t.clip,
-                t.dropout, c.gauge, seed, config.model.device,
+                t.steps, t.batch, lr, t.head_lr, t.optimiser, t.optimiser_state, t.weight_decay,
+                t.clip, t.dropout, c.gauge, seed, config.model.device,
             ),
         )  # fmt: skip
         self.parts = partition_of(config, self.task, seed)
@@ -232,13 +232,21 @@ def _received(plan: Plan, server: Server) -> dict[str, Any]:
 
 
 def _about(plan: Plan) -> dict[str, Any]:
+    config = plan.config.model_dump(mode="json")
+    # A folder's name, not where it lies; whether it is the same model the weights tell.
+    config["model"]["name"] = (
+        Path(plan.config.model.name).name
+        if Path(plan.config.model.name).is_dir()
+        else plan.config.model.name
+    )
     return {
-        "config": plan.config.model_dump(mode="json"),
+        "config": config,
         "method": plan.label,
         "seed": plan.seed,
         "lr": plan.lr,
         "metric": plan.task.metric,
         "parameters": plan.trainer.parameters,
+        "weights": plan.trainer.weights,
         "examples": [len(rows) for rows in plan.parts],
         "versions": {name: _version(name) for name in ("glora", "torch", "peft", "transformers")},
         "python": platform.python_version(),

@@ -332,6 +332,23 @@ def test_ctrl_c_lets_the_simulation_end(tmp_path: Path, monkeypatch: pytest.Monk
         signal.signal(signal.SIGINT, before)
 
 
+def test_ray_that_does_not_come_up_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+
+    def runtime(*_: Any, **__: Any) -> None:
+        try:
+            raise Exception("The current node timed out during startup. This could happen because")
+        except Exception as error:
+            raise RuntimeError("An error was encountered. Ending simulation.") from error
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
+    with pytest.raises(GloraError, match=r"no Ray within 30 s.*--engine local") as refused:
+        simulate(4, lambda engine: None, state_dir=tmp_path / "nodes")
+    assert "\n" not in str(refused.value)
+
+
 def test_engines_do_not_continue_each_others_runs(tmp_path: Path) -> None:
     made = config({"it": {"kind": "fedit"}})
     plan = Plan(made, "it", 0, 0.005)

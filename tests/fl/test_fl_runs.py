@@ -19,12 +19,14 @@ import torch
 from fl_runs import accuracies, config, reproducible, run_small, state
 
 from glora_ops.errors import GloraError
+from glora_ops.fl.diagnostics import own_score
 from glora_ops.fl.gauge import turned
 from glora_ops.fl.messages import Client, Sent
 from glora_ops.fl.methods import METHODS
 from glora_ops.fl.records import Run
 from glora_ops.fl.report import load_runs
 from glora_ops.fl.run import Plan, run
+from glora_ops.fl.tasks.base import Answer
 from glora_ops.fl.tasks.digits import Digits
 
 WIDTHS = [(128, 128)] * 8 + [(256, 128), (128, 256)] * 2  # modules of the digits' transformer
@@ -470,6 +472,59 @@ def test_run_json_tells_what_was_run(tmp_path: Path) -> None:
     assert sum(about["examples"]) == 700
     assert about["versions"]["torch"].startswith("2.")
     assert about["parameters"] > 200_000
+
+
+def test_predictions_say_what_the_metrics_say(tmp_path: Path) -> None:
+    """Accuracy and every client's own score again, from the stored answers and the partition."""
+    made = config({"it": {"kind": "glora"}}, clients={"alpha": 0.1})
+    plan = Plan(made, "it", 0, made.training.lr)
+    run(plan, tmp_path / "run")
+    record = Run(tmp_path / "run")
+    answers = [json.loads(x) for x in record.predictions_path.read_text().splitlines()]
+    last = record.lines()[-1]
+    assert {x["round"] for x in answers} == {3}
+    assert len({x["id"] for x in answers}) == len(answers) == 300
+    right = np.array([x["prediction"] == x["truth"] for x in answers])
+    assert right.mean() == pytest.approx(last["metrics"]["accuracy"])
+    # All clients have one rank, and the server's model is of another: judge what they are sent.
+    server, *_ = record.restore(plan.method.start(plan.setup))
+    sent = plan.trainer.evaluate(plan.method.broadcast(server, Client(0, 4))).answers
+    truth = np.array([x.truth for x in sent])
+    right = np.array([x.prediction == x.truth for x in sent])
+    accuracy = np.array([right[truth == digit].mean() for digit in range(10)])
+    for own, rows in zip(last["own"], plan.parts, strict=True):
+        shares = np.bincount(plan.task.labels[rows], minlength=10) / len(rows)
+        assert own == pytest.approx(shares @ accuracy)
+    assert min(last["own"]) < np.mean(last["own"])
+
+
+def test_own_scores_are_none_where_nothing_of_a_client_is_judged() -> None:
+    answers = [
+        Answer(0, "a", "b", 0.25, 0),
+        Answer(1, "a", "a", 0.75, 0),
+        Answer(2, "", "", 1, None),
+    ]
+    assert own_score(answers, np.array([3, 5])) == 0.5
+    assert own_score(answers, np.array([0, 5])) is None
+
+
+def test_other_weights_of_the_same_name_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config({"it": {"kind": "fedit"}}, training={"rounds": 1, "steps": 1})
+    run(Plan(made, "it", 0, 0.005), tmp_path / "run")
+    assert len(run(Plan(made, "it", 0, 0.005), tmp_path / "run", resume=True)) == 2
+    plain = Digits.model
+
+    def other(self: Digits) -> torch.nn.Module:
+        model = plain(self)
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        return model
+
+    monkeypatch.setattr(Digits, "model", other)
+    with pytest.raises(GloraError, match="weights"):
+        run(Plan(made, "it", 0, 0.005), tmp_path / "run", resume=True)
 
 
 def test_a_run_has_one_process(tmp_path: Path) -> None:

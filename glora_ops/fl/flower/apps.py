@@ -16,7 +16,7 @@ from typing import TypeVar
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from ...errors import require
+from ...errors import require, unfit
 from ..config import load_config
 from ..experiment import run_experiment
 from ..run import EngineFactory, Plan
@@ -51,7 +51,7 @@ def simulate(
     Raises
     ------
     GloraError
-        Without Ray.
+        Without Ray, and if it does not come up.
     KeyboardInterrupt
         After Ctrl-C, as soon as the clients at work have ended; a second one does not wait.
     """
@@ -97,6 +97,13 @@ def simulate(
     except Exception as error:
         if stopped.is_set():
             raise KeyboardInterrupt from error
+        if "timed out during startup" in str(_root(error)):  # Ray's own limit is fixed
+            raise unfit(
+                "Flower's simulation",
+                "no Ray within 30 s",
+                "a machine with time for it",
+                "try again with fewer other processes, or --engine local",
+            ) from error
         raise
     finally:
         over.set()
@@ -110,6 +117,11 @@ def simulate(
     if state_dir.is_dir() and not any(state_dir.iterdir()):
         state_dir.rmdir()
     return results[0]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from, all the way."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def server_app(folder: Path) -> ServerApp:

@@ -39,8 +39,9 @@ class Glue:
     """One GLUE task on a sequence classifier; its head is trained and averaged in full.
 
     Labels that are whole numbers, 1 or 1.0, are classes (as many as the training data have); with a
-    fraction among them, and for stsb, it is a regression. The headline metric is accuracy, for cola
-    mcc, for a regression the mean of Pearson's and Spearman's correlation.
+    fraction among them, and for stsb, it is a regression, which starts at the labels' mean. The
+    headline metric is accuracy, for cola mcc, for a regression the mean of Pearson's and Spearman's
+    correlation.
     """
 
     def __init__(
@@ -94,7 +95,18 @@ class Glue:
             ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
         )  # fmt: skip
         model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
+        if self.regression:
+            self._start_at_the_mean(model)
         return model
+
+    def _start_at_the_mean(self, model: nn.Module) -> None:
+        """The last bias begins at the labels' mean, which is one number from each client.
+
+        An architecture whose last layer has no bias begins where it is.
+        """
+        last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if last and last[-1].bias is not None:
+            last[-1].bias.data.fill_(float(self._y.mean()))
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         logits = self._logits(model, self._x, rows)
