@@ -117,8 +117,11 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.done = {self.key(x): x for x in map(json.loads, lines)}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # without a line that a kill cut off
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        self.done = {self.key(x): x for x in map(json.loads, whole.splitlines())}
 
     @staticmethod
     def key(x: Mapping[str, Any]) -> Key:

@@ -28,7 +28,7 @@ EXAMPLES = [10, 30, 20]
 EQUAL, MIXED = (3, 3, 3), (1, 2, 4)
 ALL = sorted(METHODS)
 AVERAGING = ["fedit", "hetlora"]  # and mixed ranks
-ONE_RANK = ["ffa", "rolora", "fedex", "fedrot"]
+ONE_RANK = ["ffa", "rolora", "fedex", "fedrot", "fedsvd"]
 
 
 def setup(ranks: tuple[int, ...], *, shared: bool = True) -> Setup:
@@ -96,7 +96,7 @@ def test_heads_are_weighted_means_and_rounds_count(name: str) -> None:
     assert shares(replies) == pytest.approx(WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted({*ALL} - {"fedplora"}))  # its pool is the server's
 @pytest.mark.parametrize("rank", [1, 3])
 def test_first_message_is_an_untrained_adapter_the_client_draws_itself(
     name: str, rank: int
@@ -128,7 +128,7 @@ def test_one_rank_methods_refuse_mixed_ranks_by_name(name: str) -> None:
         method.start(setup(MIXED))
 
 
-@pytest.mark.parametrize("name", ["ffa", "rolora"])
+@pytest.mark.parametrize("name", ["ffa", "rolora", "fedsvd", "fedplora"])
 def test_frozen_factor_methods_refuse_independent_starts(name: str) -> None:
     with pytest.raises(GloraError, match="shared"):
         METHODS[name]().start(setup(EQUAL, shared=False))
@@ -236,6 +236,79 @@ def test_flexlora_sends_truncations_of_the_dense_mean(ranks: tuple[int, ...], co
             assert close(effective(sent, m), dense.truncated(exact, client.rank), 1e-5)
             rows = sent.factors[m][1]
             torch.testing.assert_close(rows @ rows.mT, torch.eye(client.rank), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED])
+def test_raflora_averages_each_slice_over_its_holders(ranks: tuple[int, ...], count: int) -> None:
+    method = METHODS["raflora"]()
+    server, replies = rounds(method, ranks, count)
+    for present in (replies, replies[:2]):  # with mixed ranks nobody holds the last slice
+        after = method.combine(server, present)
+        for m in SHAPES:
+            whole = np.zeros(SHAPES[m])
+            low = 0
+            for high in sorted(set(ranks)):
+                who = [i for i in range(len(present)) if ranks[i] >= high]
+                total = sum(EXAMPLES[i] for i in who)
+                for i in who:
+                    b, a = pairs(present, m)[i]
+                    share = EXAMPLES[i] / total
+                    whole += share * SCALING * b[:, low:high] @ a[low:high]
+                low = high
+            assert close(
+                effective(method.model(after), m), dense.truncated(whole, max(ranks)), 1e-5
+            )
+            for client in clients_of(ranks):
+                sent = method.broadcast(after, client)
+                assert close(effective(sent, m), dense.truncated(whole, client.rank), 1e-5)
+                b, a = sent.factors[m]
+                torch.testing.assert_close(b.mT @ b, a @ a.mT, atol=1e-4, rtol=1e-4)  # balanced
+
+
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED])
+def test_fedplora_trains_some_modules_and_folds_the_others(ranks: tuple[int, ...]) -> None:
+    method = METHODS["fedplora"]()
+    server = method.start(setup(ranks))
+    picked = set()
+    for _ in range(4):
+        replies = train(method, server)
+        after = method.combine(server, replies)
+        for m in SHAPES:
+            b0, a0 = (x.double().numpy() for x in server.factors[m])
+            for r in replies:
+                assert close(effective(r.sent, m), SCALING * b0 @ a0)  # nobody loses anything
+            for j in range(max(ranks)):
+                found = [x.double().numpy() for x in after.factors[m]]
+                b, a, total = np.zeros(len(b0)), np.zeros(a0.shape[1]), 0
+                for r, n in zip(replies, EXAMPLES, strict=True):
+                    chosen = method.chosen(server, r.client)
+                    picked.add((r.client.index, tuple(chosen)))
+                    assert len(chosen) == r.client.rank == r.sent.rank
+                    if j in chosen:
+                        i, total = chosen.index(j), total + n
+                        b += n * r.factors[m][0][:, i].double().numpy()
+                        a += n * r.factors[m][1][i].double().numpy()
+                b, a = (b / total, a / total) if total else (b0[:, j], a0[j])
+                assert close(found[0][:, j], b)
+                assert close(found[1][j], a)
+        server = after
+    assert len(picked) > 3 or ranks == EQUAL
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fedsvd_averages_b_exactly_and_puts_its_directions_into_a(count: int) -> None:
+    method = METHODS["fedsvd"]()
+    server, replies = rounds(method, EQUAL, count)
+    assert {r.sent.train for r in replies} == {"B"}
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        exact = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+        assert close(effective(method.model(after), m), exact, 1e-5)
+        b, a = after.factors[m]
+        torch.testing.assert_close(a @ a.mT, torch.eye(3), atol=1e-5, rtol=0)
+        off = b.mT @ b
+        torch.testing.assert_close(off, torch.diag(off.diagonal()), atol=1e-4, rtol=1e-4)
 
 
 # --- HetLoRA and FedRot-LoRA -----------------------------------------------------------------
@@ -493,7 +566,8 @@ def test_the_method_written_in_the_documentation() -> None:
 @pytest.mark.parametrize(
     ("name", "invariant"),
     [("glora", True), ("delta", True), ("context", True), ("restart", True), ("flora", True),
-     ("flexlora", True), ("fedex", True), ("fedit", False), ("hetlora", False), ("fedrot", False)],
+     ("flexlora", True), ("fedex", True), ("fedit", False), ("hetlora", False), ("fedrot", False),
+     ("raflora", True), ("fedplora", False)],
 )  # fmt: skip
 def test_who_depends_on_the_gauge(name: str, invariant: bool) -> None:
     modes: dict[str, dict[str, Any]] = {
