@@ -73,6 +73,9 @@ OTHER_ARMS = {
     "rolora": Arm({"kind": "rolora"}, equal_only=True),
     "fedex": Arm({"kind": "fedex"}, equal_only=True),
     "fedrot": Arm({"kind": "fedrot"}, {"strength": (0.5, 1.0)}, equal_only=True),
+    "raflora": Arm({"kind": "raflora"}),
+    "fedplora": Arm({"kind": "fedplora"}),
+    "fedsvd": Arm({"kind": "fedsvd"}, equal_only=True),
 }
 KEEP = {"optimiser_state": "keep"}
 FRESH = ("restart", "flora")  # draw their adapters each round: nothing to keep
@@ -110,6 +113,25 @@ def config_of(cell: Cell, label: str, knobs: Mapping[str, Any], lr: float) -> Co
 def end_point(turnout: str, scores: list[float]) -> float:
     """After the last round with all clients; over the second half of the rounds with a few."""
     return scores[-1] if turnout == "full" else fmean(scores[len(scores) // 2 + 1 :])
+
+
+def judged(plan: Plan, turnout: str) -> dict[str, Any]:
+    """A run's curve, end point, clients' own scores, bytes and answers; its folder is not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = run(plan, Path(folder) / "run")
+        text = (Path(folder) / "run" / "predictions.jsonl").read_text()
+    answers, last = [json.loads(x) for x in text.splitlines()], lines[-1]
+    scores = [x["metrics"]["accuracy"] for x in lines]
+    return {
+        "scores": scores,
+        "end_point": end_point(turnout, scores),
+        "own": last["own"],
+        "norm": last["update"]["norm"],
+        "captured": last["update"]["captured"],
+        "bytes": sum(x["bytes_down"] + x["bytes_up"] for x in lines),
+        "predictions": "".join(str(x["prediction"]) for x in answers),
+        "labels": "".join(str(x["truth"]) for x in answers),
+    }
 
 
 class Ledger:
@@ -155,29 +177,19 @@ class Runner:
             if self.until and datetime.now() > self.until:
                 raise TimeoutError
             begun = perf_counter()
-            plan = Plan(config_of(cell, label, knobs, lr), label, seed, lr, None, held_out)
-            with tempfile.TemporaryDirectory() as folder:
-                lines = run(plan, Path(folder) / "run")
-                path = Path(folder) / "run" / "predictions.jsonl"
-                answers = [json.loads(x) for x in path.read_text().splitlines()]
-            last = lines[-1]
-            scores = [x["metrics"]["accuracy"] for x in lines]
-            self.ledger.add(about | {
-                "scores": scores,
-                "end_point": end_point(cell[2], scores),
-                "own": last["own"],
-                "norm": last["update"]["norm"],
-                "captured": last["update"]["captured"],
-                "bytes": sum(x["bytes_down"] + x["bytes_up"] for x in lines),
-                "predictions": "".join(str(x["prediction"]) for x in answers)
-                if held_out == "test" else "",
-                "labels": "".join(str(x["truth"]) for x in answers) if held_out == "test" else "",
-                "seconds": round(perf_counter() - begun, 1),
-            })  # fmt: skip
+            found = self.result(cell, label, seed, lr, knobs, held_out)
+            seconds = round(perf_counter() - begun, 1)
+            self.ledger.add(about | found | {"seconds": seconds})
             print(f"{datetime.now():%H:%M:%S} {'_'.join(cell)} {label} {dict(knobs)} seed {seed} "
                   f"lr {lr:.4g} {held_out}: {self.ledger.done[key]['end_point']:.4f}",
                   flush=True)  # fmt: skip
         return float(self.ledger.done[key]["end_point"])
+
+    def result(self, cell: Cell, label: str, seed: int, lr: float, knobs: Mapping[str, Any],
+               held_out: HeldOut) -> dict[str, Any]:  # fmt: skip
+        """What a line of the ledger holds of one run."""
+        plan = Plan(config_of(cell, label, knobs, lr), label, seed, lr, None, held_out)
+        return judged(plan, cell[2])
 
     def rate(self, cell: Cell, label: str) -> tuple[float, dict[str, Any]]:
         """The best rate and knobs on the tuning seeds, of this arm, rank setting and turnout.
