@@ -45,7 +45,7 @@ def trained(data: dict[str, Any], seed: int) -> tuple[Plan, list[Pairs]]:
         "name": "one_round",
         "clients": {"count": CLIENTS, "ranks": [8], **data},
         "training": {"rounds": 1, "steps": STEPS, "batch": 16},
-        "methods": {"update": {"kind": "glora", "basis": "update"}},
+        "methods": {"update": {"kind": "glora", "mode": "adapter", "basis": "update"}},
     }
     plan = Plan(Config.model_validate(content), "update", seed, LR)
     server = plan.method.start(plan.setup)

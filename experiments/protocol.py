@@ -53,7 +53,7 @@ class Arm:
         return [dict(zip(self.knobs, x, strict=True)) for x in product(*self.knobs.values())]
 
 
-GLORA = {"kind": "glora", "anchor": 1.0}
+GLORA = {"kind": "glora", "mode": "adapter", "anchor": 1.0}
 STEPS = {"step": (1.0, 0.7, 0.5)}
 FIRST_ARMS = {
     "restart": Arm(GLORA | {"mode": "restart"}, STEPS),
@@ -66,8 +66,8 @@ FIRST_ARMS = {
 OTHER_ARMS = {
     "delta": Arm(GLORA | {"mode": "delta"}, STEPS),
     "context": Arm(GLORA | {"mode": "delta", "context": True}, STEPS),
-    "projector": Arm({"kind": "glora", "basis": "projector"}),
-    "update": Arm({"kind": "glora", "basis": "update"}),
+    "projector": Arm(GLORA | {"basis": "projector"}),
+    "update": Arm(GLORA | {"basis": "update"}),
     "flexlora": Arm({"kind": "flexlora"}),
     "hetlora": Arm({"kind": "hetlora"}, {"gamma": (0.99, 0.5), "penalty": (1e-3, 1e-2)}),
     "rolora": Arm({"kind": "rolora"}, equal_only=True),
@@ -141,8 +141,7 @@ class Ledger:
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # without a line that a kill cut off
-        if whole != text:
-            path.write_text(whole, encoding="utf-8")
+        self.cut = whole != text
         self.done = {self.key(x): x for x in map(json.loads, whole.splitlines())}
 
     @staticmethod
@@ -151,6 +150,10 @@ class Ledger:
         return x["cell"], x["arm"], x["seed"], x["lr"], knobs, x["held_out"]
 
     def add(self, x: dict[str, Any]) -> None:
+        if self.cut:
+            lines = (json.dumps(y, sort_keys=True) + "\n" for y in self.done.values())
+            self.path.write_text("".join(lines), encoding="utf-8")
+            self.cut = False
         self.done[self.key(x)] = x
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(x, sort_keys=True) + "\n")

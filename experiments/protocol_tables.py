@@ -88,6 +88,8 @@ def cell_table(arms: Mapping[str, Mapping[int, Run]], glora: str) -> str:
 def instances(one: Mapping[int, Run], other: Mapping[int, Run]) -> str:
     """Seeds where one model is right on more digits by McNemar at 0.05, and where the other is."""
     ahead = behind = 0
+    if not all(r["predictions"] for runs in (one, other) for r in runs.values()):
+        return "–"
     for seed in sorted(set(one) & set(other)):
         right = [[a == b for a, b in zip(r[seed]["predictions"], r[seed]["labels"], strict=True)]
                  for r in (one, other)]  # fmt: skip

@@ -35,6 +35,7 @@ from glora_ops.fl.run import Plan, run
 
 NODES = [{"partition-id": i} for i in (2, 0, 3, 1)]
 MIXED = {"ranks": [2, 4], "wire": "bfloat16"}
+ADAPTER = {"kind": "glora", "mode": "adapter"}
 KEEP = {"optimiser_state": "keep"}
 
 
@@ -67,8 +68,8 @@ def same_state(one: Run, other: Run) -> bool:
 
 @pytest.mark.parametrize(
     "method",
-    [{"kind": "glora"}, {"kind": "glora", "mode": "delta", "context": True},
-     {"kind": "glora", "mode": "restart", "step": 0.5}, {"kind": "ffa"}, {"kind": "rolora"},
+    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True}, {"kind": "glora", "step": 0.5},
+     {"kind": "ffa"}, {"kind": "rolora"},
      {"kind": "flora", "server": {"kind": "fedavgm", "lr": 0.5}}, {"kind": "fedex"},
      {"kind": "hetlora"}],
     ids=lambda m: "-".join(str(m.get(key, "")) for key in ("kind", "mode")),
@@ -170,7 +171,7 @@ class LosesOne(LocalEngine):
 
 @pytest.fixture(scope="module")
 def without_one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = config({"it": {"kind": "glora"}}, clients=MIXED, training=KEEP)
+    made = config({"it": ADAPTER}, clients=MIXED, training=KEEP)
     c, folder = made.clients, tmp_path_factory.mktemp("lost")
     run(Plan(made, "it", 0, made.training.lr), folder,
         engine=lambda plan: LosesOne(plan.trainer, plan.parts, c.wire, c.lost, 0))  # fmt: skip
@@ -191,7 +192,7 @@ def test_a_bad_reply_is_reported_and_left_out(kind: str, tmp_path: Path, without
             return reply
 
     grid = Faulty(NODES, tmp_path / "nodes")
-    there = run_flower(tmp_path / "run", {"kind": "glora"}, grid, clients=MIXED, training=KEEP)
+    there = run_flower(tmp_path / "run", ADAPTER, grid, clients=MIXED, training=KEEP)
     (failure,) = [f for line in there.lines() for f in line["failures"]]
     assert failure["client"] == 1
     assert FAULTS[kind] in failure["reason"]

@@ -55,15 +55,16 @@ def test_a_run_repeats_bit_for_bit(tmp_path: Path) -> None:
 # --- the unit test of the claim ----------------------------------------------------------------
 
 
+ADAPTER: dict[str, Any] = {"kind": "glora", "mode": "adapter"}
 GAUGED = {"rounds": 5, "steps": 6, "batch": 16}
 
 
 @pytest.mark.parametrize(
     "method",
-    [{"kind": "glora"}, {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
-     {"kind": "glora", "mode": "restart", "step": 0.5}, {"kind": "glora", "basis": "update"},
-     {"kind": "glora", "basis": "projector"},
-     {"kind": "glora", "server": {"kind": "fedadam", "lr": 0.01}}],
+    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
+     {"kind": "glora", "step": 0.5}, ADAPTER | {"basis": "update"},
+     ADAPTER | {"basis": "projector"},
+     ADAPTER | {"server": {"kind": "fedadam", "lr": 0.01}}],
     ids=["consensus", "delta", "restart", "update", "projector", "fedadam"],
 )  # fmt: skip
 @pytest.mark.parametrize("moments", ["reset", "keep"])
@@ -170,8 +171,9 @@ def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> N
 # --- bytes -------------------------------------------------------------------------------------
 
 MODES: dict[str, dict[str, Any]] = {
-    "restart": {"kind": "glora", "mode": "restart"},
-    "restart of rank 2": {"kind": "glora", "mode": "restart", "context_rank": 2},
+    "adapter": ADAPTER,
+    "restart": {"kind": "glora"},
+    "restart of rank 2": {"kind": "glora", "context_rank": 2},
     "context": {"kind": "glora", "mode": "delta", "context": True},
 }
 
@@ -183,7 +185,7 @@ MODES: dict[str, dict[str, Any]] = {
         ("restart of rank 2", [0, 2, 2], [4, 4, 4]),
         ("context", [0, 8, 8], [4, 4, 4]),  # the readout and the rest of W_t
         ("fedit", [0, 4, 4], [4, 4, 4]),
-        ("glora", [0, 4, 4], [4, 4, 4]),
+        ("adapter", [0, 4, 4], [4, 4, 4]),
         ("ffa", [0, 2, 2], [2, 2, 2]),  # A is drawn by the client and never travels
         ("rolora", [0, 2, 2], [2, 2, 2]),  # the factor that was not trained is held already
         ("flora", [0, 16, 16], [4, 4, 4]),  # each stack of 4 · rank once
@@ -247,7 +249,7 @@ def test_what_is_evaluated_is_the_dense_model(tmp_path: Path) -> None:
 
 
 def test_frozen_factors_stay_and_every_pair_of_a_readout_learns() -> None:
-    plan = Plan(config({"it": {"kind": "glora"}}, clients={"ranks": [8]}), "it", 0, 0.01)
+    plan = Plan(config({"it": ADAPTER}, clients={"ranks": [8]}), "it", 0, 0.01)
     server = plan.method.start(plan.setup)
     client = Client(0, 8)
     for train in ("A", "B"):
@@ -287,7 +289,7 @@ KEPT = {"optimiser_state": "keep"}
 @pytest.mark.parametrize("turn", [True, False])
 def test_kept_moments_mean_the_same_in_whatever_gauge_a_readout_comes(turn: bool) -> None:
     """The same update, its directions turned and mixed: one curve, if the client may turn back."""
-    plan = Plan(config({"it": {"kind": "glora"}}, training=KEPT), "it", 0, 0.01)
+    plan = Plan(config({"it": ADAPTER}, training=KEPT), "it", 0, 0.01)
     client, trainer, rows = Client(0, 4), plan.trainer, plan.parts[0]
     sent = replace(plan.method.broadcast(plan.method.start(plan.setup), client), turn=turn)
     learnt = trainer.train(sent, client, rows, 0, {})
@@ -309,7 +311,7 @@ def test_kept_moments_mean_the_same_in_whatever_gauge_a_readout_comes(turn: bool
 
 def test_a_fresh_adapter_has_no_moments_of_another(tmp_path: Path) -> None:
     """Where adapters are drawn each round, keeping moments changes nothing but a head's."""
-    restart = {"kind": "glora", "mode": "restart"}
+    restart = {"kind": "glora"}
     reset, kept = (
         run_small(tmp_path / how, restart, training={"optimiser_state": how})
         for how in ("reset", "keep")
@@ -476,7 +478,7 @@ def test_run_json_tells_what_was_run(tmp_path: Path) -> None:
 
 def test_predictions_say_what_the_metrics_say(tmp_path: Path) -> None:
     """Accuracy and every client's own score again, from the stored answers and the partition."""
-    made = config({"it": {"kind": "glora"}}, clients={"alpha": 0.1})
+    made = config({"it": ADAPTER}, clients={"alpha": 0.1})
     plan = Plan(made, "it", 0, made.training.lr)
     run(plan, tmp_path / "run")
     record = Run(tmp_path / "run")

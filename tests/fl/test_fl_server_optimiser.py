@@ -50,7 +50,7 @@ def held(method: Method, server: Server, of: str) -> Numbers:
         (METHODS["fedrot"](), EQUAL, "factors"),
         (METHODS["flora"](), MIXED, "update"),
         (METHODS["flexlora"](), MIXED, "update"),
-        (METHODS["glora"](rank=7), MIXED, "update"),
+        (METHODS["glora"](mode="adapter", rank=7), MIXED, "update"),
         (METHODS["glora"](mode="restart", rank=7, step=0.5), MIXED, "update"),
     ],
     ids=["fedit", "fedrot", "flora", "flexlora", "glora", "restart"],

@@ -38,7 +38,7 @@ class Glora(Method):
     Attributes
     ----------
     basis : {"consensus", "projector", "update"}
-    mode : {"adapter", "delta", "restart"}
+    mode : {"restart", "adapter", "delta"}
     rank : int, optional
         Server rank R; twice the largest client rank by default.
     context : bool
@@ -56,7 +56,7 @@ class Glora(Method):
     """
 
     basis: Literal["consensus", "projector", "update"] = "consensus"
-    mode: Literal["adapter", "delta", "restart"] = "adapter"
+    mode: Literal["restart", "adapter", "delta"] = "restart"
     rank: int | None = None
     context: bool = False
     context_rank: int | None = None
