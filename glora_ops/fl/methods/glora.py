@@ -166,11 +166,12 @@ class Glora(Method):
 
     def _context(self, server: Server, first: int) -> tuple[Pairs, ...]:
         """W_t of rank q without its `first` leading directions: what is frozen at a client."""
-        q = min(self.context_rank or inf, self._server_rank(server.setup))
+        rank = self._server_rank(server.setup)
+        part = slice(first, rank if self.context_rank is None else min(self.context_rank, rank))
         kept = {
             m: (
-                (x.u * x.s.to(x.u.dtype))[:, first : int(q)].contiguous(),
-                x.v[:, first : int(q)].mT.contiguous(),
+                (x.u * x.s.to(x.u.dtype))[:, part].contiguous(),
+                x.v[:, part].mT.contiguous(),
             )
             for m, x in server.svd.items()
         }
