@@ -95,7 +95,8 @@ def reviews(n: int, seed: int) -> list[dict[str, Any]]:
 
 def glue(tiny: dict[str, str], name: str = "sst2", **clients: Any) -> Config:
     return config(
-        {"it": {"kind": "glora", "mode": "adapter"}}, task={"kind": "glue", "name": name, "max_length": 16},
+        {"it": {"kind": "glora", "mode": "adapter"}},
+        task={"kind": "glue", "name": name, "max_length": 16},
         model={"name": tiny["bert"], "targets": ["query", "value"]},
         training={"rounds": 4, "steps": 10, "batch": 16, "lr": 0.02},
         clients={"count": 3, "ranks": [1, 2, 4]} | clients,
