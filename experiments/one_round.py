@@ -45,7 +45,7 @@ def trained(data: dict[str, Any], seed: int) -> tuple[Plan, list[Pairs]]:
         "name": "one_round",
         "clients": {"count": CLIENTS, "ranks": [8], **data},
         "training": {"rounds": 1, "steps": STEPS, "batch": 16},
-        "methods": {"update": {"kind": "glora", "basis": "update"}},
+        "methods": {"update": {"kind": "glora", "mode": "adapter", "basis": "update"}},
     }
     plan = Plan(Config.model_validate(content), "update", seed, LR)
     server = plan.method.start(plan.setup)
@@ -74,7 +74,7 @@ def merges(plan: Plan, clients: list[Pairs]) -> Iterator[dict[str, Any]]:
                 state = glora.aggregate(heard, [1.0] * CLIENTS, [s] * CLIENTS, rank, **how)
             made = {m: ((x.u * x.s.to(x.u.dtype)) / s, x.v.mT) for m, x in state.modules.items()}
             off = sum(float((s * (b @ a) - plain[m]).square().sum()) for m, (b, a) in made.items())
-            found = plan.trainer.evaluate(Sent(made, plan.trainer.dense, s))
+            found = plan.trainer.evaluate(Sent(made, plan.trainer.dense, s)).metrics
             yield {"rank": rank, "loudness": loudness, "arm": label,
                    "error": f"{off**0.5 / norm:.4f}", "accuracy": f"{found['accuracy']:.4f}",
                    "captured": f"{state.captured:.4f}"}  # fmt: skip

@@ -27,10 +27,10 @@ from glora_ops.fl.run import Plan, local_engine, run
 from glora_ops.fl.tasks.base import HeldOut
 
 GLORA = {
-    "consensus": {"kind": "glora", "anchor": 1.0},
+    "consensus": {"kind": "glora", "mode": "adapter", "anchor": 1.0},
     "consensus-delta": {"kind": "glora", "anchor": 1.0, "mode": "delta"},
-    "projector": {"kind": "glora", "basis": "projector"},
-    "update": {"kind": "glora", "basis": "update"},
+    "projector": {"kind": "glora", "mode": "adapter", "basis": "projector"},
+    "update": {"kind": "glora", "mode": "adapter", "basis": "update"},
 }
 MOMENTUM = {"consensus-momentum": GLORA["consensus"] | {"momentum": 0.5}}
 MIXED = GLORA | {kind: {"kind": kind} for kind in ("fedit", "flora", "flexlora", "hetlora")}

@@ -1,4 +1,4 @@
-"""The tables and pictures of docs/experiments.md from results/rounds.csv and results/sweeps.json.
+"""results/tables.md and docs' pictures, from results/rounds.csv, sweeps.json and one_round.csv.
 
 python experiments/tables.py [PICTURES]
 """
@@ -289,7 +289,7 @@ def main() -> None:
     parts = [overview(runs, x) for x in GRIDS if any(name.startswith(x) for name in runs)]
     parts += [setting(name, methods) for name, methods in runs.items()]
     parts += [misalignment(runs), collapse(runs), sweeps(), merges(one_round())]
-    print("\n".join(parts))
+    (RESULTS / "tables.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
     if len(sys.argv) > 1:
         pictures(runs, Path(sys.argv[1]))
         curves(one_round(), Path(sys.argv[1]))

@@ -53,6 +53,11 @@ def run(
     ] = "local",
     data_dir: DataDir = None,
     model: Model = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--evaluate-every", min=1, metavar="N", help="Rounds between evaluations, "
+                     "instead of the configuration's; the last one always is."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
     ] = False,
@@ -80,7 +85,7 @@ def run(
         from ..fl.run import EngineFactory, local_engine
         from ..runtime.outputs import apart
 
-        loaded = load_config(config, model=model)
+        loaded = load_config(config, model=model, every=every)
         read = [data_dir / "glue", data_dir / "superni"] if data_dir is not None else []
         read += [Path(loaded.model.name)] if loaded.model.name else []
         apart(out / loaded.name, [path for path in read if path.exists()])
@@ -137,32 +142,35 @@ def report(
         from ..fl.pictures import draw
         from ..fl.report import (
             COLUMNS,
-            by_config,
             difference_rows,
             load_runs,
             markdown,
             rows_of,
             strangers,
             summarise,
+            unfinished,
+            with_finished,
             write_report,
         )
         from ..runtime.outputs import apart, claimed, new_folder
 
         found, sweeps = load_runs(runs)
+        ready, left_out = with_finished(found)
         folder = runs[0] / "report" if out is None else out
         apart(folder, [run.folder for run in found])
         summaries, pages = [], []
         place = folder.resolve()
+        rest = [unfinished(left_out)] if left_out else []
         with claimed(place, strangers), new_folder(place, strangers) as building:
-            for name, mine in by_config(found).items():
+            for name, mine in ready.items():
                 summary = summarise(mine, sweeps, reference)
                 names = draw(mine, summary["reference"], building, name)
                 summaries.append(summary)
                 pages.append(markdown(summary, names))
-            write_report(building, finite(summaries), pages)
+            write_report(building, finite(summaries), [*pages, *rest])
         outcome.wrote(folder)
         if as_json:
-            print_json({"out": str(folder), "configs": summaries})
+            print_json({"out": str(folder), "configs": summaries, "unfinished": left_out})
             return
         for summary in summaries:
             to, rounds = console(), f"{summary['rounds']} rounds, {summary['metric']}"
@@ -173,6 +181,9 @@ def report(
             if summary["differences"]:
                 other = f"{clean(summary['reference'])} minus"
                 _print_table((other, "mean", "95 % interval", "won"), difference_rows(summary))
+        named = [name for s in summaries for name in s["unfinished"]] + left_out
+        if named:
+            console().print(clean(unfinished(named)), soft_wrap=True)
         console().print(f"written: {clean(folder)}/report.md", soft_wrap=True)
 
 

@@ -6,10 +6,12 @@ own state; everything random is drawn from streams named after round and client.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +21,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..errors import GloraError, require, unfit
-from .gauge import regauge
-from .messages import Client, Pairs, Sent
+from .gauge import regauge, turned
+from .messages import Client, Pairs, Sent, digest
 from .seeds import number, numpy_stream
 from .tasks import Task
+from .tasks.base import Judged
 
 __all__ = ["ClientState", "Learnt", "LocalTraining", "Trainer"]
 
-#: What a client keeps between rounds: optimiser moments by parameter, empty when they are reset.
+#: What a client keeps between rounds: optimiser moments by parameter and, under `START`, the
+#: factors they began at; empty when they are reset.
 ClientState = dict[str, Tensor]
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class LocalTraining:
     steps: int
     batch: int
     lr: float
+    head_lr: float | None = None
     optimiser: Literal["adamw", "sgd"] = "adamw"
     optimiser_state: Literal["reset", "keep"] = "reset"
     weight_decay: float = 0.0
@@ -118,6 +124,15 @@ class Trainer:
         """The heads as they are now, copied."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._dense.items()}
 
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the base model's weights and names as they are now, adapters left out."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, p in self._model.state_dict().items():
+            if ".lora_" not in name:
+                found.update(f"{name}={digest(p.cpu())};".encode())
+        return found.hexdigest()
+
     @property
     def parameters(self) -> int:
         """Number of parameters of the base model."""
@@ -135,9 +150,11 @@ class Trainer:
             If a loss or what was learnt is not finite.
         """
         how = self.how
+        if how.optimiser_state == "keep":
+            sent, state = _continued(sent, state)
         name = self._load(sent)
         learning = self._learning(name, sent.train)
-        optimiser = _optimiser(list(learning.values()), how)
+        optimiser = _optimiser(learning, how)
         if how.optimiser_state == "keep":
             _restore(optimiser, learning, state)
         torch.manual_seed(number(how.seed, "dropout", round, client.index))
@@ -170,12 +187,14 @@ class Trainer:
                 f"factors: got values that are not finite after {how.steps} steps, expected finite "
                 "ones; a smaller training.lr"
             )
-        kept = _moments(optimiser, learning) if how.optimiser_state == "keep" else {}
+        kept: ClientState = {}
+        if how.optimiser_state == "keep":
+            kept = _moments(optimiser, learning) | _started(sent)
         metrics = {"loss_first": losses[0], "loss_last": losses[-1]}
         return Learnt(factors, self.dense, len(rows), metrics, kept)
 
-    def evaluate(self, sent: Sent) -> dict[str, float]:
-        """The task's metrics of the model that `sent` describes."""
+    def evaluate(self, sent: Sent) -> Judged:
+        """The task's metrics and answers of the model that `sent` describes."""
         self._load(sent)
         self._model.eval()
         return self.task.evaluate(self._model)
@@ -259,10 +278,17 @@ class Trainer:
         }
 
 
-def _optimiser(parameters: list[nn.Parameter], how: LocalTraining) -> torch.optim.Optimizer:
+def _optimiser(learning: Mapping[str, nn.Parameter], how: LocalTraining) -> torch.optim.Optimizer:
+    """Adapters at `lr`, heads at `head_lr` if it is given."""
+    heads = [p for key, p in learning.items() if key.startswith("dense/")]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for key, p in learning.items() if not key.startswith("dense/")]}
+    ]
+    if heads:
+        groups.append({"params": heads, "lr": how.lr if how.head_lr is None else how.head_lr})
     if how.optimiser == "sgd":
-        return torch.optim.SGD(parameters, how.lr, weight_decay=how.weight_decay)
-    return torch.optim.AdamW(parameters, how.lr, weight_decay=how.weight_decay)
+        return torch.optim.SGD(groups, how.lr, weight_decay=how.weight_decay)
+    return torch.optim.AdamW(groups, how.lr, weight_decay=how.weight_decay)
 
 
 def _moments(optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor]) -> ClientState:
@@ -274,12 +300,43 @@ def _moments(optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor]) -
     }
 
 
+def _started(sent: Sent) -> ClientState:
+    """What a client began at, where that fixes the gauge of its moments."""
+    if not sent.turn:
+        return {}
+    return {
+        f"{m}/{side}:{START}": x.clone()
+        for m, pair in sent.factors.items()
+        for side, x in zip("BA", pair, strict=True)
+    }
+
+
+def _continued(sent: Sent, state: ClientState) -> tuple[Sent, ClientState]:
+    """The message in the gauge of the moments; moments that mean nothing now are left out.
+
+    A fresh adapter has none: a first moment of another A points nowhere in it.
+    """
+    if sent.drawn is not None:
+        return sent, {key: x for key, x in state.items() if key.startswith("dense/")}
+    if not sent.turn:
+        return sent, state
+    last = {
+        m: (state[f"{m}/B:{START}"], state[f"{m}/A:{START}"])
+        for m in sent.factors
+        if f"{m}/B:{START}" in state
+    }
+    if any(m not in last or last[m][1].shape != a.shape for m, (_, a) in sent.factors.items()):
+        return sent, state
+    return replace(sent, factors=turned(sent.factors, last)), state
+
+
 def _restore(
     optimiser: torch.optim.Optimizer, learning: Mapping[str, Tensor], state: ClientState
 ) -> None:
     """Last round's moments, for parameters whose shape is still the same."""
     for key, parameter in learning.items():
-        own = {k.rpartition(":")[2]: v for k, v in state.items() if k.rpartition(":")[0] == key}
+        parts = ((*k.rpartition(":")[::2], v) for k, v in state.items())
+        own = {what: v for owner, what, v in parts if owner == key and what != START}
         shapes = {v.shape for v in own.values() if v.dim()}
         if own and shapes <= {parameter.shape}:
             optimiser.state[parameter] = {

@@ -26,6 +26,7 @@ from ..reading import MAX_DEPTH, read_bytes, too_deep
 from ..robust import CLIP
 from .methods import METHODS, Method
 from .robust import Rule
+from .server_optimiser import ServerOptimiser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -157,6 +158,9 @@ class Training(Section):
         le=1e30,
         description="Learning rate where neither the method nor a sweep sets one.",
     )
+    head_lr: float | None = Field(
+        default=None, gt=0, le=1e30, description="Learning rate of heads; None: that of adapters."
+    )
     optimiser: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW or plain SGD.")
     optimiser_state: Literal["reset", "keep"] = Field(
         default="reset", description="A client's moments between its rounds: forgotten, or kept."
@@ -196,6 +200,19 @@ class Sweep(Section):
     rounds: int = Field(default=0, ge=0, description="Rounds of a trial; 0: as many as a run.")
 
 
+class ServerSection(Section):
+    """A server optimiser on what the method's server holds: [methods.LABEL.server]."""
+
+    kind: Literal["fedavgm", "fedadam"] = Field(description="Momentum, or Adam.")
+    lr: float = Field(gt=0, description="The server's learning rate.")
+    beta: float = Field(default=0.9, ge=0, lt=1, description="Of the mean of steps.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="Of their squares (fedadam).")
+    tau: float = Field(default=1e-3, gt=0, description="What keeps fedadam's steps bounded.")
+
+
+OWN = ("lr", "robust", "server")  # of an arm, whatever its kind
+
+
 class MethodSection(BaseModel):
     """One arm: its kind, its learning rate, and the fields of the method's dataclass."""
 
@@ -206,6 +223,9 @@ class MethodSection(BaseModel):
     )
     robust: RuleName | None = Field(
         default=None, description="Its rule; None: the configuration's."
+    )
+    server: ServerSection | None = Field(
+        default=None, description="Its server optimiser; None: the method's own result stands."
     )
 
     @model_validator(mode="wrap")
@@ -220,7 +240,7 @@ class MethodSection(BaseModel):
             refusals += _refusals(error)
         fields = dict(given) if isinstance(given, Mapping) else {}
         kind = fields.pop("kind", None)
-        for own in ("lr", "robust"):
+        for own in OWN:
             fields.pop(own, None)
         if isinstance(kind, str):
             with listing(refusals):
@@ -245,7 +265,7 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     cls = METHODS[kind]
     known = [f.name for f in dataclasses.fields(cls)]
     refusals = [
-        _unknown(key, value, ("kind", "lr", "robust", *known))
+        _unknown(key, value, ("kind", *OWN, *known))
         for key, value in given.items()
         if key not in known
     ]
@@ -311,6 +331,11 @@ class Config(Section):
         name = self.methods[label].robust or self.robust
         return None if name is None else Rule(name, self.robust_clip or CLIP)
 
+    def server_optimiser(self, label: str) -> ServerOptimiser | None:
+        """What the server steps with in an arm."""
+        own = self.methods[label].server
+        return None if own is None else ServerOptimiser(**own.model_dump())
+
 
 def shipped() -> dict[str, Path]:
     """Configurations that come with the package, by name."""
@@ -318,8 +343,10 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(which: str | Path, *, model: str | None = None) -> Config:
-    """Read a TOML file, or a shipped configuration by its name; `model` replaces its model.name.
+def load_config(which: str | Path, *, model: str | None = None, every: int | None = None) -> Config:
+    """Read a TOML file, or a shipped configuration by its name.
+
+    `model` replaces its model.name, `every` its evaluation.every.
 
     Raises
     ------
@@ -335,9 +362,10 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
     )
     try:
         content = _parse_toml(read_bytes(path).decode("utf-8"))
-        section = content.setdefault("model", {})
-        if model is not None and isinstance(section, dict):
-            section["name"] = model
+        for name, key, value in (("model", "name", model), ("evaluation", "every", every)):
+            section = content.setdefault(name, {})
+            if value is not None and isinstance(section, dict):
+                section[key] = value
         return Config.model_validate(content)
     except ValidationError as error:
         raise Refused(replace(r, file=str(path)) for r in _refusals(error)) from None
@@ -390,6 +418,8 @@ def _unknown(key: str, value: Any, known: Iterable[str]) -> Refusal:
 
 def _fields(section: Sequence[Any]) -> Iterable[str]:
     """Keys of the configuration's section, or of its top."""
+    if section == ("server",):  # of an arm
+        return ServerSection.model_fields
     kind = Config.model_fields[section[0]].annotation if section else Config
     return kind.model_fields  # type: ignore[union-attr]  # a section's annotation is its model
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import floor, log10
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,17 +18,24 @@ from ..alignment import align, canonical_bases, mean_over_modules
 from ..robust import cosines
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
-from .methods.base import shares
-from .methods.flora import stack
 from .robust import inner
+from .tasks.base import Answer
 
-__all__ = ["alignment", "describe", "effective_rank", "misalignment", "significant", "spectrum"]
+__all__ = [
+    "alignment",
+    "describe",
+    "effective_rank",
+    "misalignment",
+    "own_score",
+    "significant",
+    "spectrum",
+]
 
 SHOWN = 64  # leading values that are recorded
 
 
-def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> dict[str, Any]:
-    """The server's new model, against the exact mean of what the clients sent.
+def describe(model: Sent, before: Sequence[Pairs], exact: Pairs) -> dict[str, Any]:
+    """The server's new model, against what it would be if nothing were lost.
 
     Parameters
     ----------
@@ -33,25 +43,23 @@ def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> 
         ``method.model(server)`` after the round.
     before : sequence of dict
         Pairs that were merged before the round.
-    replies : sequence of Reply
+    exact : dict of str to (B, A)
+        ``method.exact`` of the round.
 
     Returns
     -------
     dict
-        captured: 1 − ‖Ŵ − W̄‖²/‖W̄‖² over all modules, W̄ the exact weighted mean; norm ‖Ŵ‖_F;
+        captured: 1 − ‖Ŵ − W̄‖²/‖W̄‖² over all modules, W̄ that of `exact`; norm ‖Ŵ‖_F;
         spectrum: √(Σ_modules σ_j²), leading values; effective_rank: mean over modules of
         exp(entropy of σ/Σσ) (Roy & Vetterli 2007).
     """
     new = model.merged[len(before) :]
-    weights = [r.sent.scaling * w for r, w in zip(replies, shares(replies), strict=True)]
-    mean = stack([r.factors for r in replies], weights)
     lost = total = 0.0
     spectra, ranks = [], []
     for m in model.factors:
         update = _sum([_scaled(model.factors[m], model.scaling), *(p[m] for p in new)])
-        exact = mean[m]
-        lost += _square(_sum([update, _scaled(exact, -1.0)]))
-        total += _square(exact)
+        lost += _square(_sum([update, _scaled(exact[m], -1.0)]))
+        total += _square(exact[m])
         sigma = spectrum(_sum([update, *(p[m] for p in before)]))
         ranks.append(effective_rank(sigma))
         spectra.append(torch.nn.functional.pad(sigma[:SHOWN], (0, SHOWN - min(SHOWN, len(sigma)))))
@@ -117,6 +125,22 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
         name: sum(values) / len(values) if values else 0.0
         for name, values in (("turn", turns), ("apart", apart), ("apart_turned", turned))
     }
+
+
+def own_score(answers: Sequence[Answer], held: np.ndarray) -> float | None:
+    """Mean score in a client's own mix of labels; None where nothing is judged of what it holds.
+
+    Σ_l p_l · (mean score of the answers of label l), p_l the share of label l in its training
+    examples, over the labels that were judged.
+    """
+    scores: dict[int, list[float]] = defaultdict(list)
+    for answer in answers:
+        if answer.label is not None:
+            scores[answer.label].append(answer.score)
+    total = sum(float(held[label]) for label in scores)
+    if total == 0:
+        return None
+    return sum(float(held[label]) * fmean(mine) for label, mine in scores.items()) / total
 
 
 def _listed(x: Tensor) -> list[list[float | None]]:

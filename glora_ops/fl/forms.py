@@ -34,6 +34,7 @@ class About(Form):
     metric: str = Field(max_length=100)
     parameters: int
     examples: list[int]
+    weights: str | None = None
 
 
 class OfClient(Form):
@@ -72,6 +73,7 @@ class Line(Form):
     metrics: dict[str, float] | None = None
     by_rank: dict[str, dict[str, float]] | None = None
     sent_ranks: list[int] | None = None
+    own: list[float | None] | None = None
     update: Update | None = None
     alignment: Aligned | None = None
     misalignment: dict[str, float] | None = None

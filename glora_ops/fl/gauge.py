@@ -1,14 +1,30 @@
-"""The same update in another gauge: (B G, G⁻¹ A) for a random invertible G."""
+"""The same update in another gauge: (B G, G⁻¹ A) for an invertible G, random or nearest."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..state import Factors
 from .messages import Pairs
 from .seeds import torch_stream
 
-__all__ = ["regauge"]
+__all__ = ["regauge", "turned"]
+
+
+def turned(factors: Pairs, towards: Pairs) -> Pairs:
+    """(B Q, Qᵀ A), Q orthogonal, of every module, nearest to `towards` of the same shapes.
+
+    Q = polar(Bᵀ B' + A A'ᵀ) minimises ‖B Q − B'‖² + ‖Qᵀ A − A'‖²; fp64.
+    """
+    return {m: _turned(pair, towards[m]) for m, pair in factors.items()}
+
+
+def _turned(pair: Factors, towards: Factors) -> Factors:
+    b, a = (x.double() for x in pair)
+    u, _, vt = torch.linalg.svd(b.mT @ towards[0].double() + a @ towards[1].double().mT)
+    q = u @ vt
+    return (b @ q).to(pair[0].dtype), (q.mT @ a).to(pair[1].dtype)
 
 
 def regauge(factors: Pairs, condition: float, seed: int) -> Pairs:

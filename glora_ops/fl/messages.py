@@ -78,6 +78,9 @@ class Sent:
     drawn : int, optional
         The client draws `factors` itself (`draw_factors`) from this seed: they do not travel.
     tail : Tail, optional
+    turn : bool
+        The method reads only the product B A: a client that keeps moments may turn the pair,
+        (B Q, Qᵀ A) with Q orthogonal, towards what it started from last.
     """
 
     factors: Pairs
@@ -87,6 +90,7 @@ class Sent:
     merged: tuple[Pairs, ...] = ()
     drawn: int | None = None
     tail: Tail | None = None
+    turn: bool = False
 
     @property
     def rank(self) -> int:
@@ -97,8 +101,8 @@ class Sent:
     def about(self) -> dict[str, Any]:
         """What is no tensor, JSON-able."""
         tail = None if self.tail is None else [self.tail.keep, self.tail.strength]
-        return {"rank": self.rank, "scaling": self.scaling, "train": self.train,
-                "drawn": self.drawn, "tail": tail, "merged": len(self.merged)}  # fmt: skip
+        return {"rank": self.rank, "scaling": self.scaling, "train": self.train, "tail": tail,
+                "drawn": self.drawn, "merged": len(self.merged), "turn": self.turn}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +187,7 @@ def sent_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], shapes: S
         tuple(_pairs(f"merged{k}", tensors) for k in range(about["merged"])),
         drawn,
         None if about["tail"] is None else Tail(*about["tail"]),
+        about["turn"],
     )
 
 

@@ -3,6 +3,7 @@
     RUNS/<config>/<method>/seed<k>/
         run.json                 resolved configuration, method, seed, learning rate, versions
         metrics.jsonl            one line per round, round 0 before any training
+        predictions.jsonl        what the server's model answered, example by example, at the end
         checkpoint.safetensors   server and client state after the last finished round
         done                     stands when the run is complete
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from ..runtime.outputs import new_file, ours, write_text
 from .forms import read_about, read_lines
 from .messages import Pairs
 from .server import SVD, Server
+from .tasks.base import Answer
 
 __all__ = ["Run", "server_from", "server_tensors"]
 
@@ -48,7 +50,7 @@ def server_tensors(server: Server) -> dict[str, Tensor]:
             out |= {f"{prefix}/{m}/{side}": x for side, x in zip("BA", pair, strict=True)}
     for m, svd in server.svd.items():
         out |= {f"svd/{m}/{part}": x for part, x in zip("usv", svd, strict=True)}
-    return out
+    return out | {f"moments/{n}": x for n, x in server.moments.items()}
 
 
 def server_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], fresh: Server) -> Server:
@@ -72,6 +74,7 @@ def server_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], fresh: 
         factors=named("factors", "BA"),
         svd={m: SVD(*x) for m, x in named("svd", "usv").items()},
         merged=tuple(named(f"merged{k}", "BA") for k in range(about["merged"])),
+        moments={n[8:]: x for n, x in copied.items() if n.startswith("moments/")},
         notes={},
     )
 
@@ -99,6 +102,7 @@ def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
     keys = config.keys() - {"about", "hours", "methods"}
     return {
         **{key: about[key] for key in ("method", "seed", "lr", "parameters", "examples")},
+        "weights": about.get("weights"),
         **{key: config[key] for key in sorted(keys)},
         "methods": {method: config["methods"].get(method)},
     }
@@ -120,6 +124,7 @@ class Run:
         self.folder = folder
         self.about_path = folder / "run.json"
         self.metrics_path = folder / "metrics.jsonl"
+        self.predictions_path = folder / "predictions.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
         self.lock_path = folder / ".lock"
@@ -175,6 +180,10 @@ class Run:
             file.write(json.dumps(line, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def write_predictions(self, round: int, answers: Iterable[Answer]) -> None:
+        lines = (json.dumps({"round": round, **a._asdict()}, sort_keys=True) for a in answers)
+        write_text(self.predictions_path, "".join(line + "\n" for line in lines))
 
     def commit(
         self, server: Server, engine_state: tuple[Mapping[str, Tensor], Mapping[str, Any]]

@@ -23,6 +23,8 @@ __all__ = [
     "markdown",
     "strangers",
     "summarise",
+    "unfinished",
+    "with_finished",
     "write_report",
 ]
 
@@ -69,6 +71,11 @@ class RunData:
         if "by_rank" not in line:
             return None
         return mean(line["by_rank"][str(r)][self.metric] for r in line["sent_ranks"])
+
+    @property
+    def own(self) -> list[float]:
+        """What clients read of it in their own mix of labels, as far as that was judged."""
+        return [score for score in self.lines[-1].get("own", []) if score is not None]
 
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))
@@ -129,6 +136,26 @@ def by_config(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
     for run in runs:
         out[run.about["config"]["name"]].append(run)
     return dict(out)
+
+
+def with_finished(runs: Iterable[RunData]) -> tuple[dict[str, list[RunData]], list[str]]:
+    """The runs of each configuration that has a finished one, and the folders of all others.
+
+    Raises
+    ------
+    GloraError
+        If no run is finished.
+    """
+    groups = by_config(runs)
+    ready = {name: mine for name, mine in groups.items() if any(run.done for run in mine)}
+    require(bool(ready), "runs", ", ".join(groups), "at least one finished run",
+            "go on with glora fl run --resume")  # fmt: skip
+    left = [str(run.folder) for name, mine in groups.items() if name not in ready for run in mine]
+    return ready, left
+
+
+def unfinished(folders: Iterable[str]) -> str:
+    return "Unfinished and left out: " + ", ".join(folders)
 
 
 def summarise(
@@ -252,6 +279,7 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
     last = [run.lines[-1] for run in runs]
     updates = [line["update"] for line in last if "update" in line]
     received = [run.received for run in runs if run.received is not None]
+    own = [run.own for run in runs if run.own]
     combine = [line["seconds"].get("combine", 0.0) for run in runs for line in run.lines[1:]]
     return {
         "kind": kind,
@@ -260,6 +288,8 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "score": spread([run.score for run in runs]),
         "received": spread(received) if received else None,
+        "own": spread([mean(x) for x in own]) if own else None,
+        "worst": spread([min(x) for x in own]) if own else None,
         "start": mean(run.evaluated[0]["metrics"][run.metric] for run in runs),
         "megabytes_down": mean(run.total("bytes_down") for run in runs) / 1e6,
         "megabytes_up": mean(run.total("bytes_up") for run in runs) / 1e6,
@@ -322,8 +352,8 @@ def bootstrap(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 # --- text ------------------------------------------------------------------------------------
 
-COLUMNS = ("method", "lr", "seeds", "server model", "received", "MB down", "MB up",
-           "combine s", "captured", "eff. rank")  # fmt: skip
+COLUMNS = ("method", "lr", "seeds", "server model", "received", "own", "worst client", "MB down",
+           "MB up", "combine s", "captured", "eff. rank")  # fmt: skip
 
 
 def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -335,7 +365,7 @@ def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"{m['lr']:g}",
             str(len(m["seeds"])),
             _pm(m["score"]),
-            _pm(m["received"]) if m["received"] else "–",
+            *(_pm(m[name]) if m[name] else "–" for name in ("received", "own", "worst")),
             f"{m['megabytes_down']:.2f}",
             f"{m['megabytes_up']:.2f}",
             f"{m['combine_seconds']:.3f}",
@@ -377,7 +407,9 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         _table(COLUMNS, rows_of(summary)),
         "± is one standard deviation over seeds. *Server model*: what the server holds, at its own "
         "rank. *Received*: what clients are sent next, each at its own rank, mean over clients. "
-        "*Captured*: share of the exact mean update's energy in the last round.",
+        "*Own*: the same on held-out examples in each client's own mix of labels, mean over "
+        "clients; *worst client*: the least of them. "
+        "*Captured*: share of the exact update's energy that the last round kept.",
         "**All metrics** of the server's model after the last round:",
         _table(("metric", *summary["methods"]), metric_rows(summary)),
     ]
@@ -406,7 +438,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
             f"{x['client']} ({x['method']}, seed {x['seed']}: {x['rounds']} rounds)"
             for x in summary["left_out"]))  # fmt: skip
     if summary["unfinished"]:
-        parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
+        parts.append(unfinished(summary["unfinished"]))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part) + "\n"
 

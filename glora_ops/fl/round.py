@@ -11,23 +11,31 @@ from .methods import Method
 from .robust import Rule, heed
 from .seeds import numpy_stream
 from .server import Server, clients_of
+from .server_optimiser import ServerOptimiser
 
 __all__ = ["participants", "run_round"]
 
 
 def run_round(
-    method: Method, server: Server, engine: Engine, asked: list[Client], rule: Rule | None = None
+    method: Method,
+    server: Server,
+    engine: Engine,
+    asked: list[Client],
+    rule: Rule | None = None,
+    optimiser: ServerOptimiser | None = None,
 ) -> tuple[Server, Answers]:
-    """Broadcast, train, judge, combine. Without a single reply the state stays as it is."""
+    """Broadcast, train, judge, combine, step. Without a single reply the state stays as it is."""
     work = [(client, method.broadcast(server, client)) for client in asked]
     answers = engine.train(server.round, work)
     if not answers.replies:
         return replace(server, round=server.round + 1, notes={}), answers
     began = time.perf_counter()
     heard, verdict = heed(method, rule, answers.replies)
-    server = method.combine(server, heard)
+    after = method.combine(server, heard)
+    if optimiser is not None:
+        after = optimiser.step(method, server, after)
     seconds = time.perf_counter() - began
-    return server, replace(answers, heard=heard, verdict=verdict, combine_seconds=seconds)
+    return after, replace(answers, heard=heard, verdict=verdict, combine_seconds=seconds)
 
 
 def participants(server: Server, fraction: float) -> list[Client]:

@@ -16,7 +16,7 @@ import torch
 
 from .clients import LocalTraining, Trainer, single_thread
 from .config import Config
-from .diagnostics import alignment, describe, misalignment, significant
+from .diagnostics import alignment, describe, misalignment, own_score, significant
 from .engine_local import Answers, Engine, LocalEngine
 from .messages import Client
 from .methods import Method
@@ -24,7 +24,7 @@ from .partition import split
 from .records import Run, server_about, server_from, server_tensors
 from .round import participants, run_round
 from .server import Server, Setup
-from .tasks.base import HeldOut, Task
+from .tasks.base import Answer, HeldOut, Judged, Task
 from .tasks.build import build_task
 
 __all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
@@ -48,13 +48,14 @@ class Plan:
         self.config, self.label, self.seed, self.lr = config, label, seed, lr
         self.method: Method = config.method(label)
         self.rule = config.rule(label)
+        self.optimiser = config.server_optimiser(label)
         self.task: Task = build_task(config, seed, data_dir, held_out)
         t, c = config.training, config.clients
         self.trainer = Trainer(
             self.task,
             LocalTraining(
-                t.steps, t.batch, lr, t.optimiser, t.optimiser_state, t.weight_decay, t.clip,
-                t.dropout, c.gauge, seed, config.model.device,
+                t.steps, t.batch, lr, t.head_lr, t.optimiser, t.optimiser_state, t.weight_decay,
+                t.clip, t.dropout, c.gauge, seed, config.model.device,
             ),
         )  # fmt: skip
         self.parts = partition_of(config, self.task, seed)
@@ -143,15 +144,20 @@ def _run(
             for line in record.lines():
                 watch(line)
         else:
-            append(_line(plan, server, None, Answers([]), total, {}))
+            append(_line(plan, server, None, Answers([]), total, {})[0])
             record.commit(server, carrier.save())
         while server.round < total:
             begun = time.perf_counter()
             before = server
             asked = participants(server, plan.config.clients.participation)
-            server, answers = run_round(plan.method, server, carrier, asked, plan.rule)
+            server, answers = run_round(
+                plan.method, server, carrier, asked, plan.rule, plan.optimiser
+            )
             seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
-            append(_line(plan, server, before, answers, total, seconds))
+            line, judged = _line(plan, server, before, answers, total, seconds)
+            append(line)
+            if server.round == total:
+                record.write_predictions(total, judged)
             # Through the checkpoint's form every round, so that a restart changes no bit.
             server = server_from(server_tensors(server), server_about(server), before)
             record.commit(server, carrier.save())
@@ -169,8 +175,8 @@ def _line(
     answers: Answers,
     total: int,
     seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    """What is recorded of a round."""
+) -> tuple[dict[str, Any], list[Answer]]:
+    """What is recorded of a round, and what the server's model answered."""
     how, last = plan.config.evaluation, server.round == total
     model = plan.method.model(server)
     line: dict[str, Any] = {
@@ -191,38 +197,56 @@ def _line(
         line["robust"] = significant(answers.verdict)
     if before is not None and answers.replies:
         if how.spectra:
-            line["update"] = significant(describe(model, before.merged, answers.heard))
+            exact = plan.method.exact(before, answers.heard)
+            line["update"] = significant(describe(model, before.merged, exact))
         if how.agreement == "every" or (how.agreement == "last" and last):
             line["alignment"] = alignment(answers.replies)
             line["misalignment"] = significant(misalignment(answers.replies))
     begun = time.perf_counter()
+    answers_of: list[Answer] = []
     if last or server.round % how.every == 0:
-        line["metrics"] = plan.trainer.evaluate(model)
+        line["metrics"], answers_of = plan.trainer.evaluate(model)
         if how.by_rank == "every" or (how.by_rank == "last" and last):
             line |= _received(plan, server)
     line["seconds"] = {**seconds, "evaluation": time.perf_counter() - begun}
-    return line
+    return line, answers_of
 
 
 def _received(plan: Plan, server: Server) -> dict[str, Any]:
-    """What clients are sent next: its rank, client by client, and its metrics, rank by rank."""
-    ranks, by_rank = [], {}
+    """What clients are sent next: its rank, client by client; its metrics, rank by rank; and what
+    each client reads of it on held-out examples in its own mix of labels."""
+    ranks: list[int] = []
+    judged: dict[int, Judged] = {}
     for i, rank in enumerate(plan.setup.ranks):
         sent = plan.method.broadcast(server, Client(i, rank))
         ranks.append(sent.rank)
-        if str(sent.rank) not in by_rank:
-            by_rank[str(sent.rank)] = plan.trainer.evaluate(sent)
-    return {"by_rank": dict(sorted(by_rank.items(), key=lambda x: int(x[0]))), "sent_ranks": ranks}
+        if sent.rank not in judged:
+            judged[sent.rank] = plan.trainer.evaluate(sent)
+    classes = len(plan.task.label_names)
+    own = [
+        own_score(judged[rank].answers, np.bincount(plan.task.labels[rows], minlength=classes))
+        for rank, rows in zip(ranks, plan.parts, strict=True)
+    ]
+    by_rank = {str(rank): judged[rank].metrics for rank in sorted(judged)}
+    return {"by_rank": by_rank, "sent_ranks": ranks, "own": own}
 
 
 def _about(plan: Plan) -> dict[str, Any]:
+    config = plan.config.model_dump(mode="json")
+    # A folder's name, not where it lies; whether it is the same model the weights tell.
+    config["model"]["name"] = (
+        Path(plan.config.model.name).name
+        if Path(plan.config.model.name).is_dir()
+        else plan.config.model.name
+    )
     return {
-        "config": plan.config.model_dump(mode="json"),
+        "config": config,
         "method": plan.label,
         "seed": plan.seed,
         "lr": plan.lr,
         "metric": plan.task.metric,
         "parameters": plan.trainer.parameters,
+        "weights": plan.trainer.weights,
         "examples": [len(rows) for rows in plan.parts],
         "versions": {name: _version(name) for name in ("glora", "torch", "peft", "transformers")},
         "python": platform.python_version(),

@@ -80,6 +80,8 @@ class Server:
         Pairs added to the frozen weights so far, oldest first.
     ranks : tuple of int
         What each client trains now (HetLoRA prunes).
+    moments : dict of str to Tensor
+        Of a server optimiser (`server_optimiser`).
     notes : dict
         Certificates of the last aggregation, for the records; not part of the state.
     """
@@ -91,6 +93,7 @@ class Server:
     factors: Pairs = field(default_factory=dict)
     svd: dict[str, SVD] = field(default_factory=dict)
     merged: tuple[Pairs, ...] = ()
+    moments: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from typer.testing import Result as Said
 
 from glora_ops.cli import app
 from glora_ops.errors import GloraError
-from glora_ops.fl.config import shipped
+from glora_ops.fl.config import load_config, shipped
 from glora_ops.fl.experiment import Result
 from glora_ops.fl.report import bootstrap, load_runs, markdown, summarise
 
@@ -93,6 +93,18 @@ def test_scores_of_single_tasks_do_not_crowd_the_table(
     assert above.split() == ["exact_match", "exact_match", "rouge_l", "rouge_l"]
     assert header.split() == ["method", "seed", *["seen", "unseen"] * 2]
     assert row.split() == ["consensus-momentum", "0", *["0.2500"] * 4]
+
+
+def test_how_often_is_judged_may_be_said_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(CONFIG.replace("rounds = 2", "rounds = 3"))
+    call("run", tmp_path / "tiny.toml", "--methods", "fedit", "--seeds", 1, "--evaluate-every", 2,
+         "-o", tmp_path)  # fmt: skip
+    lines = (tmp_path / "tiny" / "fedit" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    assert ["metrics" in json.loads(line) for line in lines] == [True, False, True, True]
+
+
+def test_shipped_configurations_judge_every_round() -> None:
+    assert all(load_config(name).evaluation.every == 1 for name in shipped())
 
 
 def test_run_again_needs_resume_and_then_changes_nothing(runs: Path) -> None:
@@ -216,6 +228,34 @@ def test_unfinished_runs_are_left_out_and_named(runs: Path, tmp_path: Path) -> N
     assert summary["differences"]["fedit"]["low"] is None
     row = summary["methods"]["fedit"]
     assert f"| {row['score']['mean']:.4f} |" in markdown(summary)  # one seed has no spread
+
+
+def test_a_configuration_without_a_finished_run_does_not_stop_the_report_of_others(
+    runs: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in (tmp_path / "runs" / "tiny").rglob("seed0/run.json"):
+        to = tmp_path / "runs" / "queued" / path.parent.parent.name / "seed0"
+        shutil.copytree(path.parent, to)
+        (to / "done").unlink()
+        about = json.loads(path.read_text())
+        about["config"]["name"] = "queued"
+        (to / "run.json").write_text(json.dumps(about))
+    shown = call("report", tmp_path / "runs", "-o", tmp_path / "report")
+    assert shown.exit_code == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    for text in (page, shown.output):
+        assert "left out" in text
+        assert "queued/glora/seed0" in text.replace("\n", "")
+    assert "## tiny" in page
+    told = json.loads(call("report", tmp_path / "runs", "-o", tmp_path / "r", "--json").output)
+    assert [Path(x).parts[-3:] for x in told["unfinished"] if "glora" in x] == [
+        ("queued", "glora", "seed0")
+    ]
+    shutil.rmtree(tmp_path / "runs" / "tiny")
+    assert "finished" in call("report", tmp_path / "runs", code=1).output
 
 
 def test_report_from_inside_a_folder_and_not_of_two_experiments_at_once(

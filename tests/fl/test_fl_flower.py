@@ -36,6 +36,7 @@ from glora_ops.runtime.signals import Terminated
 
 NODES = [{"partition-id": i} for i in (2, 0, 3, 1)]
 MIXED = {"ranks": [2, 4], "wire": "bfloat16"}
+ADAPTER = {"kind": "glora", "mode": "adapter"}
 KEEP = {"optimiser_state": "keep"}
 
 
@@ -68,9 +69,11 @@ def same_state(one: Run, other: Run) -> bool:
 
 @pytest.mark.parametrize(
     "method",
-    [{"kind": "glora"}, {"kind": "glora", "mode": "delta"}, {"kind": "ffa"}, {"kind": "rolora"},
-     {"kind": "flora"}, {"kind": "fedex"}, {"kind": "hetlora"}],
-    ids=lambda m: "-".join(m.values()),
+    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True}, {"kind": "glora", "step": 0.5},
+     {"kind": "ffa"}, {"kind": "rolora"},
+     {"kind": "flora", "server": {"kind": "fedavgm", "lr": 0.5}}, {"kind": "fedex"},
+     {"kind": "hetlora"}],
+    ids=lambda m: "-".join(str(m.get(key, "")) for key in ("kind", "mode")),
 )  # fmt: skip
 def test_both_engines_give_the_same_bits(method: dict[str, Any], tmp_path: Path) -> None:
     """Frozen factors, merged history, drawn adapters, pruned ranks, moments, lost replies."""
@@ -184,7 +187,7 @@ class LosesOne(LocalEngine):
 
 @pytest.fixture(scope="module")
 def without_one(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    made = config({"it": {"kind": "glora"}}, clients=MIXED, training=KEEP)
+    made = config({"it": ADAPTER}, clients=MIXED, training=KEEP)
     c, folder = made.clients, tmp_path_factory.mktemp("lost")
     run(Plan(made, "it", 0, made.training.lr), folder,
         engine=lambda plan: LosesOne(plan.trainer, plan.parts, c.wire, c.lost, 0))  # fmt: skip
@@ -205,7 +208,7 @@ def test_a_bad_reply_is_reported_and_left_out(kind: str, tmp_path: Path, without
             return reply
 
     grid = Faulty(NODES, tmp_path / "nodes")
-    there = run_flower(tmp_path / "run", {"kind": "glora"}, grid, clients=MIXED, training=KEEP)
+    there = run_flower(tmp_path / "run", ADAPTER, grid, clients=MIXED, training=KEEP)
     (failure,) = [f for line in there.lines() for f in line["failures"]]
     assert failure["client"] == 1
     assert FAULTS[kind] in failure["reason"]
@@ -369,6 +372,23 @@ def test_signals_let_the_simulation_end(
         assert signal.getsignal(number) is before
     finally:
         signal.signal(number, before)
+
+
+def test_ray_that_does_not_come_up_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+
+    def runtime(*_: Any, **__: Any) -> None:
+        try:
+            raise Exception("The current node timed out during startup. This could happen because")
+        except Exception as error:
+            raise RuntimeError("An error was encountered. Ending simulation.") from error
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", runtime)
+    with pytest.raises(GloraError, match=r"no Ray within 30 s.*--engine local") as refused:
+        simulate(4, lambda engine: None, state_dir=tmp_path / "nodes")
+    assert "\n" not in str(refused.value)
 
 
 def test_engines_do_not_continue_each_others_runs(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ from glora_ops.fl.diagnostics import describe
 from glora_ops.fl.gauge import regauge
 from glora_ops.fl.messages import Client, Reply, Sent, draw_factors
 from glora_ops.fl.methods import METHODS, Method
-from glora_ops.fl.methods.base import next_state, shares
+from glora_ops.fl.methods.base import next_state, shares, stack
 from glora_ops.fl.methods.fedrot import rotation
-from glora_ops.fl.methods.flora import stack
 from glora_ops.fl.methods.hetlora import tail_size
 from glora_ops.fl.server import SVD, Server, Setup, clients_of
 
@@ -29,7 +28,7 @@ EXAMPLES = [10, 30, 20]
 EQUAL, MIXED = (3, 3, 3), (1, 2, 4)
 ALL = sorted(METHODS)
 AVERAGING = ["fedit", "hetlora"]  # and mixed ranks
-ONE_RANK = ["ffa", "rolora", "fedex", "fedrot"]
+ONE_RANK = ["ffa", "rolora", "fedex", "fedrot", "fedsvd"]
 
 
 def setup(ranks: tuple[int, ...], *, shared: bool = True) -> Setup:
@@ -97,7 +96,7 @@ def test_heads_are_weighted_means_and_rounds_count(name: str) -> None:
     assert shares(replies) == pytest.approx(WEIGHTS)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted({*ALL} - {"fedplora"}))  # its pool is the server's
 @pytest.mark.parametrize("rank", [1, 3])
 def test_first_message_is_an_untrained_adapter_the_client_draws_itself(
     name: str, rank: int
@@ -129,7 +128,7 @@ def test_one_rank_methods_refuse_mixed_ranks_by_name(name: str) -> None:
         method.start(setup(MIXED))
 
 
-@pytest.mark.parametrize("name", ["ffa", "rolora"])
+@pytest.mark.parametrize("name", ["ffa", "rolora", "fedsvd", "fedplora"])
 def test_frozen_factor_methods_refuse_independent_starts(name: str) -> None:
     with pytest.raises(GloraError, match="shared"):
         METHODS[name]().start(setup(EQUAL, shared=False))
@@ -239,6 +238,79 @@ def test_flexlora_sends_truncations_of_the_dense_mean(ranks: tuple[int, ...], co
             torch.testing.assert_close(rows @ rows.mT, torch.eye(client.rank), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED])
+def test_raflora_averages_each_slice_over_its_holders(ranks: tuple[int, ...], count: int) -> None:
+    method = METHODS["raflora"]()
+    server, replies = rounds(method, ranks, count)
+    for present in (replies, replies[:2]):  # with mixed ranks nobody holds the last slice
+        after = method.combine(server, present)
+        for m in SHAPES:
+            whole = np.zeros(SHAPES[m])
+            low = 0
+            for high in sorted(set(ranks)):
+                who = [i for i in range(len(present)) if ranks[i] >= high]
+                total = sum(EXAMPLES[i] for i in who)
+                for i in who:
+                    b, a = pairs(present, m)[i]
+                    share = EXAMPLES[i] / total
+                    whole += share * SCALING * b[:, low:high] @ a[low:high]
+                low = high
+            assert close(
+                effective(method.model(after), m), dense.truncated(whole, max(ranks)), 1e-5
+            )
+            for client in clients_of(ranks):
+                sent = method.broadcast(after, client)
+                assert close(effective(sent, m), dense.truncated(whole, client.rank), 1e-5)
+                b, a = sent.factors[m]
+                torch.testing.assert_close(b.mT @ b, a @ a.mT, atol=1e-4, rtol=1e-4)  # balanced
+
+
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED])
+def test_fedplora_trains_some_modules_and_folds_the_others(ranks: tuple[int, ...]) -> None:
+    method = METHODS["fedplora"]()
+    server = method.start(setup(ranks))
+    picked = set()
+    for _ in range(4):
+        replies = train(method, server)
+        after = method.combine(server, replies)
+        for m in SHAPES:
+            b0, a0 = (x.double().numpy() for x in server.factors[m])
+            for r in replies:
+                assert close(effective(r.sent, m), SCALING * b0 @ a0)  # nobody loses anything
+            for j in range(max(ranks)):
+                found = [x.double().numpy() for x in after.factors[m]]
+                b, a, total = np.zeros(len(b0)), np.zeros(a0.shape[1]), 0
+                for r, n in zip(replies, EXAMPLES, strict=True):
+                    chosen = method.chosen(server, r.client)
+                    picked.add((r.client.index, tuple(chosen)))
+                    assert len(chosen) == r.client.rank == r.sent.rank
+                    if j in chosen:
+                        i, total = chosen.index(j), total + n
+                        b += n * r.factors[m][0][:, i].double().numpy()
+                        a += n * r.factors[m][1][i].double().numpy()
+                b, a = (b / total, a / total) if total else (b0[:, j], a0[j])
+                assert close(found[0][:, j], b)
+                assert close(found[1][j], a)
+        server = after
+    assert len(picked) > 3 or ranks == EQUAL
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fedsvd_averages_b_exactly_and_puts_its_directions_into_a(count: int) -> None:
+    method = METHODS["fedsvd"]()
+    server, replies = rounds(method, EQUAL, count)
+    assert {r.sent.train for r in replies} == {"B"}
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        exact = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+        assert close(effective(method.model(after), m), exact, 1e-5)
+        b, a = after.factors[m]
+        torch.testing.assert_close(a @ a.mT, torch.eye(3), atol=1e-5, rtol=0)
+        off = b.mT @ b
+        torch.testing.assert_close(off, torch.diag(off.diagonal()), atol=1e-4, rtol=1e-4)
+
+
 # --- HetLoRA and FedRot-LoRA -----------------------------------------------------------------
 
 
@@ -326,7 +398,7 @@ def test_glora_is_the_exact_mean_at_sufficient_rank(ranks: tuple[int, ...], basi
 
 @pytest.mark.parametrize("ranks", [EQUAL, MIXED])
 def test_glora_update_readouts_are_truncated_svds(ranks: tuple[int, ...]) -> None:
-    method = METHODS["glora"](basis="update")
+    method = METHODS["glora"](basis="update", mode="adapter")
     server, replies = rounds(method, ranks, 1)
     after = method.combine(server, replies)
     for m in SHAPES:
@@ -337,7 +409,7 @@ def test_glora_update_readouts_are_truncated_svds(ranks: tuple[int, ...]) -> Non
 
 
 def test_glora_momentum_is_one_more_client() -> None:
-    method = METHODS["glora"](basis="update", momentum=0.3, rank=4)
+    method = METHODS["glora"](basis="update", mode="adapter", momentum=0.3, rank=4)
     server, replies = rounds(method, MIXED, 1)
     after = method.combine(server, replies)
     for m in SHAPES:
@@ -383,10 +455,11 @@ def test_glora_delta_keeps_directions_low_rank_clients_were_not_sent() -> None:
         assert close(after, before, 1e-5) is kept
 
 
-@pytest.mark.parametrize("name", ["glora", "flexlora"])
-def test_pairs_beyond_the_update_can_learn(name: str) -> None:
+@pytest.mark.parametrize(
+    "method", [METHODS["glora"](mode="adapter"), METHODS["flexlora"]()], ids=["glora", "flexlora"]
+)
+def test_pairs_beyond_the_update_can_learn(method: Method) -> None:
     """A client of larger rank than the update has: every pair it gets has a gradient."""
-    method = METHODS[name]()
     server = method.start(setup((1, 1, 1)))
     server = method.combine(replace(server, setup=setup((1, 1, 6))), train(method, server))
     sent = method.broadcast(server, Client(2, 6))
@@ -396,9 +469,76 @@ def test_pairs_beyond_the_update_can_learn(name: str) -> None:
         assert (a.norm(dim=1) > 1e-4).all()
 
 
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_glora_restart_adds_what_fresh_adapters_learnt(basis: str, step: float) -> None:
+    """At a rank that holds everything: W_{t+1} = W_t + γ Σ w_i s B_i A_i, from B = 0 each round."""
+    method = METHODS["glora"](basis=basis, mode="restart", rank=11, step=step)
+    server = method.start(setup(MIXED))
+    expected = {m: np.zeros(shape) for m, shape in SHAPES.items()}
+    seeds = set()
+    for _ in range(3):
+        replies = train(method, server)
+        seeds.add(replies[0].sent.drawn)
+        for r in replies:
+            assert not any(b.any() for b, _ in r.sent.factors.values())
+            assert r.sent.rank == r.client.rank
+            for m in SHAPES:
+                assert close(effective(r.sent, m), expected[m], 2e-5)  # all of W_t, frozen
+        server = method.combine(server, replies)
+        for m in SHAPES:
+            learnt = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+            expected[m] = expected[m] + step * learnt
+            assert close(effective(method.model(server), m), expected[m], 2e-5)
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_glora_restart_truncates_what_it_keeps_and_what_travels(rank: int | None) -> None:
+    method = METHODS["glora"](basis="update", mode="restart", rank=4, context_rank=rank, step=0.7)
+    server, replies = rounds(method, MIXED, 2)
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        whole = effective(method.model(server), m)
+        for r in replies:
+            assert close(effective(r.sent, m), dense.truncated(whole, rank or 4), 1e-5)
+        learnt = 0.7 * dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+        exact = method.exact(server, replies)[m]
+        assert close((exact[0].double() @ exact[1].double()).numpy(), whole + learnt, 1e-5)
+        expected = dense.truncated(whole + learnt, 4)
+        assert close(effective(method.model(after), m), expected, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [3, None])
+@pytest.mark.parametrize("step", [1.0, 0.5])
+def test_glora_delta_with_context_trains_a_readout_beside_the_rest(
+    rank: int | None, step: float
+) -> None:
+    """Every client holds W_t whole (of rank q); what it learnt is added, times the step."""
+    method = METHODS["glora"](
+        basis="update", mode="delta", rank=6, context=True, context_rank=rank, step=step
+    )
+    server, replies = rounds(method, MIXED, 2)
+    after = method.combine(server, replies)
+    for m in SHAPES:
+        whole = effective(method.model(server), m)
+        learnt = np.zeros(SHAPES[m])
+        for w, r, p in zip(WEIGHTS, replies, pairs(replies, m), strict=True):
+            readout = dense.truncated(whole, r.client.rank)
+            held = dense.truncated(whole, max(rank or 6, r.client.rank))
+            assert close(effective(replace(r.sent, merged=()), m), readout, 1e-5)
+            assert close(effective(r.sent, m), held, 1e-5)
+            learnt += w * (dense.update(p, SCALING) - readout)
+        expected = dense.truncated(whole + step * learnt, 6)
+        assert close(effective(method.model(after), m), expected, 2e-5)
+
+
 def test_glora_refuses_settings_that_mean_nothing() -> None:
-    for bad in ({"momentum": 1.0}, {"rank": 0}, {"mode": "delta", "momentum": 0.1},
-                {"server_vote": 0.0}):  # fmt: skip
+    for bad in ({"mode": "adapter", "momentum": 1.0}, {"rank": 0}, {"momentum": 0.1},
+                {"server_vote": 0.0}, {"mode": "adapter", "step": 0.5}, {"step": 0.0},
+                {"mode": "delta", "momentum": 0.1}, {"mode": "adapter", "context": True},
+                {"context": True}, {"mode": "adapter", "context_rank": 4},
+                {"mode": "delta", "context_rank": 4}, {"context_rank": 0}):  # fmt: skip
         with pytest.raises(GloraError):
             METHODS["glora"](**bad)
 
@@ -426,11 +566,18 @@ def test_the_method_written_in_the_documentation() -> None:
 
 @pytest.mark.parametrize(
     ("name", "invariant"),
-    [("glora", True), ("flora", True), ("flexlora", True), ("fedex", True), ("fedit", False),
-     ("hetlora", False), ("fedrot", False)],
+    [("glora", True), ("adapter", True), ("delta", True), ("context", True), ("restart", True),
+     ("flora", True), ("flexlora", True), ("fedex", True), ("fedit", False), ("hetlora", False),
+     ("fedrot", False), ("raflora", True), ("fedplora", False)],
 )  # fmt: skip
 def test_who_depends_on_the_gauge(name: str, invariant: bool) -> None:
-    method = METHODS[name]()
+    modes: dict[str, dict[str, Any]] = {
+        "adapter": {"mode": "adapter"},
+        "delta": {"mode": "delta"},
+        "context": {"mode": "delta", "context": True},
+        "restart": {"mode": "restart", "step": 0.5},
+    }
+    method = METHODS["glora"](**modes[name]) if name in modes else METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     turned = [replace(r, factors=regauge(r.factors, 10.0, r.client.index)) for r in replies]
     for m in SHAPES:
@@ -451,11 +598,13 @@ def test_captured_energy_and_spectrum_against_dense_matrices(name: str) -> None:
     method = METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     after = method.combine(server, replies)
-    found = describe(method.model(after), server.merged, replies)
+    found = describe(method.model(after), server.merged, method.exact(server, replies))
     lost = total = 0.0
     sigma, ranks = np.zeros(11), []
     for m in SHAPES:
         exact = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
+        if name == "glora":  # a fresh start: what is learnt is added to all of W
+            exact = exact + effective(method.model(server), m)
         earlier = sum(
             (p[m][0].double() @ p[m][1].double()).numpy() for p in server.merged
         ) if server.merged else 0.0  # fmt: skip
@@ -480,7 +629,11 @@ def test_the_spectrum_of_a_small_update_keeps_its_digits() -> None:
         for r in replies
     ]
     one, other = (
-        np.array(describe(method.model(method.combine(server, x)), (), x)["spectrum"])
+        np.array(
+            describe(method.model(method.combine(server, x)), (), method.exact(server, x))[
+                "spectrum"
+            ]
+        )
         for x in (replies, small)
     )
     assert len(one) == len(other) == 3

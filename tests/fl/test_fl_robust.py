@@ -92,7 +92,7 @@ def expected(
     for m in SHAPES:
         before = effective(method.model(server), m)
         mean = sum(wi * c * x for wi, c, x in zip(w, scale, updates[m], strict=True))
-        if name in ("fedit", "hetlora", "fedrot"):
+        if name in ("fedit", "hetlora", "fedrot", "fedplora"):
             pairs = []
             for r, c in zip(replies, scale, strict=True):
                 b, a = (np.sqrt(c) * x.double().numpy() for x in r.factors[m])

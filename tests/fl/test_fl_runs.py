@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ import torch
 from fl_runs import accuracies, config, reproducible, run_small, state
 
 from glora_ops.errors import GloraError
+from glora_ops.fl.diagnostics import own_score
+from glora_ops.fl.gauge import turned
 from glora_ops.fl.messages import Client, Sent
 from glora_ops.fl.methods import METHODS
 from glora_ops.fl.records import Run
 from glora_ops.fl.report import load_runs
 from glora_ops.fl.run import Plan, run
+from glora_ops.fl.tasks.base import Answer
 from glora_ops.fl.tasks.digits import Digits
 
 WIDTHS = [(128, 128)] * 8 + [(256, 128), (128, 256)] * 2  # modules of the digits' transformer
@@ -51,20 +55,25 @@ def test_a_run_repeats_bit_for_bit(tmp_path: Path) -> None:
 # --- the unit test of the claim ----------------------------------------------------------------
 
 
+ADAPTER: dict[str, Any] = {"kind": "glora", "mode": "adapter"}
 GAUGED = {"rounds": 5, "steps": 6, "batch": 16}
 
 
 @pytest.mark.parametrize(
     "method",
-    [{"kind": "glora"}, {"kind": "glora", "mode": "delta"}, {"kind": "glora", "basis": "update"},
-     {"kind": "glora", "basis": "projector"}],
-    ids=["consensus", "delta", "update", "projector"],
+    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
+     {"kind": "glora", "step": 0.5}, ADAPTER | {"basis": "update"},
+     ADAPTER | {"basis": "projector"},
+     ADAPTER | {"server": {"kind": "fedadam", "lr": 0.01}}],
+    ids=["consensus", "delta", "restart", "update", "projector", "fedadam"],
 )  # fmt: skip
+@pytest.mark.parametrize("moments", ["reset", "keep"])
 def test_a_random_gauge_on_every_reply_leaves_gloras_curve(
-    method: dict[str, Any], tmp_path: Path
+    method: dict[str, Any], moments: str, tmp_path: Path
 ) -> None:
+    how = GAUGED | {"optimiser_state": moments}
     plain, gauged = (
-        run_small(tmp_path / str(gauge), method, training=GAUGED, clients={"gauge": gauge})
+        run_small(tmp_path / str(gauge), method, training=how, clients={"gauge": gauge})
         for gauge in (1.0, 10.0)
     )
     for a, b in zip(accuracies(plain), accuracies(gauged), strict=True):
@@ -161,12 +170,22 @@ def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> N
 
 # --- bytes -------------------------------------------------------------------------------------
 
+MODES: dict[str, dict[str, Any]] = {
+    "adapter": ADAPTER,
+    "restart": {"kind": "glora"},
+    "restart of rank 2": {"kind": "glora", "context_rank": 2},
+    "context": {"kind": "glora", "mode": "delta", "context": True},
+}
+
 
 @pytest.mark.parametrize(
     ("name", "down", "up"),
     [
+        ("restart", [0, 8, 8], [4, 4, 4]),  # all of W_t, of rank 8; the adapter is drawn
+        ("restart of rank 2", [0, 2, 2], [4, 4, 4]),
+        ("context", [0, 8, 8], [4, 4, 4]),  # the readout and the rest of W_t
         ("fedit", [0, 4, 4], [4, 4, 4]),
-        ("glora", [0, 4, 4], [4, 4, 4]),
+        ("adapter", [0, 4, 4], [4, 4, 4]),
         ("ffa", [0, 2, 2], [2, 2, 2]),  # A is drawn by the client and never travels
         ("rolora", [0, 2, 2], [2, 2, 2]),  # the factor that was not trained is held already
         ("flora", [0, 16, 16], [4, 4, 4]),  # each stack of 4 · rank once
@@ -175,7 +194,8 @@ def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> N
 )
 def test_bytes_by_round(name: str, down: list[int], up: list[int], tmp_path: Path) -> None:
     # Two steps: after one, A is what it was, since B was zero, and would not be sent again.
-    lines = run_small(tmp_path / "run", {"kind": name}, training={"steps": 2}).lines()[1:]
+    lines = run_small(tmp_path / "run", MODES.get(name, {"kind": name}), training={"steps": 2})
+    lines = lines.lines()[1:]
     unit = 4 * 4 * PER_RANK  # d_out + d_in numbers of 4 bytes, to or from four clients
     assert [x["bytes_down"] for x in lines] == [d * unit for d in down]
     assert [x["bytes_up"] for x in lines] == [u * unit for u in up]
@@ -213,23 +233,23 @@ def test_what_is_evaluated_is_the_dense_model(tmp_path: Path) -> None:
         }  # fmt: skip
 
     one, two, adapter = pairs(5), pairs(3), pairs(4)
-    found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two)))
+    found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two))).metrics
     model = plan.task.model()
     with torch.no_grad():
         for m, module in model.named_modules():
             if m in one:
                 module.weight += sum(b @ a for b, a in (one[m], two[m]))
                 module.weight += 2.0 * adapter[m][0] @ adapter[m][1]
-    assert plan.task.evaluate(model)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+    assert plan.task.evaluate(model).metrics["loss"] == pytest.approx(found["loss"], rel=1e-5)
     # and nothing of it remains
     start = plan.trainer.evaluate(
         plan.method.broadcast(plan.method.start(plan.setup), Client(0, 4))
-    )
-    assert start == pytest.approx(plan.task.evaluate(plan.task.model()), rel=1e-5)
+    ).metrics
+    assert start == pytest.approx(plan.task.evaluate(plan.task.model()).metrics, rel=1e-5)
 
 
 def test_frozen_factors_stay_and_every_pair_of_a_readout_learns() -> None:
-    plan = Plan(config({"it": {"kind": "glora"}}, clients={"ranks": [8]}), "it", 0, 0.01)
+    plan = Plan(config({"it": ADAPTER}, clients={"ranks": [8]}), "it", 0, 0.01)
     server = plan.method.start(plan.setup)
     client = Client(0, 8)
     for train in ("A", "B"):
@@ -259,6 +279,60 @@ def test_optimiser_state_is_reset_or_kept_as_told(tmp_path: Path) -> None:
     assert reproducible(reset)[2] != reproducible(kept)[2]
     assert not any(name.startswith("engine/") for name in state(reset))
     assert any(name.startswith("engine/3/blocks.0.q/A:exp_avg") for name in state(kept))
+
+
+# --- moments that mean something ---------------------------------------------------------------
+
+KEPT = {"optimiser_state": "keep"}
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_kept_moments_mean_the_same_in_whatever_gauge_a_readout_comes(turn: bool) -> None:
+    """The same update, its directions turned and mixed: one curve, if the client may turn back."""
+    plan = Plan(config({"it": ADAPTER}, training=KEPT), "it", 0, 0.01)
+    client, trainer, rows = Client(0, 4), plan.trainer, plan.parts[0]
+    sent = replace(plan.method.broadcast(plan.method.start(plan.setup), client), turn=turn)
+    learnt = trainer.train(sent, client, rows, 0, {})
+    again = Sent(learnt.factors, {}, sent.scaling, turn=turn)
+    state = trainer.train(again, client, rows, 1, learnt.state).state
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
+    other = {m: (b @ rotation, rotation.mT @ a) for m, (b, a) in again.factors.items()}
+    one, two = (
+        trainer.train(replace(again, factors=f), client, rows, 2, state).factors
+        for f in (again.factors, other)
+    )
+    distance, moved = 0.0, 0.0
+    for m, (b, a) in again.factors.items():
+        found, expected = (x[m][0] @ x[m][1] for x in (two, one))
+        distance += float((found - expected).square().sum())
+        moved += float((expected - b @ a).square().sum())
+    assert (distance < 1e-4 * moved) is turn
+
+
+def test_a_fresh_adapter_has_no_moments_of_another(tmp_path: Path) -> None:
+    """Where adapters are drawn each round, keeping moments changes nothing but a head's."""
+    restart = {"kind": "glora"}
+    reset, kept = (
+        run_small(tmp_path / how, restart, training={"optimiser_state": how})
+        for how in ("reset", "keep")
+    )
+    assert reproducible(reset) == reproducible(kept)
+
+
+def test_turning_is_the_nearest_and_changes_no_update() -> None:
+    b, a = torch.randn(9, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
+    found_b, found_a = turned({"m": (b @ q, q.mT @ a)}, {"m": (b, a)})["m"]
+    torch.testing.assert_close(found_b, b)
+    torch.testing.assert_close(found_a, a)
+    near_b, near_a = turned({"m": (b, a)}, {"m": (a.mT[:3].repeat(3, 1), b.mT[:, :7])})["m"]
+    torch.testing.assert_close(near_b @ near_a, b @ a)
+    best = (near_b - a.mT[:3].repeat(3, 1)).square().sum() + (near_a - b.mT[:, :7]).square().sum()
+    for seed in range(20):
+        noise = torch.randn(3, 3, generator=torch.Generator().manual_seed(seed)).double()
+        r = torch.linalg.qr(noise).Q
+        apart = (b @ r - a.mT[:3].repeat(3, 1)).square().sum()
+        assert apart + (r.mT @ a - b.mT[:, :7]).square().sum() >= best
 
 
 # --- restarts ----------------------------------------------------------------------------------
@@ -308,13 +382,18 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         ("flora", "before the line"),
         ("flexlora", "before the checkpoint"),
         ("hetlora", "in the checkpoint"),
+        ("restart", "before the checkpoint"),
+        ("context", "before the line"),
+        ("fedadam", "before the checkpoint"),
     ],
 )
 def test_a_crash_between_any_two_writes_loses_nothing(
     name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = config({"it": {"kind": name}}, **RESTARTED)
-    whole = run_small(tmp_path / "whole", {"kind": name}, **RESTARTED)
+    adam = {"kind": "flora", "server": {"kind": "fedadam", "lr": 0.01}}
+    method = (MODES | {"fedadam": adam}).get(name, {"kind": name})
+    made = config({"it": method}, **RESTARTED)
+    whole = run_small(tmp_path / "whole", method, **RESTARTED)
 
     class Crash(BaseException):
         pass
@@ -397,6 +476,59 @@ def test_run_json_tells_what_was_run(tmp_path: Path) -> None:
     assert sum(about["examples"]) == 700
     assert about["versions"]["torch"].startswith("2.")
     assert about["parameters"] > 200_000
+
+
+def test_predictions_say_what_the_metrics_say(tmp_path: Path) -> None:
+    """Accuracy and every client's own score again, from the stored answers and the partition."""
+    made = config({"it": ADAPTER}, clients={"alpha": 0.1})
+    plan = Plan(made, "it", 0, made.training.lr)
+    run(plan, tmp_path / "run")
+    record = Run(tmp_path / "run")
+    answers = [json.loads(x) for x in record.predictions_path.read_text().splitlines()]
+    last = record.lines()[-1]
+    assert {x["round"] for x in answers} == {3}
+    assert len({x["id"] for x in answers}) == len(answers) == 300
+    right = np.array([x["prediction"] == x["truth"] for x in answers])
+    assert right.mean() == pytest.approx(last["metrics"]["accuracy"])
+    # All clients have one rank, and the server's model is of another: judge what they are sent.
+    server, *_ = record.restore(plan.method.start(plan.setup))
+    sent = plan.trainer.evaluate(plan.method.broadcast(server, Client(0, 4))).answers
+    truth = np.array([x.truth for x in sent])
+    right = np.array([x.prediction == x.truth for x in sent])
+    accuracy = np.array([right[truth == digit].mean() for digit in range(10)])
+    for own, rows in zip(last["own"], plan.parts, strict=True):
+        shares = np.bincount(plan.task.labels[rows], minlength=10) / len(rows)
+        assert own == pytest.approx(shares @ accuracy)
+    assert min(last["own"]) < np.mean(last["own"])
+
+
+def test_own_scores_are_none_where_nothing_of_a_client_is_judged() -> None:
+    answers = [
+        Answer(0, "a", "b", 0.25, 0),
+        Answer(1, "a", "a", 0.75, 0),
+        Answer(2, "", "", 1, None),
+    ]
+    assert own_score(answers, np.array([3, 5])) == 0.5
+    assert own_score(answers, np.array([0, 5])) is None
+
+
+def test_other_weights_of_the_same_name_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config({"it": {"kind": "fedit"}}, training={"rounds": 1, "steps": 1})
+    run(Plan(made, "it", 0, 0.005), tmp_path / "run")
+    assert len(run(Plan(made, "it", 0, 0.005), tmp_path / "run", resume=True)) == 2
+    plain = Digits.model
+
+    def other(self: Digits) -> torch.nn.Module:
+        model = plain(self)
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        return model
+
+    monkeypatch.setattr(Digits, "model", other)
+    with pytest.raises(GloraError, match="weights"):
+        run(Plan(made, "it", 0, 0.005), tmp_path / "run", resume=True)
 
 
 def test_a_run_has_one_process(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from transformers import (
 
 from glora_ops.errors import GloraError, GloraWarning, Refused
 from glora_ops.fl.config import Config, Sweep
+from glora_ops.fl.messages import Client
 from glora_ops.fl.run import Plan, run
 from glora_ops.fl.tasks.base import HeldOut
 from glora_ops.fl.tasks.digits import VALIDATION, Digits
@@ -94,7 +95,8 @@ def reviews(n: int, seed: int) -> list[dict[str, Any]]:
 
 def glue(tiny: dict[str, str], name: str = "sst2", **clients: Any) -> Config:
     return config(
-        {"it": {"kind": "glora"}}, task={"kind": "glue", "name": name, "max_length": 16},
+        {"it": {"kind": "glora", "mode": "adapter"}},
+        task={"kind": "glue", "name": name, "max_length": 16},
         model={"name": tiny["bert"], "targets": ["query", "value"]},
         training={"rounds": 4, "steps": 10, "batch": 16, "lr": 0.02},
         clients={"count": 3, "ranks": [1, 2, 4]} | clients,
@@ -120,6 +122,68 @@ def test_glue_learns_from_local_files_with_federated_heads(
     lines = run(plan, sst2 / "run")
     assert lines[-1]["metrics"]["accuracy"] > 0.9
     assert set(lines[-1]["by_rank"]) == {"1", "2", "4"}
+
+
+def graded(n: int, seed: int) -> list[dict[str, Any]]:
+    """Reviews of 0 to 2 good words, graded 2.2, 3.7 or 5.2."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        good = rng.integers(2, size=2)
+        said = [rng.choice((BAD, GOOD)[x]) for x in good]
+        text = f"the film was {said[0]} and {said[1]}"
+        rows.append({"sentence1": text, "label": 2.2 + 1.5 * float(good.sum())})
+    return rows
+
+
+def test_a_regression_starts_at_its_labels_and_learns(tiny: dict[str, str], tmp_path: Path) -> None:
+    for split, seed in (("train", 0), ("dev", 1)):
+        write(tmp_path / "glue" / f"grades.{split}.jsonl", graded(120, seed))
+    plan = Plan(glue(tiny, "grades"), "it", 0, 0.02, tmp_path)
+    mean = np.mean([row["label"] for row in graded(120, 0)])
+    assert float(plan.setup.dense["classifier.bias"]) == pytest.approx(mean)
+    assert mean == pytest.approx(
+        np.average([plan.task._y[rows].mean() for rows in plan.parts],
+                   weights=[len(rows) for rows in plan.parts])
+    )  # fmt: skip
+    lines = run(plan, tmp_path / "run")
+    assert lines[1]["clients"][0]["loss_first"] < 3  # from zero it would be the mean's square
+    assert lines[-1]["metrics"]["pearson"] > 0.5
+    record = [json.loads(x) for x in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
+    told = stats.pearsonr([x["prediction"] for x in record], [x["truth"] for x in record])[0]
+    assert told == pytest.approx(lines[-1]["metrics"]["pearson"], abs=1e-6)
+    assert [x["id"] for x in record] == list(range(1, 121))
+
+
+def test_heads_learn_at_their_own_rate(tiny: dict[str, str], sst2: Path) -> None:
+    moved = {}
+    for rate in (None, 1e-12):
+        plain = glue(tiny)
+        training = plain.training.model_copy(update={"head_lr": rate})
+        plan = Plan(plain.model_copy(update={"training": training}), "it", 0, 0.02, sst2)
+        client = Client(0, 2)
+        sent = plan.method.broadcast(plan.method.start(plan.setup), client)
+        learnt = plan.trainer.train(sent, client, plan.parts[0], 0, {})
+        head = learnt.dense["classifier.weight"] - sent.dense["classifier.weight"]
+        adapter = max(float(b.abs().max()) for b, _ in learnt.factors.values())
+        moved[rate] = float(head.abs().max()), adapter
+    assert moved[None][0] > 1e-2
+    assert moved[1e-12][0] < 1e-9
+    assert moved[1e-12][1] > 1e-2
+
+
+def test_run_json_names_a_model_without_saying_where_it_lies(
+    tiny: dict[str, str], sst2: Path
+) -> None:
+    plan = Plan(glue(tiny), "it", 0, 0.02, sst2)
+    run(plan, sst2 / "run", rounds=1)
+    text = (sst2 / "run" / "run.json").read_text()
+    assert json.loads(text)["config"]["model"]["name"] == "bert"
+    assert str(Path(tiny["bert"]).parent) not in text
+    moved = sst2 / "elsewhere" / "bert"
+    copytree(tiny["bert"], moved)
+    again = Plan(glue(tiny | {"bert": str(moved)}), "it", 0, 0.02, sst2)
+    assert len(run(again, sst2 / "run", rounds=1, resume=True)) == 2  # the same weights elsewhere
 
 
 @pytest.mark.parametrize(
@@ -165,7 +229,7 @@ def test_any_other_task_in_the_layout_runs_and_pairs_have_two_segments(
     assert task.metric == "accuracy"
     assert len(task.label_names) == 3
     assert task._x["input_ids"][1] != task._x["input_ids"][0]
-    assert set(task.evaluate(task.model())) == {"accuracy", "mcc", "loss"}
+    assert set(task.evaluate(task.model()).metrics) == {"accuracy", "mcc", "loss"}
 
 
 def test_mrpc_and_qqp_are_judged_by_accuracy_and_f1_of_class_1(
@@ -180,7 +244,7 @@ def test_mrpc_and_qqp_are_judged_by_accuracy_and_f1_of_class_1(
         model = task.model()
         model.classifier.bias.data = torch.tensor([0.0, 9.0])  # everything is a paraphrase
         share = np.mean([row["label"] for row in rows])
-        found = task.evaluate(model)
+        found = task.evaluate(model).metrics
         assert found["accuracy"] == pytest.approx(share)
         assert found["f1"] == pytest.approx(2 * share / (1 + share))  # precision: share, recall: 1
 
@@ -214,7 +278,7 @@ def test_labels_with_a_fraction_and_stsb_are_a_regression(
         assert len(task.label_names) > task.labels.max()
         assert task._dev_y.dtype == (float if regression else int)
         expected = {"pearson", "spearman", "correlation"} if regression else {"accuracy", "mcc"}
-        assert task.evaluate(task.model()).keys() - {"loss"} == expected
+        assert task.evaluate(task.model()).metrics.keys() - {"loss"} == expected
     said = [str(w.message) for w in recwarn if issubclass(w.category, GloraWarning)]
     decimals = not regression and any(isinstance(x, float) for x in train)
     assert [("3 classes" in text) for text in said] == [True] * len(said)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from ...errors import require
+from ...errors import require, unfit
 from ...runtime.signals import Terminated
 from ..config import load_config
 from ..experiment import run_experiment
@@ -53,7 +53,7 @@ def simulate(
     Raises
     ------
     GloraError
-        Without Ray.
+        Without Ray, and if it does not come up.
     KeyboardInterrupt
         After Ctrl-C and SIGTERM (`Terminated`), as soon as the clients at work have ended; a second
         one does not wait.
@@ -118,6 +118,13 @@ def simulate(
     except Exception as error:
         if stopped:
             raise interruption() from error
+        if "timed out during startup" in str(_root(error)):  # Ray's own limit is fixed
+            raise unfit(
+                "Flower's simulation",
+                "no Ray within 30 s",
+                "a machine with time for it",
+                "try again with fewer other processes, or --engine local",
+            ) from error
         raise
     finally:
         over.set()
@@ -133,6 +140,11 @@ def simulate(
     if state_dir.is_dir() and not any(state_dir.iterdir()):
         state_dir.rmdir()
     return results[0]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from, all the way."""
+    return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def server_app(folder: Path) -> ServerApp:

@@ -3,12 +3,15 @@
 from .base import Method
 from .fedex import FedExLoRA
 from .fedit import FedIT
+from .fedplora import FedPLoRA
 from .fedrot import FedRotLoRA
+from .fedsvd import FedSVD
 from .ffa import FFALoRA
 from .flexlora import FlexLoRA
 from .flora import FLoRA
 from .glora import Glora
 from .hetlora import HetLoRA
+from .raflora import RaFLoRA
 from .rolora import RoLoRA
 
 __all__ = ["METHODS", "Method"]
@@ -24,4 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "fedex": FedExLoRA,
     "hetlora": HetLoRA,
     "fedrot": FedRotLoRA,
+    "raflora": RaFLoRA,
+    "fedplora": FedPLoRA,
+    "fedsvd": FedSVD,
 }

@@ -14,7 +14,16 @@ from ...errors import require
 from ..messages import Client, Pairs, Reply, Sent
 from ..server import Server, Setup, untrained
 
-__all__ = ["Method", "mean", "mean_dense", "mean_factors", "next_state", "shares", "slice_rank"]
+__all__ = [
+    "Method",
+    "mean",
+    "mean_dense",
+    "mean_factors",
+    "next_state",
+    "shares",
+    "slice_rank",
+    "stack",
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class Method(ABC):
     @abstractmethod
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
         """The state after a round with these replies, at least one, in client order."""
+
+    def exact(self, server: Server, replies: Sequence[Reply]) -> Pairs:
+        """What `combine` would add to the frozen weights beside ``server.merged``, untruncated."""
+        weights = [r.sent.scaling * w for r, w in zip(replies, shares(replies), strict=True)]
+        return stack([r.factors for r in replies], weights)
 
     def update(self, reply: Reply) -> tuple[Pairs, float]:
         """What of a reply enters the server's sum, and its scaling: what robust rules judge."""
@@ -108,6 +122,17 @@ def mean_factors(factors: Sequence[Pairs], weights: Sequence[float]) -> Pairs:
     return {
         m: (mean([p[m][0] for p in padded], weights), mean([p[m][1] for p in padded], weights))
         for m in padded[0]
+    }
+
+
+def stack(factors: Sequence[Pairs], weights: Sequence[float]) -> Pairs:
+    """Pairs of the sum Σ w_i B_i A_i, of rank Σ r_i."""
+    return {
+        m: (
+            torch.cat([w * p[m][0] for p, w in zip(factors, weights, strict=True)], 1),
+            torch.cat([p[m][1] for p in factors]),
+        )
+        for m in factors[0]
     }
 
 

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from ..messages import Client, Reply, Sent
 from ..server import Server
-from .base import Method, mean_factors, next_state, shares
-from .flora import stack
+from .base import Method, mean_factors, next_state, shares, stack
 
 __all__ = ["FedExLoRA"]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ... import eigen
 from ..messages import Client, Pairs, Reply, Sent
 from ..server import SVD, Server
-from .base import Method, next_state, shares
-from .flora import stack
+from .base import Method, next_state, shares, stack
 
 __all__ = ["FlexLoRA"]
 
@@ -25,8 +24,9 @@ class FlexLoRA(Method):
 
     def broadcast(self, server: Server, client: Client) -> Sent:
         if not server.svd:
-            return self.opening(server, client)
-        return Sent(self._slice(server, client.rank), server.dense, server.setup.scaling)
+            return replace(self.opening(server, client), turn=True)
+        factors = self._slice(server, client.rank)
+        return Sent(factors, server.dense, server.setup.scaling, turn=True)
 
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
         s = server.setup.scaling

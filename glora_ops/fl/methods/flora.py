@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from ..messages import Client, Pairs, Reply, Sent
+from ..messages import Client, Reply, Sent
 from ..server import Server, untrained
-from .base import Method, next_state, shares
+from .base import Method, next_state, shares, stack
 
-__all__ = ["FLoRA", "stack"]
+__all__ = ["FLoRA"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,3 @@ class FLoRA(Method):
         scaled = [w * server.setup.scaling for w in shares(replies)]
         stacked = stack([r.factors for r in replies], scaled)
         return next_state(server, replies, merged=(*server.merged, stacked))
-
-
-def stack(factors: Sequence[Pairs], weights: Sequence[float]) -> Pairs:
-    """Pairs of the sum Σ w_i B_i A_i, of rank Σ r_i."""
-    return {
-        m: (
-            torch.cat([w * p[m][0] for p, w in zip(factors, weights, strict=True)], 1),
-            torch.cat([p[m][1] for p in factors]),
-        )
-        for m in factors[0]
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,9 +10,37 @@ from torch import Tensor, nn
 from ...errors import require
 from ..seeds import numpy_stream
 
-__all__ = ["HeldOut", "Task", "half"]
+__all__ = ["Answer", "HeldOut", "Judged", "Task", "half"]
 
 HeldOut = Literal["test", "validation"]  # what runs report, and what a sweep chooses on
+
+
+class Answer(NamedTuple):
+    """What a model answered to one held-out example, as JSON has it.
+
+    Attributes
+    ----------
+    id : int or str
+        Of the example, the same for every seed, method and model.
+    prediction, truth : int, float, str or list of str
+    score : float
+        Larger is better: 1 where right, Rouge-L, minus the squared error.
+    label : int, optional
+        As in ``Task.labels``; None where no client could hold such an example.
+    """
+
+    id: int | str
+    prediction: Any
+    truth: Any
+    score: float
+    label: int | None
+
+
+class Judged(NamedTuple):
+    """Metrics on the held-out examples, and the answers they come from."""
+
+    metrics: dict[str, float]
+    answers: list[Answer]
 
 
 def half(rows: list[Any], part: HeldOut, *name: object) -> list[Any]:
@@ -51,5 +79,5 @@ class Task(Protocol):
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         """Mean loss over training examples `rows`."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics on the held-out examples."""
+    def evaluate(self, model: nn.Module) -> Judged:
+        """Metrics and answers on the held-out examples."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ...runtime.outputs import new_file, ours
 from ..seeds import numpy_stream
-from .base import HeldOut
+from .base import Answer, HeldOut, Judged
 
 __all__ = ["DigitTransformer", "Digits", "Part", "accuracy", "fit", "pretrain", "split_digits"]
 
@@ -201,7 +201,8 @@ class Digits:
             random_state=int(numpy_stream(seed, "digits").integers(2**31)),
         )
         self.train = unseen[rows]
-        self.held_out = unseen[validation if held_out == "validation" else test]
+        self._ids = validation if held_out == "validation" else test
+        self.held_out = unseen[self._ids]
         self.labels = self.train.y.numpy()
 
     def model(self) -> nn.Module:
@@ -213,11 +214,13 @@ class Digits:
         part, device = self.train[rows], next(model.parameters()).device
         return F.cross_entropy(model(part.x.to(device)), part.y.to(device))
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> Judged:
         with torch.no_grad():
             logits = model(self.held_out.x.to(next(model.parameters()).device)).cpu()
-        right = (logits.argmax(1) == self.held_out.y).double().mean()
-        return {
-            "accuracy": float(right),
-            "loss": float(F.cross_entropy(logits, self.held_out.y)),
-        }
+        found, truth = logits.argmax(1), self.held_out.y
+        answers = [
+            Answer(int(i), p, y, float(p == y), y)
+            for i, p, y in zip(self._ids, found.tolist(), truth.tolist(), strict=True)
+        ]
+        loss = float(F.cross_entropy(logits, truth))
+        return Judged({"accuracy": float((found == truth).double().mean()), "loss": loss}, answers)

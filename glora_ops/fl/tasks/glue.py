@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import GloraWarning, require
 from ..config import Config
 from ..seeds import numpy_stream
-from .base import HeldOut, half
+from .base import Answer, HeldOut, Judged, half
 from .jsonl import from_hub, is_text, read_jsonl
 from .metrics import classification, correlation
 from .pretrained import batches_by_length, device_of, from_pretrained, quiet, tokenizer_of
@@ -39,8 +39,9 @@ class Glue:
     """One GLUE task on a sequence classifier; its head is trained and averaged in full.
 
     Labels that are whole numbers, 1 or 1.0, are classes (as many as the training data have); with a
-    fraction among them, and for stsb, it is a regression. The headline metric is accuracy, for cola
-    mcc, for a regression the mean of Pearson's and Spearman's correlation.
+    fraction among them, and for stsb, it is a regression, which starts at the labels' mean. The
+    headline metric is accuracy, for cola mcc, for a regression the mean of Pearson's and Spearman's
+    correlation.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Glue:
         self.config, self._seed = config, seed
         name = config.task.name
         train, dev = (_read(name, split, data_dir) for split in ("train", "dev"))
+        dev = [{**row, "line": n} for n, row in enumerate(dev, 1)]
         labels = [
             row["label"] for row in train + dev
         ]  # those of a sample may all happen to be whole
@@ -64,12 +66,14 @@ class Glue:
         kind = float if self.regression else int
         self._x, self._y = self._tokens(train), np.array([kind(row["label"]) for row in train])
         self._dev_x, self._dev_y = self._tokens(dev), np.array([kind(row["label"]) for row in dev])
+        self._dev_ids = [row["line"] for row in dev]
         if self.regression:
             edges = np.unique(np.quantile(self._y, np.linspace(0, 1, BINS + 1)[1:-1]))
             self.labels = np.searchsorted(edges, self._y)
+            self._dev_labels = np.searchsorted(edges, self._dev_y)
             self.label_names = (*(f"≤ {edge:g}" for edge in edges), f"> {edges[-1]:g}")
         else:
-            self.labels = self._y
+            self.labels, self._dev_labels = self._y, self._dev_y
             self.label_names = tuple(map(str, range(self._outputs)))
         self.metric = "correlation" if self.regression else "mcc" if name == "cola" else "accuracy"
         self.targets = tuple(config.model.targets)
@@ -91,7 +95,18 @@ class Glue:
             ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
         )  # fmt: skip
         model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
+        if self.regression:
+            self._start_at_the_mean(model)
         return model
+
+    def _start_at_the_mean(self, model: nn.Module) -> None:
+        """The last bias begins at the labels' mean, which is one number from each client.
+
+        An architecture whose last layer has no bias begins where it is.
+        """
+        last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+        if last and last[-1].bias is not None:
+            last[-1].bias.data.fill_(float(self._y.mean()))
 
     def loss(self, model: nn.Module, rows: np.ndarray) -> Tensor:
         logits = self._logits(model, self._x, rows)
@@ -100,18 +115,23 @@ class Glue:
             return torch.nn.functional.mse_loss(logits[:, 0], y.to(logits.dtype))
         return torch.nn.functional.cross_entropy(logits, y)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> Judged:
         logits = torch.empty(len(self._dev_y), self._outputs)
         lengths = [len(tokens) for tokens in self._dev_x["input_ids"]]
         with torch.no_grad():
             for rows in batches_by_length(lengths, EVALUATION_BATCH):
                 logits[rows] = self._logits(model, self._dev_x, rows).cpu()
         if self.regression:
-            return correlation(self._dev_y, logits[:, 0].numpy())
-        truth = torch.as_tensor(self._dev_y)
-        loss = float(torch.nn.functional.cross_entropy(logits, truth))
-        found = classification(self._dev_y, logits.argmax(1).numpy(), self._outputs)
-        return {**found, "loss": loss}
+            found = logits[:, 0].numpy()
+            metrics, scores = correlation(self._dev_y, found), -((found - self._dev_y) ** 2)
+        else:
+            truth, found = torch.as_tensor(self._dev_y), logits.argmax(1).numpy()
+            metrics = classification(self._dev_y, found, self._outputs)
+            metrics["loss"] = float(torch.nn.functional.cross_entropy(logits, truth))
+            scores = (found == self._dev_y).astype(float)
+        columns = (found, self._dev_y, scores, self._dev_labels)
+        rows_of = zip(self._dev_ids, *(x.tolist() for x in columns), strict=True)
+        return Judged(metrics, [Answer(*x) for x in rows_of])
 
     def _logits(self, model: nn.Module, x: Mapping[str, Any], rows: np.ndarray) -> Tensor:
         batch = {key: [values[i] for i in rows] for key, values in x.items()}

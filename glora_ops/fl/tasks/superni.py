@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import require
 from ..config import Config
-from .base import HeldOut, half
+from .base import Answer, HeldOut, Judged, half
 from .glue import sample
 from .jsonl import from_hub, is_text, read_jsonl
 from .metrics import exact_match, rouge_l
@@ -133,8 +133,10 @@ class SuperNI:
             labels=pad(labels, IGNORED).to(device),
         ).loss
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> Judged:
         out: dict[str, float] = {}
+        all_answers: list[Answer] = []
+        known = {name: k for k, name in enumerate(self.label_names)}
         for part, instances in (("seen", self._seen), ("unseen", self._unseen)):
             if not instances:
                 continue
@@ -143,12 +145,14 @@ class SuperNI:
             for x, answer in zip(instances, answers, strict=True):
                 score = rouge_l(answer, x["outputs"]), exact_match(answer, x["outputs"])
                 scores[x["task"]].append(score)
+                label = known.get(x["task"]) if part == "seen" else None
+                all_answers.append(Answer(x["id"], answer, x["outputs"], score[0], label))
             means = {name: np.mean(values, axis=0) for name, values in scores.items()}
             both = np.mean(list(means.values()), axis=0)
             out |= {f"rouge_l_{part}": float(both[0]), f"exact_match_{part}": float(both[1])}
             if part == "unseen":
                 out |= {f"rouge_l_unseen/{name}": float(m[0]) for name, m in means.items()}
-        return out
+        return Judged(out, all_answers)
 
     def _answers(self, model: nn.Module, instances: Sequence[Instance]) -> list[str]:
         """Greedy answers, up to the end token or `max_new_tokens`."""
@@ -199,7 +203,7 @@ def _read(part: str, data_dir: Path | None) -> dict[str, list[Instance]]:
         for row in from_hub(HUB, split="train" if part == "train" else "test"):
             key = row["id"]
             if key not in whole:
-                whole[key] = {"task": row["task_name"], "definition": row["definition"],
+                whole[key] = {"id": key, "task": row["task_name"], "definition": row["definition"],
                               "input": row["inputs"], "outputs": []}  # fmt: skip
             whole[key]["outputs"].append(row["targets"])
         rows: list[Instance] = list(whole.values())
@@ -212,7 +216,8 @@ def _read(part: str, data_dir: Path | None) -> dict[str, list[Instance]]:
         )  # fmt: skip
         rows = [row for path in files for row in read_jsonl(path, _problem)]
     for row in rows:
-        by_task[row["task"]].append(row)
+        mine = by_task[row["task"]]
+        mine.append({"id": f"{row['task']}:{len(mine)}", **row})
     return dict(sorted(by_task.items()))
 
 
