@@ -196,5 +196,5 @@ def test_what_a_run_left_without_its_beginning_is_no_new_run(
 ) -> None:
     shutil.copytree(finished / "small/it/seed0", tmp_path / "run")
     (tmp_path / "run/run.json").unlink()
-    with pytest.raises(GloraError, match=r"metrics\.jsonl but no"):
+    with pytest.raises(GloraError, match=r"metrics\.jsonl, predictions\.jsonl but no"):
         resumed(tmp_path / "run", finished)
