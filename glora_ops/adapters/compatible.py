@@ -11,6 +11,7 @@ import torch
 
 from ..errors import Refusal
 from .config import CONFIG_NAME
+from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX
 from .read import TENSORS_NAME, Adapter
 
@@ -57,6 +58,8 @@ def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[in
         *_other_tasks(adapters),
         *_other_modules(adapters),
         *_other_dense(adapters),
+        *_other_stacks(adapters),
+        *_saved_and_adapted(adapters),
     ]
     # A client that is refused anyway must not make a sound one its duplicate.
     odd = {i for i, _ in problems}
@@ -227,6 +230,57 @@ def _other_dense(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
         for name, tensor in adapter.dense.items():
             shapes[name].append((i, tensor.shape))
     return _unequal(adapters, shapes, "the saved weight has another shape", "shape")
+
+
+def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Stacks of another number of experts; parameters of one module that PEFT nests unknown how."""
+    sizes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    short: dict[str, dict[str, int]] = defaultdict(dict)
+    for i, adapter in enumerate(adapters):
+        for m in adapter.modules.values():
+            if m.kind in PARAMETER_KINDS and m.expert[0] == 0:
+                path = m.parameter
+                sizes[path].append((i, m.expert[1]))
+                holder, _, name = path.rpartition(".")
+                short[holder].setdefault(name, i)
+    yield from _unequal(adapters, sizes, "the stack has another number of experts", "experts =")
+    for holder, names in short.items():
+        if innermost_first(names) is None:
+            i = max(names.values())
+            yield (
+                i,
+                Refusal(
+                    "in which order PEFT nests the parameters of a module is not known",
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    PREFIX + holder,
+                    ", ".join(sorted(names)),
+                    f"one parameter in all clients, or several of {', '.join(ORDER)}",
+                    "aggregate the clients that adapt one of them separately",
+                ),
+            )
+
+
+def _saved_and_adapted(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Modules that one client adapts and another saves in full: PEFT can do only one of them."""
+    saving = {entry: i for i, a in reversed(list(enumerate(adapters))) for entry in a.saved}
+    for i, adapter in enumerate(adapters):
+        for entry, by in saving.items():
+            name = next((n for n in adapter.modules if f".{entry}." in f".{n}."), None)
+            if name is not None:
+                yield (
+                    i,
+                    Refusal(
+                        "the module is adapted here and saved in full by another client",
+                        adapter.name,
+                        TENSORS_NAME,
+                        PREFIX + name,
+                        f"factors, where client {adapters[by].name!r} has {entry!r} in "
+                        "modules_to_save",
+                        "one of the two in all clients",
+                        "aggregate the clients that adapt it and those that save it separately",
+                    ),
+                )
 
 
 def _unequal(

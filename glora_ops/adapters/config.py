@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import Refusal
 from .files import read_json_object
+from .targets import Targets
 
 __all__ = ["CONFIG_NAME", "LoraSettings", "PatternTable", "read_settings"]
 
@@ -27,13 +28,12 @@ _KNOWN = {
     "alpha_pattern", "fan_in_fan_out", "modules_to_save", "bias", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
+    "corda_config", "lora_ga_config", "target_parameters",
 }  # fmt: skip
 
 _REFUSED = {
     "use_dora": "DoRA's update is not linear in B·A",
     "lora_bias": "a bias is trained beside B and A",
-    "target_parameters": "target_parameters stack the experts' factors along the rank axis",
     "trainable_token_indices": "trained token rows are no factor pair",
     "layer_replication": "the adapted model has other layers than the base",
     "alora_invocation_tokens": "aLoRA applies its update to some tokens only",
@@ -95,6 +95,8 @@ class LoraSettings:
     base_model: str | None
     revision: str | None
     task_type: str | None
+    targets: Targets
+    target_parameters: tuple[str, ...]
     raw: dict[str, Any]
 
     def scaling(self, module: str, rank: int) -> float:
@@ -173,6 +175,8 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
             base_model=raw.get("base_model_name_or_path"),
             revision=raw.get("revision"),
             task_type=raw.get("task_type"),
+            targets=Targets.of(raw),
+            target_parameters=tuple(raw.get("target_parameters") or ()),
             raw=raw,
         ),
         problems,
@@ -193,6 +197,12 @@ def _text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
 
+def _names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(n, str) and n for n in value)
+    )
+
+
 def _flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -207,11 +217,8 @@ _VALUES = (
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
     ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
-    (
-        "modules_to_save",
-        "null or a list of names",
-        lambda v: v is None or (isinstance(v, list) and all(isinstance(n, str) and n for n in v)),
-    ),
+    ("modules_to_save", "null or a list of names", _names),
+    ("target_parameters", "null or a list of names", _names),
     ("base_model_name_or_path", "null or a name", _text),
     ("revision", "null or a name", _text),
     ("task_type", "null or a name", _text),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import Refusal
 from .config import LoraSettings
+from .experts import MAX_EXPERTS, ORDER, owners
 from .safetensors_header import TensorInfo
 
 __all__ = ["PREFIX", "DenseTensor", "Module", "Tensors", "factor_keys", "saved_by", "sort_tensors"]
@@ -22,6 +23,9 @@ _SUFFIXES = {
     "lora": (".lora_A.weight", ".lora_B.weight"),
     "embedding": (".lora_embedding_A", ".lora_embedding_B"),
 }
+
+#: What a factor may be stored in.
+FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _GATHER = "save the adapter again; with DeepSpeed or FSDP gather the shards first"
 
@@ -40,18 +44,22 @@ class Module:
     ----------
     name : str
         Path in the base model, e.g. ``"encoder.layer.0.attention.self.query"``.
-    kind : {"linear", "conv2d", "embedding"}
+    kind : {"linear", "conv2d", "embedding", "parameter", "expert"}
         For "conv2d" B A is the kernel flattened to (d_out, in·kh·kw); for "embedding" it is the
-        transpose of the table's update, so d_in is the vocabulary and d_out the width.
+        transpose of the table's update, so d_in is the vocabulary and d_out the width; the last
+        two belong to ``target_parameters`` (`experts`).
     rank, d_out, d_in : int
     a_shape, b_shape : tuple of int
     a_dtype, b_dtype : torch.dtype
-        As stored.
+    a_key, b_key : str
+        Names of the tensors, all as stored.
     scaling : float
         alpha/r, or alpha/√r for rsLoRA.
     fan_in_fan_out : bool
         The configuration's flag, for whoever adds ΔW to a base weight; B A is (d_out, d_in)
         either way.
+    expert : (int, int)
+        Its place in the stack that the tensors hold, and how many there are.
     """
 
     name: str
@@ -63,20 +71,29 @@ class Module:
     b_shape: tuple[int, ...]
     a_dtype: torch.dtype
     b_dtype: torch.dtype
+    a_key: str
+    b_key: str
     scaling: float
-    fan_in_fan_out: bool
+    fan_in_fan_out: bool = False
+    expert: tuple[int, int] = (0, 1)
 
     @property
     def kernel(self) -> tuple[int, ...]:
         """(kh, kw) of a convolution, () otherwise."""
         return self.a_shape[2:]
 
+    @property
+    def parameter(self) -> str:
+        """Path of what it adapts, which experts share."""
+        return self.name.rpartition(".")[0] if self.kind == "expert" else self.name
+
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """A weight that is stored in full, `name` being its path in the base model."""
+    """A weight that is stored in full under `key`, `name` being its path in the base model."""
 
     name: str
+    key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -116,15 +133,33 @@ def sort_tensors(
 
     problems: list[Refusal] = []
     modules: dict[str, Module] = {}
+    parameters, unclear = owners(
+        {
+            path: (tensors[keys[0]].shape or (0,))[0]
+            for (path, family), keys in found.items()
+            if family == "lora" and len(keys) == 2
+        },
+        settings,
+    )
     for (path, family), keys in found.items():
         if ".base_layer." in path:
             refuse(
                 "the module lies inside another adapted module",
                 next(iter(keys.values())),
                 "a layer of a MultiheadAttention, whose update PEFT applies once or twice "
-                "depending on its version (huggingface/peft#3774), or stacked parameters",
+                "depending on its version (huggingface/peft#3774)",
                 "modules adapted by themselves",
                 "adapt separate linear layers instead",
+            )
+        elif path in unclear:
+            refuse(
+                "which parameter the factors adapt cannot be told",
+                keys[0],
+                f"target_parameters with {', '.join(unclear[path]) or 'none of this module'}",
+                f"one order in which PEFT nests them, of {', '.join(ORDER)} where there are "
+                "several, with ranks as r and rank_pattern declare",
+                "name each with its module in target_parameters (mlp.experts.down_proj), or send "
+                "the configuration that belongs to these tensors",
             )
         elif len(keys) < 2:
             side, key = next(iter(keys.items()))
@@ -133,11 +168,12 @@ def sort_tensors(
         elif path in modules:
             refuse("the module has two factor pairs", keys[0], family, "one pair", _GATHER)
         else:
-            module = _module(path, family, tensors[keys[0]], tensors[keys[1]], settings)
-            if isinstance(module, Module):
-                modules[path] = module
+            pair = {side: (key, tensors[key]) for side, key in keys.items()}
+            read = _module(path, family, pair, parameters.get(path), settings)
+            if isinstance(read, list):
+                modules |= {module.name: module for module in read}
             else:
-                side, problem, value, expected, remedy = module
+                side, problem, value, expected, remedy = read
                 refuse(problem, keys[side], value, expected, remedy)
     if not found:
         refuse(
@@ -155,7 +191,7 @@ def sort_tensors(
     for key in rest:
         name = key.removeprefix(PREFIX)
         owner, _, copied = name.rpartition(".base_layer.")
-        tensor = DenseTensor(name, tensors[key].shape, tensors[key].dtype)
+        tensor = DenseTensor(name, key, tensors[key].shape, tensors[key].dtype)
         if key.startswith(PREFIX) and copied in ("weight", "bias") and owner in adapted:
             base_copies[name] = tensor
         elif key.startswith(PREFIX) and saved_by(name, settings.modules_to_save):
@@ -192,9 +228,14 @@ def _factor_place(key: str) -> tuple[str, str, int] | None:
 
 
 def _module(
-    name: str, family: str, a: TensorInfo, b: TensorInfo, settings: LoraSettings
-) -> Module | tuple[int, str, str, str, str]:
-    """The module, or (side, problem, found, expected, remedy)."""
+    name: str,
+    family: str,
+    pair: Mapping[int, tuple[str, TensorInfo]],
+    parameter: str | None,
+    settings: LoraSettings,
+) -> list[Module] | tuple[int, str, str, str, str]:
+    """The module, or the experts of `parameter`; or (side, problem, found, expected, remedy)."""
+    (a_key, a), (b_key, b) = pair[0], pair[1]
     conv = family == "lora" and len(a.shape) == 4
     form = (
         "(r, in, kh, kw)" if conv else "(r, vocabulary)" if family == "embedding" else "(r, d_in)"
@@ -202,11 +243,32 @@ def _module(
     if (len(a.shape) != 2 and not conv) or 0 in a.shape:
         remedy = _GATHER if len(a.shape) < 3 else "adapt linear, Conv2d and embedding layers only"
         return 0, "A is misshapen", str(a.shape), f"{form}, none of them 0", remedy
-    rank = a.shape[0]
-    b_form = f"(d_out, {rank}, 1, 1)" if conv else f"(d_out, {rank})"
-    if len(b.shape) != len(a.shape) or 0 in b.shape or b.shape[1:] != (rank,) + (1,) * 2 * conv:
+    rows = a.shape[0]
+    b_form = f"(d_out, {rows}, 1, 1)" if conv else f"(d_out, {rows})"
+    if len(b.shape) != len(a.shape) or 0 in b.shape or b.shape[1:] != (rows,) + (1,) * 2 * conv:
         remedy = "leave grouped convolutions out of target_modules" if conv else _GATHER
         return 1, "B does not fit A", str(b.shape), b_form, remedy
+    for side, info in ((0, a), (1, b)):
+        if info.dtype not in FACTOR_DTYPES:
+            return (
+                side,
+                "factors of this dtype are not computed with",
+                str(info.dtype),
+                ", ".join(map(str, FACTOR_DTYPES)),
+                "save the adapter in bfloat16 or float32",
+            )
+    path = parameter or name
+    if not (settings.ranks.affords(path) and settings.alphas.affords(path)):
+        return (
+            0,
+            "rank_pattern and alpha_pattern could take minutes to match",
+            f"{path[:80]!r}, where the limit is reached",
+            "fewer or simpler patterns, or shorter names",
+            "name the modules in full instead of by a pattern",
+        )
+    declared = settings.ranks[path]
+    experts = int(rows // declared) if parameter else 1  # `owners` saw that it divides
+    rank = rows // experts
     if rank > b.shape[0] + math.prod(a.shape[1:]):
         return (
             0,
@@ -215,15 +277,6 @@ def _module(
             "at most the sum of both sides",
             "a smaller r: no update of this layer needs more than its smaller side",
         )
-    if not (settings.ranks.affords(name) and settings.alphas.affords(name)):
-        return (
-            0,
-            "rank_pattern and alpha_pattern could take minutes to match",
-            f"{name[:80]!r}, where the limit is reached",
-            "fewer or simpler patterns, or shorter names",
-            "name the modules in full instead of by a pattern",
-        )
-    declared = settings.ranks[name]
     if rank != declared:
         return (
             0,
@@ -232,19 +285,33 @@ def _module(
             f"{declared} by r and rank_pattern in adapter_config.json",
             "send the configuration that belongs to these tensors",
         )
-    return Module(
-        name=name,
-        kind="conv2d" if conv else "embedding" if family == "embedding" else "linear",
+    if experts > MAX_EXPERTS:
+        return (
+            0,
+            "the stack holds too many experts",
+            f"{experts}, {rows} rows at rank {rank}",
+            f"at most {MAX_EXPERTS}",
+            "send the configuration that belongs to these tensors",
+        )
+    kind = "conv2d" if conv else "embedding" if family == "embedding" else "linear"
+    module = Module(
+        name=path,
+        kind=kind if parameter is None else "parameter" if experts == 1 else "expert",
         rank=rank,
         d_out=b.shape[0],
         d_in=math.prod(a.shape[1:]),
-        a_shape=a.shape,
-        b_shape=b.shape,
+        a_shape=(rank, *a.shape[1:]),
+        b_shape=(b.shape[0], rank, *b.shape[2:]),
         a_dtype=a.dtype,
         b_dtype=b.dtype,
-        scaling=settings.scaling(name, rank),
-        fan_in_fan_out=settings.fan_in_fan_out and family == "lora" and not conv,
+        a_key=a_key,
+        b_key=b_key,
+        scaling=settings.scaling(path, rank),
+        fan_in_fan_out=settings.fan_in_fan_out and kind == "linear",
     )
+    if experts == 1:
+        return [module]
+    return [replace(module, name=f"{path}.{e}", expert=(e, experts)) for e in range(experts)]
 
 
 def _why_homeless(key: str) -> tuple[str, str]:

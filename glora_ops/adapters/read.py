@@ -16,7 +16,7 @@ from ..errors import Refusal, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
 from .files import find_file, read_json_object
-from .modules import PREFIX, DenseTensor, Module, factor_keys, sort_tensors
+from .modules import DenseTensor, Module, saved_by, sort_tensors
 from .safetensors_header import read_header
 from .stored import Stored, signature
 
@@ -97,9 +97,18 @@ class Adapter:
             If the file is no longer the one that was inspected.
         """
         m = self.modules[module]
-        a_key, b_key = factor_keys(module, m.kind)
-        b, a = self.stored.read(b_key, a_key)
+        place, experts = m.expert
+        if experts > 1:
+            a = self.stored.read_rows(m.a_key, place * m.rank, m.rank)
+            return self.stored.read_kept(m.b_key)[:, place::experts], a
+        b, a = self.stored.read(m.b_key, m.a_key)
         return b.flatten(1), a.flatten(1)
+
+    @property
+    def saved(self) -> list[str]:
+        """The entries of `modules_to_save` of which something is stored."""
+        used = {entry for name in self.dense for entry in saved_by(name, self.modules_to_save)}
+        return sorted(used)
 
     @property
     def file(self) -> Path:
@@ -108,7 +117,7 @@ class Adapter:
 
     def dense_tensor(self, name: str) -> Tensor:
         """A tensor of `dense` or `base_copies`, as stored."""
-        (tensor,) = self.stored.read(PREFIX + name)
+        (tensor,) = self.stored.read((self.dense.get(name) or self.base_copies[name]).key)
         return tensor
 
 
@@ -218,11 +227,11 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         factors whose squares leave fp64's range.
     """
     extents: dict[str, list[Tensor]] = defaultdict(list)
-    copies = {PREFIX + name for name in adapter.base_copies}
+    copies = {tensor.key for tensor in adapter.base_copies.values()}
     for key, piece in adapter.stored.scan(digest):
-        if key not in copies:
+        if key not in copies and piece.is_floating_point():
             extents[key].append(extent(piece))
-    dense = {PREFIX + name for name in adapter.dense}
+    dense = {tensor.key for tensor in adapter.dense.values()}
     problems: list[Refusal] = []
 
     def refuse(key: str, *why: str) -> None:

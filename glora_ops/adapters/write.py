@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import require
 from .config import CONFIG_NAME
+from .experts import PARAMETER_KINDS, nested, parameter_pairs
 from .folders import new_folder
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME
@@ -69,9 +70,16 @@ def write_adapter(
     )
     (rank,) = ranks
     tensors = {}
-    for name, (b, a) in factors.items():
-        entry = layout["modules"].get(name)
-        require(entry is not None, f"factors[{name!r}]", "no entry in the layout", "one")
+    entries = layout["modules"]
+    for name in factors:
+        require(name in entries, f"factors[{name!r}]", "no entry in the layout", "one")
+    kinds = {name: entries[name]["kind"] for name in factors}
+    in_modules = {n: pair for n, pair in factors.items() if kinds[n] not in PARAMETER_KINDS}
+    parameters = parameter_pairs({n: factors[n] for n in factors if n not in in_modules}, kinds)
+    for path, (b, a) in nested(parameters).items():
+        tensors |= dict(zip(factor_keys(path, "linear"), (a, b), strict=True))
+    for name, (b, a) in in_modules.items():
+        entry = entries[name]
         a_key, b_key = factor_keys(name, entry["kind"])
         kh, kw = entry["kernel"] or (1, 1)
         require(
@@ -103,14 +111,16 @@ def write_adapter(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": layout["lora_dropout"],
+        # PEFT adapts no parameter of a module with dropout.
+        "lora_dropout": 0.0 if parameters else layout["lora_dropout"],
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": any(layout["modules"][name]["fan_in_fan_out"] for name in factors),
-        "target_modules": sorted(factors),
+        "fan_in_fan_out": any(entries[name]["fan_in_fan_out"] for name in factors),
+        "target_modules": sorted(in_modules),
+        "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
     }
     with new_folder(folder, overwrite=overwrite, marker=CONFIG_NAME) as path:
