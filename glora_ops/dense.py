@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from .adapters.modules import PREFIX
+from .adapters.modules import DenseTensor
 from .adapters.read import TENSORS_NAME, Adapter
 from .errors import Refusal, listing, require
 
-__all__ = ["dense_holders", "dense_means", "with_dense", "without_mean"]
+__all__ = ["base_copies", "dense_holders", "dense_means", "unequal", "with_dense", "without_mean"]
 
 
 def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
@@ -26,7 +26,7 @@ def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
                 "the adapter holds weights saved in full",
                 adapter.name,
                 TENSORS_NAME,
-                PREFIX + next(iter(adapter.dense)),
+                next(iter(adapter.dense.values())).key,
                 f"{len(adapter.dense)} such tensors",
                 "factor pairs only, because dense='refuse' (--dense refuse)",
                 "average them with dense='mean' (--dense mean)",
@@ -71,16 +71,73 @@ def dense_means(
     weights: Sequence[float],
     tell: Callable[[str, int, int], None],
 ) -> dict[str, Tensor]:
-    """Weighted means in float64, over the clients that have the tensor, in its stored dtype."""
+    """Weighted means in float64, over the clients that have the tensor, in its stored dtype.
+
+    Of a counter the largest, of other tensors that are no numbers the common one (`unequal`).
+    """
     means = {}
     for done, (name, having) in enumerate(holders.items(), start=1):
         voices = [weights[i] for i in having]
         total = math.fsum(voices)
         require(total > 0, *_no_mean(name, voices))
         infos = [adapters[i].dense[name] for i in having]
+        if not infos[0].dtype.is_floating_point:
+            values = (adapters[i].dense_tensor(name) for i in having)
+            means[name] = max(values) if _counts(infos[0]) else next(values)
+            tell("dense", done, len(holders))
+            continue
         mean = torch.zeros(infos[0].shape, dtype=torch.float64)
         for i, voice in zip(having, voices, strict=True):
             mean += adapters[i].dense_tensor(name).double() * (voice / total)
-        means[name] = mean.to(reduce(torch.promote_types, (info.dtype for info in infos)))
+        means[name] = mean.to(_common(info.dtype for info in infos))
         tell("dense", done, len(holders))
     return means
+
+
+def _common(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    different = set(dtypes)
+    if len(different) == 1:
+        return different.pop()
+    # Nothing is promoted from float8.
+    return reduce(torch.promote_types, (d if d.itemsize > 1 else torch.float32 for d in different))
+
+
+def _counts(info: DenseTensor) -> bool:
+    """Whether a tensor is one integer, such as BatchNorm's number of batches."""
+    integer = not (info.dtype.is_floating_point or info.dtype.is_complex)
+    return integer and info.dtype != torch.bool and math.prod(info.shape) == 1
+
+
+def unequal(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
+    """Tensors that can be neither averaged nor counted, where clients have different ones."""
+    refusals = []
+    for name, having in dense_holders(adapters).items():
+        info = adapters[having[0]].dense[name]
+        if info.dtype.is_floating_point or _counts(info):
+            continue
+        first = adapters[having[0]].dense_tensor(name)
+        refusals += [
+            (
+                i,
+                Refusal(
+                    "the saved tensor cannot be averaged",
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    info.key,
+                    f"{info.dtype}, other values than client {adapters[having[0]].name!r}'s",
+                    "floating-point numbers, one integer, or the same in all clients",
+                    "leave its module out of modules_to_save",
+                ),
+            )
+            for i in having[1:]
+            if not torch.equal(adapters[i].dense_tensor(name), first)
+        ]
+    return refusals
+
+
+def base_copies(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """The base weights that clients saved and agree on (`check_base_copies`), the first copy."""
+    holders: dict[str, Adapter] = {}
+    for adapter in reversed(adapters):
+        holders |= dict.fromkeys(adapter.base_copies, adapter)
+    return {name: holder.dense_tensor(name) for name, holder in sorted(holders.items())}

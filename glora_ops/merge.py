@@ -26,7 +26,14 @@ from .adapters.read import (
 )
 from .api import aggregate
 from .arguments import check_settings, check_weights
-from .dense import dense_holders, dense_means, with_dense, without_mean
+from .dense import (
+    base_copies,
+    dense_holders,
+    dense_means,
+    unequal,
+    with_dense,
+    without_mean,
+)
 from .errors import GloraWarning, Refusal, Refused, listing, require
 from .isolation import release_freed, workers
 from .state import State
@@ -87,8 +94,9 @@ def aggregate_adapters(
     Returns
     -------
     State
-        Whose settings also hold ``weights_from``, ``skipped`` (the reasons) and ``dense_from``
-        (the clients that had a dense tensor, where some had not), and whose ``record`` is what
+        Whose settings also hold ``weights_from``, ``skipped`` (the reasons), ``remarks`` (what was
+        found out about the clients' files) and ``dense_from`` (the clients that had a dense
+        tensor, where some had not), and whose ``record`` is what
         `update_adapters` needs.
 
     Raises
@@ -180,7 +188,8 @@ def merge(
             if entries and i in entries and not refusals:
                 refused[i] += _changes(adapter, digest, entries[i])
             tell("values", done, len(clients))
-    _note(refused, clients, check_base_copies(list(clients.values())))
+    for differing in (check_base_copies, unequal):
+        _note(refused, clients, differing(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
     skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
     if skipped:
@@ -207,6 +216,7 @@ def merge(
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,
+        "remarks": [f"{a.name}: {remark}" for a in adapters for remark in a.remarks],
         "dense_from": {
             name: [names[i] for i in having]
             for name, having in holders.items()
@@ -216,7 +226,7 @@ def merge(
     return replace(
         state,
         settings=state.settings | recorded,
-        dense=means,
+        dense=means | base_copies(adapters),
         layout=adapter_layout(adapters, base),
         record={
             "arguments": {"dense": dense, "base": base}

@@ -129,7 +129,7 @@ def notes(state: State) -> list[Note]:
                 f"{_some(partial)}; a client without one {how}"
             )
         )
-    return out
+    return [*out, *map(Note, state.settings.get("remarks", []))]
 
 
 def _count(n: int, noun: str) -> str:

@@ -52,7 +52,7 @@ from glora_ops.errors import Refused
         ({"velora_config": {"scale": 1}}, ["velora_config"]),
         ({"monteclora_config": {"num_samples": 8}}, ["monteclora_config"]),
         ({"megatron_config": {"tp": 2}}, ["megatron_config"]),
-        ({"ensure_weight_tying": True}, ["ensure_weight_tying"]),
+        ({"ensure_weight_tying": 1}, ["ensure_weight_tying", "true or false"]),
         ({"shiny_new_variant": {"on": 1}}, ["shiny_new_variant", "unknown to glora"]),
         ({"\x1b[2J": 1}, [r"'\x1b[2J' = 1"]),
         ({"init_lora_weights": "pissa"}, ["'pissa'", "base", "save_pretrained"]),
@@ -198,7 +198,7 @@ def test_num_examples_refused(client: Path, content: str) -> None:
         (lambda t: t.clear(), ["no LoRA factors"]),
         (
             lambda t: t.update({FIRST_A: torch.ones(4, 12, dtype=torch.int64)}),
-            [FIRST_A, "'I64'", "F64, F32, BF16, F16"],
+            [FIRST_A, "torch.int64", "torch.float16", "save the adapter in bfloat16"],
         ),
     ],
 )

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import layout_models as models
 import peft_models
 import pytest
-from adapter_folders import assert_names_everything, edit_config, refused
+import torch
+from adapter_folders import assert_names_everything, edit_config, edit_tensors, refused
 from peft_models import Base
+from torch import nn
 
 from glora_ops import State
-from glora_ops.adapters import inspect_adapter
+from glora_ops.adapters import inspect_adapter, read_adapter
 from glora_ops.errors import Refused
 from glora_ops.merge import aggregate_adapters
 
 ATTENTION = ["q_proj", "v_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+TRAINED_HEAD = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 
 #: Two clients of each architecture: ranks, scalings, patterns, and what they adapt differ.
 FAMILIES: dict[str, tuple[Base, dict[str, Any], dict[str, Any]]] = {
@@ -94,11 +99,189 @@ def test_experts_are_refused_where_nothing_tells_what_their_factors_mean(tmp_pat
     refused(client, "which parameter the factors adapt cannot be told", "rank_pattern declare")
 
 
+def test_a_stack_of_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}
+    one = models.adapt(tmp_path / "one", models.mixtral, 1, **config)
+    other = models.adapt(tmp_path / "other", models.mixtral, 2, **config | {"r": 4})
+    edit_config(other, r=2)
+    with pytest.raises(Refused, match=r"another number of experts; found experts = 8"):
+        aggregate_adapters([one, other], rank=8)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.base_layer.weight"])
+def test_full_weights_that_were_not_gathered_are_refused(name: str, tmp_path: Path) -> None:
+    config = {"target_modules": ["embed_tokens"], "modules_to_save": ["lm_head"]}
+    client = models.adapt(tmp_path / "zero3", models.llama, 1, **config)
+    key = f"base_model.model.{name}"
+    edit_tensors(client, lambda t: t.update({key: torch.empty(0)}))
+    refused(client, key, "a weight saved in full is empty", "DeepSpeed or FSDP gather")
+
+
+def extended(seed: int) -> Base:
+    """A base with new tokens, whose rows are others in every process."""
+
+    def build() -> nn.Module:
+        model = models.llama()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(52, mean_resizing=False)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("adapted", [["embed_tokens"], ["embed_tokens", "lm_head"], []])
+def test_an_extended_vocabulary_is_written_out(adapted: list[str], tmp_path: Path) -> None:
+    config = {
+        "r": 2,
+        "target_modules": ["q_proj", *adapted],
+        "saved": {"save_embedding_layers": True},
+    }
+    clients = [models.adapt(tmp_path / f"c{i}", extended(7), i, **config) for i in range(2)]
+    state = merged(clients, tmp_path)
+    assert state.dense.keys() == read_adapter(clients[0]).base_copies.keys() != set()
+    models.assert_served(extended(7), tmp_path / "r16", clients)
+    ours, theirs = (
+        peft_models.load(extended(seed), folder).base_model.model.get_input_embeddings()
+        for seed, folder in ((8, tmp_path / "r16"), (9, clients[0]))
+    )
+    ours, theirs = (getattr(x, "base_layer", x).weight for x in (ours, theirs))
+    assert torch.equal(ours, theirs)
+
+
+def test_extended_rows_that_differ_are_refused(tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj"], "saved": {"save_embedding_layers": True}}
+    clients = [models.adapt(tmp_path / f"c{i}", extended(i), i, **config) for i in range(2)]
+    with pytest.raises(Refused, match="the copy of the base weight differs between clients"):
+        aggregate_adapters(clients, rank=16)
+    trained = models.adapt(tmp_path / "t", models.llama, 1, **TRAINED_HEAD)
+    with pytest.raises(Refused, match="adapted or frozen here and saved in full by another"):
+        aggregate_adapters([clients[0], trained], rank=16)
+
+
+def test_auto_mapping_is_carried_where_all_clients_agree(tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj"]}
+    clients = [models.adapt(tmp_path / f"c{i}", models.llama, i, **config) for i in range(2)]
+    merged(clients, tmp_path)
+    assert written(tmp_path)["auto_mapping"] == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
+    edit_config(clients[1], auto_mapping={"base_model_class": "Other", "parent_library": "os"})
+    merged(clients, tmp_path, rank=8)
+    assert written(tmp_path, 8)["auto_mapping"] is None
+
+
+class Towers(nn.Module):
+    """Layers whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))
+        self.tower = nn.ModuleDict(
+            {"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))}
+        )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["fc"], "exclude_modules": [f"tower.layers.{i}.fc" for i in range(24)]},
+        {"target_modules": ["fc"], "exclude_modules": r"tower\..*|layers\.3\.fc"},
+        {"target_modules": r"layers\.\d+\.fc"},
+        {"target_modules": ["fc"], "layers_to_transform": [1, 2], "layers_pattern": "tower.layers"},
+    ],
+    ids=["excluded", "excluded by a pattern", "pattern", "layers"],
+)
+def test_a_readout_adapts_no_module_that_its_clients_left_out(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    def base() -> nn.Module:
+        return peft_models._seeded(Towers)
+
+    clients = [models.adapt(tmp_path / f"c{i}", base, i, r=2, **config) for i in range(2)]
+    merged(clients, tmp_path, rank=4)
+    models.assert_served(base, tmp_path / "r4", clients)
+
+
+def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
+    client = models.adapt(tmp_path / "c", models.llama, 1, target_modules=["q_proj"])
+    (client / "2_Dense").mkdir()
+    (client / "checkpoint-5").mkdir()
+    for name in ("non_lora_trainables.bin", "2_Dense/model.safetensors", "optimizer.pt",
+                 "adapter_model.bin", "checkpoint-5/model.safetensors"):  # fmt: skip
+        (client / name).write_bytes(b"x")
+    (remark,) = merged([client], tmp_path).settings["remarks"]
+    assert remark.startswith("c: weights beside the adapter are not read")
+    assert remark.endswith("result: 2_Dense/model.safetensors, non_lora_trainables.bin")
+
+
+def test_counters_and_masks_saved_in_full(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": ["to_q"], "modules_to_save": ["norm"]}
+    clients = [models.adapt(tmp_path / f"c{i}", models.unet, i, **config) for i in range(2)]
+    extra = {
+        "num_batches_tracked": [torch.tensor(3), torch.tensor(5)],
+        "mask": [torch.tensor([True, False])] * 2,
+        "positions": [torch.arange(4)] * 2,
+        "scales": [torch.tensor([1.0, 2.0]), torch.tensor([4.0, 3.0])],
+    }
+    extra["scales"] = [x.to(torch.float8_e4m3fn) for x in extra["scales"]]
+    for i, client in enumerate(clients):
+        put = {f"base_model.model.norm.{name}": x[i] for name, x in extra.items()}
+        edit_tensors(client, lambda t, put=put: t.update(put))
+    dense = merged(clients, tmp_path).dense
+    assert dense["norm.num_batches_tracked"].equal(torch.tensor(5))
+    assert dense["norm.mask"].equal(extra["mask"][0])
+    assert dense["norm.positions"].equal(extra["positions"][0])
+    assert dense["norm.scales"].float().equal(torch.tensor([2.5, 2.5]))
+    edit_tensors(clients[1], lambda t: t.update({"base_model.model.norm.mask": torch.ones(2) > 0}))
+    with pytest.raises(Refused) as caught:
+        aggregate_adapters(clients, rank=4)
+    assert_names_everything(
+        list(caught.value.refusals), "norm.mask", "cannot be averaged", "leave its module out"
+    )
+
+
+def tied() -> nn.Module:
+    return models.llama(tied=True)
+
+
+TIED = {"r": 2, "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"], "use_rslora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["embeddings", "head", "saved"],
+)
+def test_tied_weights_are_merged_and_stay_tied(config: dict[str, Any], tmp_path: Path) -> None:
+    clients = [models.adapt(tmp_path / f"c{i}", tied, i, **TIED, **config) for i in range(2)]
+    merged(clients, tmp_path)
+    models.assert_served(tied, tmp_path / "r16", clients)
+    merged(clients, tmp_path, rank=1)
+    model = peft_models.load(tied, tmp_path / "r1").merge_and_unload()
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_weights_tied_in_some_clients_only_are_refused(tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj", "embed_tokens"]}
+    one = models.adapt(tmp_path / "one", tied, 1, **TIED, **config)
+    other = models.adapt(tmp_path / "other", tied, 2, r=2, **config)
+    with pytest.raises(Refused, match="ensure_weight_tying ties two modules in another client"):
+        aggregate_adapters([one, other], rank=8)
+    key = "base_model.model.lm_head.lora_A.weight"
+    edit_tensors(one, lambda t: t.update({key: 2 * t[key]}))
+    with pytest.raises(Refused, match="ensure_weight_tying is set, but the pair is not tied"):
+        aggregate_adapters([one], rank=8)
+
+
 def test_a_module_that_some_adapt_and_others_save_is_refused(tmp_path: Path) -> None:
     adapted = models.adapt(tmp_path / "a", models.llama, 1, target_modules=["q_proj", "lm_head"])
-    saving = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    saved = models.adapt(tmp_path / "s", models.llama, 2, **saving)
-    with pytest.raises(Refused, match="adapted here and saved in full by another client"):
+    saved = models.adapt(tmp_path / "s", models.llama, 2, **TRAINED_HEAD)
+    with pytest.raises(Refused, match="adapted or frozen here and saved in full by another client"):
         aggregate_adapters([adapted, saved], rank=16)
 
 
@@ -108,3 +291,9 @@ def merged(clients: list[Path], folder: Path, rank: int = 16, **options: Any) ->
     state = State.load(folder / "server.safetensors")
     state.write_adapter(folder / f"r{rank}", rank)
     return state
+
+
+def written(folder: Path, rank: int = 16) -> dict[str, Any]:
+    """The configuration of the readout that `merged` put into `folder`."""
+    config: dict[str, Any] = json.loads((folder / f"r{rank}" / "adapter_config.json").read_text())
+    return config

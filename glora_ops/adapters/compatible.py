@@ -60,6 +60,7 @@ def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[in
         *_other_dense(adapters),
         *_other_stacks(adapters),
         *_saved_and_adapted(adapters),
+        *_tied_elsewhere(adapters),
     ]
     # A client that is refused anyway must not make a sound one its duplicate.
     odd = {i for i, _ in problems}
@@ -90,7 +91,8 @@ def check_base_copies(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
                             PREFIX + name,
                             "other values",
                             f"the values of client {adapters[indices[0]].name!r}",
-                            "all clients must start from the same base",
+                            "all clients must start from the same base; a weight that was "
+                            "trained belongs into modules_to_save of their configurations",
                         ),
                     )
                 )
@@ -110,9 +112,11 @@ def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict
     Returns
     -------
     dict
-        ``base_model``, ``revision``, ``task_type``, ``lora_dropout`` (the clients' if they agree,
-        otherwise 0), ``modules_to_save`` and ``modules``: for each module its ``kind``,
-        ``kernel`` ([kh, kw] or []) and ``fan_in_fan_out``.
+        ``base_model``, ``revision``, ``task_type``, ``auto_mapping`` (the clients' if they agree,
+        otherwise None), ``lora_dropout`` (the same, or 0), ``modules_to_save``; ``exact`` (whether
+        some client adapts less than all modules whose names end as its own do), ``base_copies``
+        (names of base weights to be saved as well), ``tied`` (names of copies, by that of which);
+        and ``modules``: for each its ``kind``, ``kernel`` ([kh, kw] or []) and ``fan_in_fan_out``.
     """
     first = adapters[0]
     modules: dict[str, dict[str, Any]] = {}
@@ -129,9 +133,22 @@ def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict
         "revision": first.revision if base in (None, first.base_model) else None,
         "task_type": next((a.task_type for a in adapters if a.task_type is not None), None),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "auto_mapping": _agreed([a.config.get("auto_mapping") for a in adapters]),
         "modules_to_save": sorted({name for a in adapters for name in a.modules_to_save}),
+        "exact": not all(a.targets.plain for a in adapters),
+        "base_copies": sorted({name for a in adapters for name in a.base_copies}),
+        "tied": {copy: one for a in adapters for copy, one in a.tied.items()},
         "modules": dict(sorted(modules.items())),
     }
+
+
+def _agreed(mappings: Sequence[Any]) -> dict[str, str] | None:
+    """What names the base's class for AutoPeftModel, where all clients say the same."""
+    first = mappings[0]
+    if not isinstance(first, dict) or any(mapping != first for mapping in mappings):
+        return None
+    sound = all(isinstance(v, str) and v.isprintable() for v in (*first, *first.values()))
+    return dict(first) if sound else None
 
 
 _VOUCH = "vouch for it with base=NAME (--base NAME)"
@@ -228,8 +245,9 @@ def _other_dense(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
     shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
         for name, tensor in adapter.dense.items():
-            shapes[name].append((i, tensor.shape))
-    return _unequal(adapters, shapes, "the saved weight has another shape", "shape")
+            averaged = "numbers" if tensor.dtype.is_floating_point else str(tensor.dtype)
+            shapes[name].append((i, (tensor.shape, averaged)))
+    return _unequal(adapters, shapes, "the saved weight has another shape or kind", "")
 
 
 def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
@@ -266,19 +284,42 @@ def _saved_and_adapted(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refus
     saving = {entry: i for i, a in reversed(list(enumerate(adapters))) for entry in a.saved}
     for i, adapter in enumerate(adapters):
         for entry, by in saving.items():
-            name = next((n for n in adapter.modules if f".{entry}." in f".{n}."), None)
+            here = (*adapter.modules, *adapter.base_copies)
+            name = next((n for n in here if f".{entry}." in f".{n}."), None)
             if name is not None:
                 yield (
                     i,
                     Refusal(
-                        "the module is adapted here and saved in full by another client",
+                        "the module is adapted or frozen here and saved in full by another client",
                         adapter.name,
                         TENSORS_NAME,
                         PREFIX + name,
-                        f"factors, where client {adapters[by].name!r} has {entry!r} in "
-                        "modules_to_save",
+                        "factors or a copy of the base, where client "
+                        f"{adapters[by].name!r} has {entry!r} in modules_to_save",
                         "one of the two in all clients",
-                        "aggregate the clients that adapt it and those that save it separately",
+                        "aggregate the clients that save it separately",
+                    ),
+                )
+
+
+def _tied_elsewhere(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Pairs that some clients tie and others adapt one by one: their mean is not tied."""
+    pairs = {pair: i for i, a in reversed(list(enumerate(adapters))) for pair in a.tied.items()}
+    for (copy, one), by in pairs.items():
+        for i, adapter in enumerate(adapters):
+            held = {copy, one} & {*adapter.modules, *adapter.dense}
+            if held and adapter.tied.get(copy) != one:
+                yield (
+                    i,
+                    Refusal(
+                        "ensure_weight_tying ties two modules in another client, not in this one",
+                        adapter.name,
+                        CONFIG_NAME,
+                        None,
+                        f"{', '.join(sorted(held))} by itself, where client "
+                        f"{adapters[by].name!r} ties {copy} to {one}",
+                        "tied in all clients that have them, or in none",
+                        "train all of them with the same ensure_weight_tying",
                     ),
                 )
 

@@ -29,6 +29,7 @@ _KNOWN = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "target_parameters",
+    "ensure_weight_tying",
 }  # fmt: skip
 
 _REFUSED = {
@@ -44,7 +45,6 @@ _REFUSED = {
     "velora_config": "VeLoRA adapters have not been verified",
     "monteclora_config": "MonteCLoRA perturbs its factors at random",
     "megatron_config": "Megatron adapters are stored in shards",
-    "ensure_weight_tying": "tied adapters would be averaged as if they were independent",
 }
 
 STEPS = 5e9  # of matching a client's patterns, as bounded by `_cost`
@@ -97,6 +97,7 @@ class LoraSettings:
     task_type: str | None
     targets: Targets
     target_parameters: tuple[str, ...]
+    ensure_weight_tying: bool
     raw: dict[str, Any]
 
     def scaling(self, module: str, rank: int) -> float:
@@ -177,6 +178,7 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
             task_type=raw.get("task_type"),
             targets=Targets.of(raw),
             target_parameters=tuple(raw.get("target_parameters") or ()),
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
             raw=raw,
         ),
         problems,
@@ -216,6 +218,7 @@ _VALUES = (
     ),
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
+    ("ensure_weight_tying", "true or false", _flag),
     ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
     ("modules_to_save", "null or a list of names", _names),
     ("target_parameters", "null or a list of names", _names),

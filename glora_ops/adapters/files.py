@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import Refusal
 
-__all__ = ["find_file", "parse_json_object", "read_json_object"]
+__all__ = ["find_file", "parse_json_object", "read_json_object", "unread_weights"]
 
 MAX_JSON_BYTES = 4 * 2**20
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
+#: Such files that hold no trained weights, or those of the adapter once more.
+_NO_WEIGHTS = (
+    "adapter_model.", "optimizer", "scheduler", "scaler", "rng_state", "training_args",
+    "random_states", "sampler", "server.safetensors",
+)  # fmt: skip
+_LOOKED_AT = 1000
+
+
+def unread_weights(folder: Path) -> tuple[str, ...]:
+    """A sentence on the weight files beside an adapter that are not part of it, where there are.
+
+    Folders in the folder are looked into once, unless they are adapters or checkpoints themselves.
+    """
+    found = []
+    for path in islice(folder.iterdir(), _LOOKED_AT):
+        if path.is_file():
+            found += [path.name] * _is_weights(path.name)
+        elif path.is_dir() and not (
+            path.name.startswith((".", "checkpoint-", "global_step"))
+            or (path / "adapter_config.json").exists()
+        ):
+            inside = islice(path.iterdir(), _LOOKED_AT)
+            found += [f"{path.name}/{p.name}" for p in inside if _is_weights(p.name)]
+    if not found:
+        return ()
+    found.sort()
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    beside = f"{', '.join(found[:3])}{more}"
+    return (f"weights beside the adapter are not read and not in the result: {beside}",)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS) and not name.startswith(_NO_WEIGHTS)
 
 
 def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[Refusal]]:

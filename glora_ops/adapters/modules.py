@@ -27,6 +27,15 @@ _SUFFIXES = {
 #: What a factor may be stored in.
 FACTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Modules whose base rows PEFT saves where the vocabulary was extended.
+_EMBEDDINGS = [
+    [name]
+    for name in (
+        "embed_tokens", "lm_head", "shared", "wte", "word_embeddings", "embed_in", "embed_out",
+        "output",
+    )
+]  # fmt: skip
+
 _GATHER = "save the adapter again; with DeepSpeed or FSDP gather the shards first"
 
 
@@ -103,12 +112,14 @@ class Tensors:
     """The tensors of one adapter file, by what they are for.
 
     `base_copies` are frozen base weights that PEFT saves beside an adapted embedding or output
-    layer; they are compared, never aggregated.
+    layer, or because the vocabulary was extended; they are compared, never aggregated. `tied` are
+    modules and weights that ``ensure_weight_tying`` makes copies of another, by that other's name.
     """
 
     modules: dict[str, Module]
     dense: dict[str, DenseTensor]
     base_copies: dict[str, DenseTensor]
+    tied: dict[str, str]
 
 
 def sort_tensors(
@@ -186,6 +197,7 @@ def sort_tensors(
 
     dense: dict[str, DenseTensor] = {}
     base_copies: dict[str, DenseTensor] = {}
+    others: list[DenseTensor] = []
     homeless: dict[tuple[str, str], list[str]] = defaultdict(list)
     adapted = {path for path, _ in found}
     for key in rest:
@@ -197,7 +209,24 @@ def sort_tensors(
         elif key.startswith(PREFIX) and saved_by(name, settings.modules_to_save):
             dense[name] = tensor
         else:
-            homeless[_why_homeless(key)].append(key)
+            others.append(tensor)
+    tied = _tied(modules, dense, others, settings)
+    for tensor in others:
+        if tensor.name in tied:
+            dense[tensor.name] = tensor
+        elif tensor.key.startswith(PREFIX) and tensor.name.split(".")[-2:-1] in _EMBEDDINGS:
+            base_copies[tensor.name] = tensor
+        else:
+            homeless[_why_homeless(tensor.key)].append(tensor.key)
+    empty = [t for t in (*dense.values(), *base_copies.values()) if 0 in t.shape]
+    if empty:
+        refuse(
+            "a weight saved in full is empty",
+            empty[0].key,
+            f"{len(empty)} such tensors, this one of shape {empty[0].shape}",
+            "sizes above 0",
+            _GATHER,
+        )
     for (problem, remedy), names in homeless.items():
         refuse(
             problem,
@@ -206,7 +235,33 @@ def sort_tensors(
             "factor pairs and modules_to_save only",
             remedy,
         )
-    return Tensors(modules, dense, base_copies), problems
+    return Tensors(modules, dense, base_copies, tied), problems
+
+
+def _tied(
+    modules: Mapping[str, Module],
+    dense: Mapping[str, DenseTensor],
+    others: Iterable[DenseTensor],
+    settings: LoraSettings,
+) -> dict[str, str]:
+    """What ``ensure_weight_tying`` makes PEFT store once more without naming it, by shapes."""
+    if not settings.ensure_weight_tying:
+        return {}
+    pairs = [
+        (copy.name, one.name)
+        for one in modules.values()
+        for copy in modules.values()
+        if (one.kind, copy.kind) == ("embedding", "linear")
+        and (one.d_in, one.d_out, one.rank) == (copy.d_out, copy.d_in, copy.rank)
+        and settings.targets.selects(copy.name) is not True
+    ]
+    pairs += [
+        (copy.name, one.name)
+        for one in dense.values()
+        for copy in others
+        if copy.shape == one.shape
+    ]
+    return dict(reversed(pairs))
 
 
 def saved_by(tensor: str, modules_to_save: Iterable[str]) -> list[str]:

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..errors import Refusal, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
-from .files import find_file, read_json_object
+from .files import find_file, read_json_object, unread_weights
 from .modules import DenseTensor, Module, saved_by, sort_tensors
 from .safetensors_header import read_header
 from .stored import Stored, signature
+from .targets import Targets
 
 __all__ = [
     "EXAMPLES_NAME",
@@ -52,15 +53,22 @@ class Adapter:
     dense : mapping of str to DenseTensor
         Modules saved in full (``modules_to_save``, classifier heads).
     base_copies : mapping of str to DenseTensor
-        Frozen base weights PEFT saved beside adapted embeddings; not part of the update.
+        Frozen base weights PEFT saved beside adapted or extended embeddings; not part of the
+        update.
+    tied : mapping of str to str
+        Modules and full weights that are another one once more, by that one's name.
     num_examples : int or None
         From ``glora.json``.
     base_model, revision, task_type : str or None
+    targets : Targets
+        Which modules the configuration selects.
     lora_dropout : float
     modules_to_save : tuple of str
         As the configuration names them.
     config : mapping
         ``adapter_config.json`` as it stands.
+    remarks : tuple of str
+        What whoever merges it should know.
     """
 
     name: str
@@ -69,13 +77,16 @@ class Adapter:
     modules: Mapping[str, Module]
     dense: Mapping[str, DenseTensor]
     base_copies: Mapping[str, DenseTensor]
+    tied: Mapping[str, str]
     num_examples: int | None
     base_model: str | None
     revision: str | None
     task_type: str | None
+    targets: Targets
     lora_dropout: float
     modules_to_save: tuple[str, ...]
     config: Mapping[str, Any]
+    remarks: tuple[str, ...] = ()
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B and A of one module, as stored.
@@ -191,13 +202,16 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
             modules=sorted_tensors.modules,
             dense=sorted_tensors.dense,
             base_copies=sorted_tensors.base_copies,
+            tied=sorted_tensors.tied,
             num_examples=num_examples,
             base_model=settings.base_model,
             revision=settings.revision,
             task_type=settings.task_type,
+            targets=settings.targets,
             lora_dropout=settings.lora_dropout,
             modules_to_save=settings.modules_to_save,
             config=settings.raw,
+            remarks=unread_weights(path),
         ),
         [],
     )
@@ -230,7 +244,7 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
     copies = {tensor.key for tensor in adapter.base_copies.values()}
     for key, piece in adapter.stored.scan(digest):
         if key not in copies and piece.is_floating_point():
-            extents[key].append(extent(piece))
+            extents[key].append(extent(_wide(piece)))
     dense = {tensor.key for tensor in adapter.dense.values()}
     problems: list[Refusal] = []
 
@@ -242,7 +256,7 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         beyond = None if key in dense else out_of_range(overall)
         if not bool(overall.isfinite().all()):
             (tensor,) = adapter.stored.read(key)
-            wrong = ~torch.isfinite(tensor)
+            wrong = ~torch.isfinite(_wide(tensor))
             first = tuple(wrong.nonzero()[0].tolist())
             refuse(
                 key,
@@ -254,6 +268,38 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
             )
         elif beyond is not None:
             refuse(key, *beyond, "the training diverged: leave this client out")
+    return problems + _untied(adapter)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in a dtype that torch compares: float8 has neither minima nor tests."""
+    return x.float() if x.dtype.itemsize == 1 else x
+
+
+def _untied(adapter: Adapter) -> list[Refusal]:
+    """Pairs that ``ensure_weight_tying`` should have kept equal, and did not."""
+    problems = []
+    for copy, one in adapter.tied.items():
+        if copy in adapter.dense:
+            equal = torch.equal(adapter.dense_tensor(copy), adapter.dense_tensor(one))
+            key = adapter.dense[copy].key
+        else:
+            (b, a), (one_b, one_a) = adapter.factors(copy), adapter.factors(one)
+            same = adapter.modules[copy].scaling == adapter.modules[one].scaling
+            equal = same and torch.equal(b, one_a.mT) and torch.equal(a, one_b.mT)
+            key = adapter.modules[copy].b_key
+        if not equal:
+            problems.append(
+                Refusal(
+                    "ensure_weight_tying is set, but the pair is not tied",
+                    adapter.name,
+                    TENSORS_NAME,
+                    key,
+                    f"other values or another scaling than {one!r}",
+                    "the same once more",
+                    "train with ensure_weight_tying=False, or leave this client out",
+                )
+            )
     return problems
 
 

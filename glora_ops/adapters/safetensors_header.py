@@ -26,6 +26,13 @@ DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    # Of weights saved in full only: counters, masks, quantised layers.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    **{f"I{8 * n}": getattr(torch, f"int{8 * n}") for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": getattr(torch, f"uint{8 * n}") for n in (1, 2, 4, 8)},
+    "BOOL": torch.bool,
 }
 
 

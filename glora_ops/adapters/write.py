@@ -19,6 +19,7 @@ from .experts import PARAMETER_KINDS, nested, parameter_pairs
 from .folders import new_folder
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME
+from .targets import exactly
 
 __all__ = ["write_adapter"]
 
@@ -70,7 +71,12 @@ def write_adapter(
     )
     (rank,) = ranks
     tensors = {}
-    entries = layout["modules"]
+    entries, tied = layout["modules"], layout["tied"]
+    # Tied once more and exactly: their own solutions agree up to rounding only.
+    factors = {
+        name: (factors[tied[name]][1].mT, factors[tied[name]][0].mT) if name in tied else pair
+        for name, pair in factors.items()
+    }
     for name in factors:
         require(name in entries, f"factors[{name!r}]", "no entry in the layout", "one")
     kinds = {name: entries[name]["kind"] for name in factors}
@@ -97,15 +103,18 @@ def write_adapter(
     modules_to_save: set[str] = set()
     for name, tensor in (dense or {}).items():
         owners = saved_by(name, layout["modules_to_save"])
-        require(bool(owners), f"dense[{name!r}]", "no owner", "one of modules_to_save")
+        owned = owners or name in layout["base_copies"] or name in tied
+        require(bool(owned), f"dense[{name!r}]", "no owner", "one of modules_to_save")
         modules_to_save.update(owners)
         tensors[PREFIX + name] = tensor.detach().to("cpu", copy=True).contiguous()
     for key, tensor in tensors.items():
-        require(bool(torch.isfinite(tensor).all()), key, "values not finite in its dtype", "finite")
+        finite = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        require(bool(torch.isfinite(finite).all()), key, "values not finite in its dtype", "finite")
 
     config = {
         "peft_type": "LORA",
         "task_type": layout["task_type"],
+        "auto_mapping": layout["auto_mapping"],
         "base_model_name_or_path": layout["base_model"],
         "revision": layout["revision"],
         "inference_mode": True,
@@ -119,7 +128,9 @@ def write_adapter(
         "bias": "none",
         "init_lora_weights": True,
         "fan_in_fan_out": any(entries[name]["fan_in_fan_out"] for name in factors),
-        "target_modules": sorted(in_modules),
+        "target_modules": sorted(in_modules.keys() - tied),
+        "exclude_modules": exactly(in_modules) if layout["exact"] and in_modules else None,
+        "ensure_weight_tying": bool(tied),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
     }

@@ -60,7 +60,7 @@ def state_facts(state: State) -> dict[str, Any]:
             }
             for name, m in state.modules.items()
         },
-        "dense": sorted(state.dense),
+        "dense": sorted(state.dense.keys() - (state.layout or {}).get("base_copies", [])),
         "rank_to_captured": settings.get("rank_to_captured"),
         "notes": [*(asdict(note) for note in notes(state)), *_partial_means(state)],
     }
