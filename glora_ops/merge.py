@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .adapters.aligned_names import align_names
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.config import CONFIG_NAME
 from .adapters.read import (
@@ -168,7 +169,9 @@ def merge(
             clients[i] = adapter
         tell("headers", i + 1, len(folders))
     if clients:
-        _note(refused, clients, incompatible(list(clients.values()), base))
+        aligned, problems = align_names(list(clients.values()), base)
+        clients = dict(zip(clients, aligned, strict=True))
+        _note(refused, clients, problems + incompatible(aligned, base))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,18 +73,36 @@ def unet() -> nn.Module:
     return _seeded(UNet)
 
 
+class Towers(nn.Module):
+    """Layers whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))
+        self.tower = nn.ModuleDict(
+            {"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))}
+        )
+
+
+def towers() -> nn.Module:
+    return _seeded(Towers)
+
+
 def adapt(folder: Path, base: Base, seed: int, **config: Any) -> Path:
     """A client of `base`: every trainable number moved by seeded noise, saved by PEFT."""
     saved = config.pop("saved", {})
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = get_peft_model(base(), LoraConfig(**config))
-        g = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.3 * torch.randn(parameter.shape, generator=g)
+        model = base()
+        torch.manual_seed(seed)
+        model = get_peft_model(model, LoraConfig(**config))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape)
         model.save_pretrained(str(folder), **saved)
+    path = folder / "adapter_config.json"
+    named = json.loads(path.read_text()) | {"base_model_name_or_path": "tiny/base"}
+    path.write_text(json.dumps(named))
     return folder
 
 

@@ -171,17 +171,6 @@ def test_auto_mapping_is_carried_where_all_clients_agree(tmp_path: Path) -> None
     assert written(tmp_path, 8)["auto_mapping"] is None
 
 
-class Towers(nn.Module):
-    """Layers whose names end alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))
-        self.tower = nn.ModuleDict(
-            {"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))}
-        )
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -195,12 +184,9 @@ class Towers(nn.Module):
 def test_a_readout_adapts_no_module_that_its_clients_left_out(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    def base() -> nn.Module:
-        return peft_models._seeded(Towers)
-
-    clients = [models.adapt(tmp_path / f"c{i}", base, i, r=2, **config) for i in range(2)]
+    clients = [models.adapt(tmp_path / f"c{i}", models.towers, i, r=2, **config) for i in range(2)]
     merged(clients, tmp_path, rank=4)
-    models.assert_served(base, tmp_path / "r4", clients)
+    models.assert_served(models.towers, tmp_path / "r4", clients)
 
 
 def test_weights_beside_an_adapter_are_named(tmp_path: Path) -> None:
@@ -248,6 +234,7 @@ def tied() -> nn.Module:
 TIED = {"r": 2, "ensure_weight_tying": True}
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
 @pytest.mark.parametrize(
     "config",
     [

@@ -48,12 +48,19 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
     with answering(as_json, writes=plot is not None):
-        from ..adapters import Adapter, check_compatible, check_values, inspect_adapter
+        from ..adapters import (
+            Adapter,
+            align_names,
+            check_compatible,
+            check_values,
+            inspect_adapter,
+        )
         from .measure import compare_clients
 
         inspected = [inspect_adapter(folder) for folder in clients]
-        adapters = [adapter for adapter, _ in inspected if adapter is not None]
+        adapters, doubts = align_names([a for a, _ in inspected if a is not None], base)
         problems = [problem for _, found in inspected for problem in found]
+        problems += [problem for _, problem in doubts]
         problems += check_compatible(adapters, base) if adapters else []
         if not problems:
             with progress() as report:
@@ -80,7 +87,15 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             "clients": described,
             "columns": found.columns.tolist(),
             "rows": found.rows.tolist(),
-            "notes": [*_loud(described), *_odd(described)],
+            "notes": [
+                *_loud(described),
+                *_odd(described),
+                *(
+                    {"text": f"{a.name}: {remark}", "warning": False}
+                    for a in adapters
+                    for remark in a.remarks
+                ),
+            ],
             "plot": None if plot is None else str(plot),
         }
         if plot is not None:
