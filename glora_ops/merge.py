@@ -9,7 +9,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from .adapters.aligned_names import align_names
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.config import CONFIG_NAME
+from .adapters.places import Place, find_places
 from .adapters.read import (
     EXAMPLES_NAME,
     MAX_BYTES,
@@ -70,7 +70,8 @@ def aggregate_adapters(
     Parameters
     ----------
     folders : sequence of path
-        One per client, each written by ``PeftModel.save_pretrained``.
+        One per client, each written by ``PeftModel.save_pretrained``; ``NAME=PATH`` names the
+        client, which is otherwise called by its folder (and the parents that tell it from others).
     weights : sequence of float, optional
         One per folder. By default the ``num_examples`` in the clients' ``glora.json`` if every
         client has it, otherwise equal; ``settings["weights_from"]`` of the state says which.
@@ -115,7 +116,7 @@ def aggregate_adapters(
 
 
 def merge(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: Sequence[str | os.PathLike[str] | Place],
     weights: Sequence[float] | None,
     *,
     dense: str = "mean",
@@ -140,6 +141,7 @@ def merge(
         "put the one folder into a list",
     )
     tell: Progress = progress or (lambda step, done, total: None)
+    places = find_places(folders)
 
     # What no client is to blame for cannot be skipped with one.
     common = list(known)
@@ -155,12 +157,12 @@ def merge(
     with listing(common):
         settings |= check_settings(settings)
     with listing(common):
-        check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
+        check_weights(weights, [place.name for place in places], settings)
 
     refused: dict[int, list[Refusal]] = defaultdict(list)
     clients: dict[int, Adapter] = {}
-    for i, folder in enumerate(folders):
-        adapter, refusals = inspect_adapter(folder, max_bytes=max_file_bytes)
+    for i, place in enumerate(places):
+        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes)
         if adapter is None and entries and i in entries:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapters.places import Place, find_places
 from .adapters.read import MAX_BYTES
 from .arguments import kind
 from .errors import Refusal, Refused, listing, require, unfit
@@ -38,7 +39,8 @@ def update_adapters(
     state : State
         Of `aggregate_adapters` or of this function, in memory or loaded.
     add : sequence of path
-        Folders of new clients; one with the name of a client of the state takes its place.
+        Folders of new clients, or ``NAME=PATH``; one with the name of a client of the state takes
+        its place.
     remove : sequence of str
         Names of clients to be withdrawn.
     weights : sequence of float, optional
@@ -71,7 +73,7 @@ def update_adapters(
 def renew(
     state: State,
     *,
-    add: Sequence[str | os.PathLike[str]] = (),
+    add: Sequence[str | os.PathLike[str] | Place] = (),
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     known: Sequence[Refusal] = (),
@@ -89,7 +91,7 @@ def renew(
     for name, value in (("add", add), ("remove", remove)):
         require(not isinstance(value, (str, os.PathLike)), name, kind(value), "a list")
     entries = {entry["name"]: entry for entry in record["clients"]}
-    added = {Path(os.path.abspath(folder)).name: Path(folder) for folder in add}
+    added = {place.name: place for place in find_places(add, known=entries)}
     refusals = [
         *known,
         *(_unknown(name, entries) for name in remove if name not in entries),
@@ -116,7 +118,7 @@ def renew(
     if refusals:
         raise Refused(refusals)
     return merge(
-        [added[name] if name in added else kept[name]["path"] for name in order],
+        [added[n] if n in added else Place(n, Path(kept[n]["path"])) for n in order],
         voices,
         entries={
             i: kept[name] | {"weights_from": state.settings["weights_from"]}

@@ -379,7 +379,7 @@ def _duplicates(
         lambda a: a.name,
         everyone,
         "two clients have the same name",
-        "rename the folders: results and messages call clients by them",
+        "give each its own, NAME=PATH: results and messages call clients by it",
     )
     # Whole files are read only where size and both ends of the file agree already.
     alike = defaultdict(list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from ..errors import Refusal
 from .files import read_json_object
 from .targets import Targets
 
-__all__ = ["CONFIG_NAME", "LoraSettings", "PatternTable", "read_settings"]
+__all__ = [
+    "CONFIG_NAME",
+    "LoraSettings",
+    "PatternTable",
+    "StoredTable",
+    "is_alpha",
+    "judge_settings",
+    "read_settings",
+]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -83,22 +91,35 @@ class PatternTable:
 
 
 @dataclass(frozen=True)
+class StoredTable:
+    """A value for every module, as found beside its factors."""
+
+    values: Mapping[str, float]
+
+    def affords(self, module: str) -> bool:
+        return True
+
+    def __getitem__(self, module: str) -> float:
+        return self.values[module]
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """The part of a LoRA configuration that decides what its tensors mean."""
 
-    ranks: PatternTable
-    alphas: PatternTable
-    use_rslora: bool
-    fan_in_fan_out: bool
-    lora_dropout: float
-    modules_to_save: tuple[str, ...]
-    base_model: str | None
-    revision: str | None
-    task_type: str | None
+    ranks: PatternTable | StoredTable
+    alphas: PatternTable | StoredTable
     targets: Targets
-    target_parameters: tuple[str, ...]
-    ensure_weight_tying: bool
-    raw: dict[str, Any]
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    base_model: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    raw: dict[str, Any] = field(default_factory=dict)
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha/r, or alpha/√r for rsLoRA, with the alpha that holds for `module`."""
@@ -115,12 +136,18 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
         Everything in the configuration that glora refuses; may be non-empty beside settings.
     """
     raw, problems = read_json_object(folder, CONFIG_NAME, client)
-    if raw is None:
-        return None, problems
+    return (None, problems) if raw is None else judge_settings(raw, client, CONFIG_NAME)
+
+
+def judge_settings(
+    raw: dict[str, Any], client: str, file: str
+) -> tuple[LoraSettings | None, list[Refusal]]:
+    """`read_settings` of a configuration that was found in `file`."""
+    problems: list[Refusal] = []
 
     def refuse(key: str, why: str, expected: str, remedy: str) -> None:
         found = f"{key if key.isprintable() else repr(key):.80} = {raw.get(key)!r:.80}"
-        problems.append(Refusal(why, client, CONFIG_NAME, None, found, expected, remedy))
+        problems.append(Refusal(why, client, file, None, found, expected, remedy))
 
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
@@ -195,6 +222,11 @@ def _alpha(value: float) -> bool:
     return value == 0 or 1e-20 <= abs(value) <= 1e20
 
 
+def is_alpha(value: Any) -> bool:
+    """Whether `value` can be an alpha."""
+    return _finite(value) and _alpha(value)
+
+
 def _text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
 
@@ -214,7 +246,7 @@ _VALUES = (
     (
         "lora_alpha",
         "a finite number, 0 or of modulus 1e-20 to 1e20",
-        lambda v: _finite(v) and _alpha(v),
+        is_alpha,
     ),
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
@@ -233,9 +265,7 @@ def _pattern_fault(patterns: Any) -> tuple[str, str, str] | None:
     remedy = "name the modules in full instead of by a pattern"
     if patterns is None:
         return None
-    if not isinstance(patterns, dict) or not all(
-        _finite(v) and _alpha(v) for v in patterns.values()
-    ):
+    if not isinstance(patterns, dict) or not all(map(is_alpha, patterns.values())):
         return (
             "the value is malformed",
             "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20",

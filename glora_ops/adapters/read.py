@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from ..errors import Refusal, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
-from .files import find_file, read_json_object, unread_weights
+from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
 from .modules import DenseTensor, Module, saved_by, sort_tensors
+from .one_file import read_one_file
+from .places import Place, find_places
 from .safetensors_header import read_header
 from .stored import Stored, signature
 from .targets import Targets
@@ -133,15 +135,16 @@ class Adapter:
 
 
 def inspect_adapter(
-    folder: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
+    folder: str | os.PathLike[str] | Place, *, max_bytes: int = MAX_BYTES
 ) -> tuple[Adapter | None, list[Refusal]]:
     """Check a PEFT LoRA folder by its headers and configuration; no tensor is read.
 
     Parameters
     ----------
-    folder : path
+    folder : path or Place
         Holds ``adapter_config.json`` and ``adapter_model.safetensors``, optionally ``glora.json``
-        with ``{"num_examples": n}``.
+        with ``{"num_examples": n}``; or one folder that does. Or a LoRA file of another trainer
+        that says all that is needed (`one_file`).
     max_bytes : int
         Largest tensor file that is accepted.
 
@@ -151,19 +154,16 @@ def inspect_adapter(
     refusals : list of Refusal
         All problems that can be seen without reading tensors.
     """
-    path = Path(os.path.abspath(folder))
-    client = path.name
-    if not path.is_dir():
-        return None, [
-            Refusal(
-                "no such folder",
-                client,
-                found=f"nothing at {str(path)!r}",
-                expected="a folder written by PeftModel.save_pretrained",
-                remedy="check the path",
-            )
-        ]
+    (place,) = find_places([folder])
+    path, client = place.path, place.name
     try:
+        if path.is_file():
+            return _inspect_file(path, client, max_bytes)
+        if path.is_dir():
+            path = only_adapter(path)
+        problem = what_else(path)
+        if problem is not None:
+            return None, [replace(problem, client=client)]
         return _inspect(path, client, max_bytes)
     except OSError as error:
         return None, [
@@ -175,6 +175,41 @@ def inspect_adapter(
                 remedy="check the permissions",
             )
         ]
+
+
+def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, list[Refusal]]:
+    other = what_else(path)
+    if other is not None:
+        return None, [replace(other, client=client)]
+    found = signature(path.stat())
+    tensors, problems = read_header(path, client, max_bytes=max_bytes)
+    if tensors is None:
+        return None, problems
+    stored = Stored(path, client, tensors, found)
+    read = read_one_file(stored)
+    if read.problems:
+        return None, read.problems
+    return (
+        Adapter(
+            name=client,
+            path=path,
+            stored=stored,
+            modules=read.modules,
+            dense={},
+            base_copies={},
+            tied={},
+            num_examples=None,
+            base_model=None,
+            revision=None,
+            task_type=None,
+            targets=Targets((), (), True),
+            lora_dropout=0.0,
+            modules_to_save=(),
+            config=read.config,
+            remarks=(read.remark,),
+        ),
+        [],
+    )
 
 
 def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, list[Refusal]]:

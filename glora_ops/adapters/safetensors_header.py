@@ -16,7 +16,7 @@ import torch
 from ..errors import Refusal
 from .files import parse_json_object
 
-__all__ = ["DTYPES", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "TensorInfo", "read_header", "read_metadata"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
@@ -158,6 +158,13 @@ def read_header(
             )
         )
     return (None, problems) if problems else (tensors, [])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file whose header `read_header` has accepted."""
+    with path.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    return dict(parse_json_object(text).get("__metadata__") or {})
 
 
 def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import GloraWarning, Refusal, Refused, listing, require
 from .options import Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
-
-if TYPE_CHECKING:
-    from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate"]
 
@@ -32,11 +28,20 @@ DEFAULT_CAPTURED = 0.9
 def aggregate(
     context: typer.Context,
     clients: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            metavar="CLIENT_DIR",
-            help="One folder per client, as PeftModel.save_pretrained writes it.",
+            metavar="CLIENT_DIR...",
+            help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names "
+            "the client, which is otherwise called by its folder.",
             show_default=False,
+        ),
+    ] = None,
+    client_list: Annotated[
+        Path | None,
+        typer.Option(
+            "--clients", metavar="FILE",
+            help="Instead of CLIENT_DIR…: one client a line, PATH, NAME and WEIGHT with tabs "
+            'between, or {"path": …, "name": …, "weight": …}; name and weight may be left out.',
         ),
     ] = None,
     out: Annotated[
@@ -74,9 +79,9 @@ def aggregate(
         str | None,
         typer.Option(
             metavar="3,1,…|FILE.json",
-            help='How much each client counts: numbers in order, or a file {"folder name": '
-            "number}. By default num_examples of the clients' glora.json if all have it, "
-            "otherwise equal.",
+            help="How much each client counts: numbers in order, or a file {NAME: number} with "
+            "the clients' names. By default num_examples of the clients' glora.json if all have "
+            "it, otherwise equal.",
         ),
     ] = None,
     normalise: Annotated[
@@ -120,14 +125,16 @@ def aggregate(
         typer.Option(
             metavar="STATE",
             help="Instead of CLIENT_DIR…: the clients, weights and settings of this state, with "
-            "--add and --remove. Without -o the folder of STATE is replaced, its readouts with it.",
+            "--add and --remove. The readouts beside STATE are made anew as well; without -o its "
+            "folder is replaced.",
         ),
     ] = None,
     add: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="DIR",
-            help="With --update: one more client; of a name that STATE has, in its place.",
+            help="With --update: one more client, or NAME=DIR; of a name that STATE has, in its "
+            "place.",
         ),
     ] = None,
     remove: Annotated[
@@ -149,40 +156,54 @@ def aggregate(
     **glora aggregate --update out --add clients/cyd --remove bob**.
     """
     if update is not None:
-        _check_update(context, clients, add, remove)
+        _check_update(context, clients or client_list, add, remove)
     else:
         if add or remove:
             raise typer.BadParameter("only means something with --update", param_hint="--add")
-        if not clients:
-            raise typer.BadParameter("at least one client's folder", param_hint="CLIENT_DIR")
+        if bool(clients) == (client_list is not None):
+            raise typer.BadParameter(
+                "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
+            )
         if out is None:
             raise typer.BadParameter("a new folder for the result", param_hint="--out")
-    clients = clients or []
-    added = add or []
     server_rank = _rank(rank)
     if captured is not None and server_rank != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
     readouts = _readouts(readout)
-    weighed = clients if update is None else added
-    given = None if weights is None or _is_file(weights) else _numbers(weights, len(weighed))
+    if weights is not None and client_list is not None and not _is_file(weights):
+        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
+    named = (clients or []) if update is None else (add or [])
+    given = None if weights is None or _is_file(weights) else _numbers(weights, len(named))
 
     with answering(as_json, writes=True):
         from ..adapters.folders import check_free, new_folder
+        from ..adapters.places import find_places
         from ..merge import merge
         from ..renew import renew
-        from .facts import STATE_NAME, load_state, padding_note, print_state, state_facts
+        from .client_list import read_client_list
+        from .facts import (
+            STATE_NAME,
+            held_energy,
+            load_state,
+            padding_note,
+            print_state,
+            state_facts,
+        )
 
         old = None if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
+            made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
             if out is None:
-                out, ranks, was = _in_place(update, old)
-                readouts = sorted({*readouts, *ranks})
-                pad = pad if _is_given(context, "pad") else was
-                overwrite = True
+                out, overwrite = _in_place(update, made["ranks"]), True
+            readouts = sorted({*readouts, *made["ranks"]})
+            pad = pad if _is_given(context, "pad") else made["pad"]
         assert out is not None
 
         refusals: list[Refusal] = []
+        weighed = find_places(named, known=() if old is None else old.clients)
+        if client_list is not None:
+            weighed, given = read_client_list(client_list)
         if plot:
             from ..plots import plot_state, require_matplotlib
 
@@ -193,18 +214,18 @@ def aggregate(
         if weights is not None and _is_file(weights):
             with listing(refusals):
                 settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
-                given = _from_file(Path(weights), weighed, settings)
+                given = _from_file(Path(weights), [place.name for place in weighed], settings)
         # What warnings would say is in the state's notes and settings, and shown from there.
         with warnings.catch_warnings(), progress() as report:
             warnings.simplefilter("ignore", GloraWarning)
             if old is not None:
                 state = renew(
-                    old, add=added, remove=remove or [], weights=given, progress=report,
+                    old, add=weighed, remove=remove or [], weights=given, progress=report,
                     known=refusals,
                 )  # fmt: skip
             else:
                 state = merge(
-                    clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
+                    weighed, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
                     progress=report, known=refusals,
@@ -229,6 +250,7 @@ def aggregate(
             "out": str(out),
             "state": str(out / STATE_NAME),
             "readouts": {str(r): str(out / f"r{r}") for r in readouts},
+            "energy": {str(r): held_energy(state, r) for r in readouts},
             "plot": str(out / PICTURE_NAME) if plot else None,
         }
         if as_json:
@@ -248,8 +270,8 @@ _DECIDED = (
 
 def _check_update(
     context: typer.Context,
-    clients: Sequence[Path] | None,
-    add: Sequence[Path] | None,
+    clients: object,
+    add: Sequence[str] | None,
     remove: Sequence[str] | None,
 ) -> None:
     if clients:
@@ -271,13 +293,12 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:
-    """The folder of a state, the ranks read out there, and how they were padded."""
+def _in_place(update: Path, ranks: Sequence[int]) -> Path:
+    """The folder of a state, where nothing else lies in it than what was read out of it."""
     from .facts import STATE_NAME
 
     folder = update if update.is_dir() else update.parent
-    made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
-    known = {STATE_NAME, PICTURE_NAME, *(f"r{rank}" for rank in made["ranks"])}
+    known = {STATE_NAME, PICTURE_NAME, *(f"r{rank}" for rank in ranks)}
     others = sorted({path.name for path in folder.iterdir()} - known)
     require(
         not others,
@@ -287,7 +308,7 @@ def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:
         "name another folder with -o",
         file=str(folder),
     )
-    return folder, made["ranks"], made["pad"]
+    return folder
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -331,8 +352,8 @@ def _numbers(text: str, clients: int) -> list[float]:
     return numbers
 
 
-def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any]) -> list[float]:
-    """Weights by folder name; every name that lacks one or has one for nothing is listed."""
+def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) -> list[float]:
+    """Weights by the clients' names; every name that lacks one or has one for nothing is listed."""
     from ..adapters.files import parse_json_object
     from ..arguments import check_weights
 
@@ -354,7 +375,7 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
                 )
             ]
         ) from None
-    names = list(dict.fromkeys(Path(os.path.abspath(client)).name for client in clients))
+    names = list(dict.fromkeys(clients))
     refusals = [
         Refusal("the client has no weight", name, str(path), None, "no such name", wanted, remedy)
         for name in names
@@ -378,7 +399,7 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
             check_weights(given, known, settings)
     if refusals:
         raise Refused(refusals)
-    return [float(numbers[Path(os.path.abspath(client)).name]) for client in clients]
+    return [float(numbers[client]) for client in clients]
 
 
 @contextmanager
@@ -398,7 +419,10 @@ def _print_files(facts: dict[str, Any]) -> None:
     to = console()
     written = [
         (facts["state"], f"the state, rank {facts['rank']}"),
-        *((path, f"PEFT adapter of rank {r}") for r, path in facts["readouts"].items()),
+        *(
+            (path, f"PEFT adapter of rank {r}, {facts['energy'][r]:.2%} of the state's energy")
+            for r, path in facts["readouts"].items()
+        ),
         *([(facts["plot"], "spectra")] if facts["plot"] else []),
     ]
     width = max(len(clean(path)) for path, _ in written)
@@ -407,4 +431,7 @@ def _print_files(facts: dict[str, Any]) -> None:
         line = f"{clean(path):<{width}}  {what}"
         to.print(labelled("written: ", "bold green", line), soft_wrap=True)
     if not facts["readouts"]:
-        to.print(f"next: glora readout {clean(facts['out'])} -r 8 -o ADAPTER_DIR", soft_wrap=True)
+        rank = min(8, facts["rank"])
+        to.print(
+            f"next: glora readout {clean(facts['out'])} -r {rank} -o ADAPTER_DIR", soft_wrap=True
+        )

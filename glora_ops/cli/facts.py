@@ -18,6 +18,7 @@ from .show import clean, console, labelled, number, print_notes, span, table
 __all__ = [
     "STATE_NAME",
     "find_state",
+    "held_energy",
     "load_state",
     "padding_note",
     "print_clients",
@@ -96,6 +97,13 @@ def _partial_means(state: State) -> list[dict[str, Any]]:
         {"text": f"{name} is the mean over {', '.join(having)} only", "warning": False}
         for name, having in state.settings.get("dense_from", {}).items()
     ]
+
+
+def held_energy(state: State, rank: int) -> float:
+    """Fraction of ‖Ŵ‖² over all modules in the leading `rank` directions of each."""
+    total = sum(float(m.s.square().sum()) for m in state.modules.values())
+    kept = sum(float(m.s[:rank].square().sum()) for m in state.modules.values())
+    return kept / total if total else 1.0
 
 
 def padding_note(state: State, rank: int, pad: str) -> list[dict[str, Any]]:

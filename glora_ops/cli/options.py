@@ -10,10 +10,10 @@ import typer
 __all__ = ["Base", "Clients", "Json", "Overwrite", "Pad", "Plot", "Seed"]
 
 Clients = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
-        metavar="CLIENT_DIR",
-        help="One folder per client, as PeftModel.save_pretrained writes it.",
+        metavar="CLIENT_DIR...",
+        help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names it.",
     ),
 ]
 Base = Annotated[

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .options import Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, print_notes
-
-if TYPE_CHECKING:
-    from ..state import State
 
 __all__ = ["EXAMPLE", "readout"]
 
@@ -37,7 +34,7 @@ def readout(
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
     with answering(as_json, writes=True):
-        from .facts import load_state, padding_note
+        from .facts import held_energy, load_state, padding_note
 
         loaded = load_state(state)
         loaded.write_adapter(out, rank, pad=pad, seed=seed, overwrite=overwrite)
@@ -46,7 +43,7 @@ def readout(
             "out": str(out),
             "rank": rank,
             "pad": pad,
-            "energy": _energy(loaded, rank),
+            "energy": held_energy(loaded, rank),
             "modules": list(loaded.modules),
             "notes": padding_note(loaded, rank, pad),
         }
@@ -59,10 +56,3 @@ def readout(
         )
         console().print(labelled("written: ", "bold green", line), soft_wrap=True)
         print_notes(facts["notes"])
-
-
-def _energy(state: State, rank: int) -> float:
-    """Fraction of ‖Ŵ‖² over all modules in the leading `rank` directions of each."""
-    total = sum(float(m.s.square().sum()) for m in state.modules.values())
-    kept = sum(float(m.s[:rank].square().sum()) for m in state.modules.values())
-    return kept / total if total else 1.0
