@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from .files import replacing, write_text
 from .messages import Pairs
 from .server import SVD, Server
 
-__all__ = ["Run", "server_from", "server_tensors"]
+__all__ = ["Run", "replied", "server_from", "server_tensors"]
 
 FORMAT_VERSION = 1
 
@@ -97,6 +97,11 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         inner = [(f"{name}.{key}" if name else key, key) for key in keys]
         return [x for path, k in inner for x in _differences(before.get(k), now.get(k), path)]
     return [] if before == now else [f"{name} {now} instead of {before}"]
+
+
+def replied(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any client replied in any round; without that the model is the base."""
+    return any(line["clients"] for line in lines)
 
 
 class Run:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import require
-from .records import Run
+from .records import Run, replied
 
 __all__ = ["RunData", "by_config", "load_runs", "markdown", "summarise"]
 
@@ -63,6 +63,11 @@ class RunData:
 
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))
+
+    @property
+    def silent(self) -> bool:
+        """Whether it ran to its end without a single reply: its model is the base."""
+        return self.done and not replied(self.lines)
 
     @property
     def failures(self) -> list[Mapping[str, Any]]:
@@ -118,14 +123,16 @@ def summarise(
     -------
     dict
         methods (mean and spread of everything), differences (paired by seed, reference minus
-        other), sweeps, failures, unfinished.
+        other), sweeps, failures, unfinished, silent.
     """
     config = runs[0].about["config"]
-    finished = [run for run in runs if run.done]
+    finished = [run for run in runs if run.done and not run.silent]
     _require_one_experiment(runs)
     known = {m: arm for run in finished for m, arm in run.about["config"]["methods"].items()}
     labels = [m for m in known if any(run.method == m for run in finished)]
-    require(bool(labels), "runs", config["name"], "at least one finished run", "run with --resume")
+    silent = [str(run.folder) for run in runs if run.silent]
+    found = ", ".join([config["name"], *(f"nobody replied in {folder}" for folder in silent)])
+    require(bool(labels), "runs", found, "at least one finished run", "run with --resume")
     grouped = {m: {r.seed: r for r in finished if r.method == m} for m in labels}
     kinds = {m: known[m]["kind"] for m in labels}
     if reference is None:
@@ -149,8 +156,10 @@ def summarise(
             if key.split("/")[0] == config["name"]
         },
         "failures": [
-            {"method": run.method, "seed": run.seed, **f} for run in finished for f in run.failures
+            {"method": run.method, "seed": run.seed, **f}
+            for run in runs if run.done for f in run.failures
         ],
+        "silent": silent,
         "unfinished": [str(run.folder) for run in runs if not run.done],
     }  # fmt: skip
 
@@ -345,6 +354,9 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     if summary["failures"]:
         parts.append(f"{len(summary['failures'])} replies failed, the first: "
                      f"{summary['failures'][0]['reason']}")  # fmt: skip
+    if summary["silent"]:
+        parts.append("Nobody replied, so that nothing was learnt, and left out: "
+                     + ", ".join(summary["silent"]))  # fmt: skip
     if summary["unfinished"]:
         parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
