@@ -221,7 +221,7 @@ def _common_names(
     for pair in joined:
         kin = [circle for circle in circles if circle & set(pair)]
         circles = [c for c in circles if c not in kin] + [set(pair).union(*kin)]
-    names = {}
+    names: dict[Stem, Stem] = {}
     for circle in circles:
         usual = max(
             circle,

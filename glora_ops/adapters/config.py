@@ -38,7 +38,11 @@ _KNOWN = {
     "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "target_parameters",
     "ensure_weight_tying",
+    # Of other trainers.
+    "lora_dtype", "unsloth_fixed", "_from_model_config", "_commit_hash",
 }  # fmt: skip
+# A learning rate decides how B and A were found, not what they mean (LoRA+, ms-swift's lorap_…).
+_LEARNING_RATE = re.compile(r"(^|_)(lr|learning_rate)(_|$)|^lorap(lus)?_")
 
 _REFUSED = {
     "use_dora": "DoRA's update is not linear in B·A",
@@ -174,7 +178,7 @@ def judge_settings(
             _CONVERT,
         )
     for key in raw.keys() - _KNOWN - _REFUSED.keys():
-        if raw[key]:
+        if raw[key] and not _LEARNING_RATE.search(key[:80]):
             refuse(
                 key,
                 "the key is unknown to glora and may change what the factors mean",

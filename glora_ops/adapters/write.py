@@ -70,7 +70,7 @@ def write_adapter(
         "pad the smaller ones with zeros",
     )
     (rank,) = ranks
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     entries, tied = layout["modules"], layout["tied"]
     # Tied once more and exactly: their own solutions agree up to rounding only.
     factors = {
@@ -82,8 +82,8 @@ def write_adapter(
     kinds = {name: entries[name]["kind"] for name in factors}
     in_modules = {n: pair for n, pair in factors.items() if kinds[n] not in PARAMETER_KINDS}
     parameters = parameter_pairs({n: factors[n] for n in factors if n not in in_modules}, kinds)
-    for path, (b, a) in nested(parameters).items():
-        tensors |= dict(zip(factor_keys(path, "linear"), (a, b), strict=True))
+    for wrapper, (b, a) in nested(parameters).items():
+        tensors |= dict(zip(factor_keys(wrapper, "linear"), (a, b), strict=True))
     for name, (b, a) in in_modules.items():
         entry = entries[name]
         a_key, b_key = factor_keys(name, entry["kind"])

@@ -63,7 +63,11 @@ def state_facts(state: State) -> dict[str, Any]:
         },
         "dense": sorted(state.dense.keys() - (state.layout or {}).get("base_copies", [])),
         "rank_to_captured": settings.get("rank_to_captured"),
-        "notes": [*(asdict(note) for note in notes(state)), *_partial_means(state)],
+        "notes": [
+            *(asdict(note) for note in notes(state)),
+            *_partial_means(state),
+            *_unserved(state),
+        ],
     }
 
 
@@ -96,6 +100,21 @@ def _partial_means(state: State) -> list[dict[str, Any]]:
     return [
         {"text": f"{name} is the mean over {', '.join(having)} only", "warning": False}
         for name, having in state.settings.get("dense_from", {}).items()
+    ]
+
+
+def _unserved(state: State) -> list[dict[str, Any]]:
+    layout = state.layout or {}
+    full = sorted(state.dense.keys() - layout.get("base_copies", []))
+    if not full:
+        return []
+    return [
+        {
+            "text": f"adapters read out hold weights in full ({', '.join(full[:3])}"
+            f"{', …' if len(full) > 3 else ''}): PEFT loads them, vLLM refuses such adapters "
+            "(modules_to_save); serve them merged into the base",
+            "warning": False,
+        }
     ]
 
 

@@ -52,6 +52,7 @@ def test_every_kind_of_layer_and_a_head(work: Path) -> None:
     names = [f"{name}2" for name in CLIENTS]
     said = glora("aggregate", *names, "-o", "out", "--rank", UNION, "--readout", UNION).stdout
     assert "weighted means of full weights: head.bias, head.weight" in said
+    assert "vLLM refuses such adapters" in said
     assert_mean(work / "out" / f"r{UNION}", [work / n for n in names], [1, 1, 1], mixed)
     refused = glora("aggregate", *names, "-o", "no", "--dense", "refuse", code=1).stderr
     assert refused.count("the adapter holds weights saved in full") == 3
