@@ -73,8 +73,17 @@ def test_the_name_of_most_clients_is_written(tmp_path: Path) -> None:
     first = models.adapt(tmp_path / "first", base, 0, **LISTED)
     readout([old, *new], tmp_path)
     models.assert_mean(base, tmp_path / "r8", [first, *new])
-    state = aggregate_adapters([old, new[0]], rank=4)
-    assert "model.layers.0.self_attn.q_proj" in state.modules  # as many: the first
+    readout([old, new[0]], tmp_path / "two")  # as many: the one that names parts of the model
+    models.assert_mean(base, tmp_path / "two/r8", [first, new[0]])
+
+
+@pytest.mark.parametrize("wrapper", ["module", "wrapped", "base_model.model"])
+def test_a_wrapper_is_never_the_name_that_is_written(wrapper: str, tmp_path: Path) -> None:
+    renamed = {"base_model.model.": f"base_model.model.{wrapper}."}
+    plain = [models.adapt(tmp_path / f"p{i}", models.llama, i, **LISTED) for i in range(2)]
+    wrapped = client(tmp_path / "w", models.llama, 0, renamed, **LISTED)
+    readout([wrapped, plain[1]], tmp_path)
+    models.assert_served(models.llama, tmp_path / "r8", plain)
 
 
 def test_full_weights_and_embeddings_move_along(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -30,7 +30,13 @@ PARTS = (
     {"unet"}, {"input"}, {"output"}, {"query"}, {"passage"},
 )  # fmt: skip
 #: Segments that a training run puts around a model, under which nobody else finds a module.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {
+    "base_model",
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 MAX_STEMS = 256
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
@@ -54,7 +60,7 @@ Parts = dict[str, Hashable]  # what follows a stem, and its kind and shape
 def align_names(
     adapters: Sequence[Adapter], base: str | None
 ) -> tuple[list[Adapter], list[tuple[int, Refusal]]]:
-    """Give modules that clients name differently one name, that of most (or of the first).
+    """Give modules that clients name differently one name, that of most (`_common_names`).
 
     Parameters
     ----------
@@ -182,14 +188,19 @@ def _wrapped(one: Segments, other: Segments) -> bool:
 
 def _apart(one: Segments, other: Segments) -> bool:
     """Whether the segments that differ name different parts of a model, or numbered ones."""
-    words = [
-        {word.lower() for segment in (Counter(a) - Counter(b)) for word in _WORD.findall(segment)}
-        for a, b in ((one, other), (other, one))
-    ]
-    parts = [{i for i, part in enumerate(PARTS) if part & found} for found in words]
+    words = [_words(Counter(a) - Counter(b)) for a, b in ((one, other), (other, one))]
+    parts = [_parts(found) for found in words]
     differing = words[0] ^ words[1]
     numbered = bool(words[0] & words[1]) and all(len(w) == 1 or w.isdecimal() for w in differing)
     return (bool(parts[0]) and bool(parts[1]) and parts[0] != parts[1]) or numbered
+
+
+def _words(segments: Iterable[str]) -> set[str]:
+    return {word.lower() for segment in segments for word in _WORD.findall(segment)}
+
+
+def _parts(words: set[str]) -> set[int]:
+    return {i for i, part in enumerate(PARTS) if part & words}
 
 
 def _best(
@@ -216,18 +227,31 @@ def _best(
 def _common_names(
     joined: Sequence[tuple[Stem, Stem]], holders: Mapping[Stem, Sequence[int]]
 ) -> dict[Stem, Stem]:
-    """The one name of every stem that has several."""
+    """The one name of every stem that has several, as far as possible one client's all through.
+
+    A client counts more that has no wrappers, then one whose names most have, one whose names say
+    more of the model's parts (as newer libraries do), and one with fewer other segments.
+    """
     circles: list[set[Stem]] = []
     for pair in joined:
         kin = [circle for circle in circles if circle & set(pair)]
         circles = [c for c in circles if c not in kin] + [set(pair).union(*kin)]
+    spelt: dict[int, list[Stem]] = defaultdict(list)
+    for stem in {stem for circle in circles for stem in circle}:
+        for i in holders[stem]:
+            spelt[i].append(stem)
+
+    def standing(i: int) -> tuple[int, ...]:
+        segments = [segment for stem in spelt[i] for segment in stem.segments]
+        parts = sum(bool(_parts(_words([segment]))) for segment in segments)
+        followed = sum(len(holders[stem]) for stem in spelt[i])
+        return -len(WRAPPERS & set(segments)), followed, parts, parts - len(segments), -i
+
     names: dict[Stem, Stem] = {}
-    for circle in circles:
-        usual = max(
-            circle,
-            key=lambda s: (not WRAPPERS & set(s.segments), len(holders[s]), -holders[s][0]),
-        )
-        names |= dict.fromkeys(circle, usual)
+    for i in sorted(spelt, key=standing):  # the best last
+        for stem in spelt[i]:
+            circle = next(circle for circle in circles if stem in circle)
+            names |= dict.fromkeys(circle, stem)
     return names
 
 

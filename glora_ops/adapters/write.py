@@ -71,7 +71,7 @@ def write_adapter(
     )
     (rank,) = ranks
     tensors: dict[str, Tensor] = {}
-    entries, tied = layout["modules"], layout["tied"]
+    entries, tied = layout["modules"], layout.get("tied", {})  # older states have less
     # Tied once more and exactly: their own solutions agree up to rounding only.
     factors = {
         name: (factors[tied[name]][1].mT, factors[tied[name]][0].mT) if name in tied else pair
@@ -103,7 +103,7 @@ def write_adapter(
     modules_to_save: set[str] = set()
     for name, tensor in (dense or {}).items():
         owners = saved_by(name, layout["modules_to_save"])
-        owned = owners or name in layout["base_copies"] or name in tied
+        owned = owners or name in layout.get("base_copies", []) or name in tied
         require(bool(owned), f"dense[{name!r}]", "no owner", "one of modules_to_save")
         modules_to_save.update(owners)
         tensors[PREFIX + name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -114,7 +114,7 @@ def write_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": layout["task_type"],
-        "auto_mapping": layout["auto_mapping"],
+        "auto_mapping": layout.get("auto_mapping"),
         "base_model_name_or_path": layout["base_model"],
         "revision": layout["revision"],
         "inference_mode": True,
@@ -129,7 +129,7 @@ def write_adapter(
         "init_lora_weights": True,
         "fan_in_fan_out": any(entries[name]["fan_in_fan_out"] for name in factors),
         "target_modules": sorted(in_modules.keys() - tied),
-        "exclude_modules": exactly(in_modules) if layout["exact"] and in_modules else None,
+        "exclude_modules": exactly(in_modules) if layout.get("exact") and in_modules else None,
         "ensure_weight_tying": bool(tied),
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
