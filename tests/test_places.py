@@ -161,7 +161,14 @@ def kohya_file(pipeline: Pipeline, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", [diffusers_file, kohya_file])
+def model_file(pipeline: Pipeline, path: Path) -> Path:
+    """As diffusers saves the adapter of one model: no part's name before the keys."""
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(pipeline.raw)}
+    save_file(pipeline.tensors(), path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("form", [diffusers_file, model_file, kohya_file])
 def test_lora_in_one_file_is_what_it_was_in_a_folder(form: Any, tmp_path: Path) -> None:
     pipelines = [Pipeline(tmp_path / f"p{i}", i) for i in range(2)]
     files = [form(p, tmp_path / f"{i}.safetensors") for i, p in enumerate(pipelines)]
@@ -175,6 +182,7 @@ def test_lora_in_one_file_is_what_it_was_in_a_folder(form: Any, tmp_path: Path) 
             state.modules[name].update, plain.modules[name].update, strict=True
         ):
             assert torch.equal(ours, theirs)
+    assert "conv2d" in glora("inspect", files[0]).output
     if form is diffusers_file:
         stored = state.modules["text_encoder.fc"].update
         torch.testing.assert_close(stored[0] @ stored[1], 2 * torch.ones(4, 5))  # 4/2 · 2 · ½

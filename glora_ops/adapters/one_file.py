@@ -27,7 +27,7 @@ __all__ = ["OneFile", "read_one_file"]
 
 METADATA = "lora_adapter_metadata"
 #: Parts of a pipeline whose modules are called by their own names; others keep the part's.
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "")  # the last: a file of one model, saved by itself
 _KOHYA = {
     "lora_unet": "unet", "lora_transformer": "transformer", "lora_te": "text_encoder",
     "lora_te1": "text_encoder", "lora_te2": "text_encoder_2",
@@ -96,12 +96,13 @@ def _diffusers(stored: Stored, text: str) -> OneFile:
         return OneFile({}, {}, "", [problem])
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     for key in stored.tensors:
-        part, _, rest = key.partition(".")
+        part, _, rest = ("", "", key) if "r" in config else key.partition(".")
         parts[part][PREFIX + rest] = key
     modules: dict[str, Module] = {}
     problems: list[Refusal] = []
     for part, keys in sorted(parts.items()):
-        inside = {k[len(part) + 1 :]: v for k, v in config.items() if k.startswith(part + ".")}
+        before = part + "." if part else ""
+        inside = {k.removeprefix(before): v for k, v in config.items() if k.startswith(before)}
         settings, found = judge_settings({"peft_type": "LORA"} | inside, stored.client, METADATA)
         problems += found
         if settings is not None and not found:
@@ -186,7 +187,9 @@ def _add(
 
 def _remark(what: str, parts: list[str]) -> str:
     called = [
-        f"{part} by the names of its own modules" if part in DENOISERS else f"{part} behind {part}."
+        f"{part or 'one model'} by the names of its own modules"
+        if part in DENOISERS
+        else f"{part} behind {part}."
         for part in parts
     ]
     return f"read as {what}, not a PEFT folder: {', '.join(called)}"

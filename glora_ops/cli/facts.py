@@ -30,10 +30,21 @@ STATE_NAME = "server.safetensors"
 
 
 def find_state(path: Path) -> Path | None:
-    """The state file that `path` is or holds; None where it can only be an adapter folder."""
+    """The state file that `path` is or holds; None where it can only be an adapter."""
     if path.is_file():
-        return path
+        return None if _is_other_safetensors(path) else path
     return path / STATE_NAME if (path / STATE_NAME).is_file() else None
+
+
+def _is_other_safetensors(path: Path) -> bool:
+    """Whether a file is a sound one of safetensors, but no state."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "glora" not in (file.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def state_facts(state: State) -> dict[str, Any]:
@@ -194,6 +205,8 @@ def print_clients(facts: Mapping[str, Any]) -> None:
         )
     to = console()
     to.print(rows)
+    meaning = "align: how much of the update lies in the state's spaces; share: of its energy"
+    to.print(meaning, style="dim")
     origin = {
         "num_examples": "weights: num_examples of the clients' glora.json",
         "equal": "weights: equal, because not every client has a glora.json with num_examples",
@@ -210,7 +223,7 @@ def _count(n: int, noun: str) -> str:
 
 def load_state(path: Path) -> State:
     """The state in a file, or in a folder as `glora aggregate` writes it."""
-    found = find_state(path)
+    found = path if path.is_file() else find_state(path)
     require(
         found is not None,
         "state",
