@@ -62,7 +62,7 @@ def what_else(path: Path) -> Refusal | None:
             found = "a file that holds no safetensors"
             remedy = "name a folder, or a LoRA file that carries its configuration"
         return Refusal(
-            "a file, not an adapter folder", None, path.name, None, found, expected, remedy
+            "a file, not an adapter folder", None, str(path), None, found, expected, remedy
         )
     if not path.is_dir():
         found = f"nothing at {str(path)!r}"
