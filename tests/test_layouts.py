@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapter_folders import assert_names_everything, edit_config, edit_tensors, refused
 from peft_models import Base
+from safetensors.torch import save_file
 from torch import nn
 
 from glora_ops import State
@@ -106,6 +107,32 @@ def test_a_stack_of_another_number_of_experts_is_refused(tmp_path: Path) -> None
     edit_config(other, r=2)
     with pytest.raises(Refused, match=r"another number of experts; found experts = 8"):
         aggregate_adapters([one, other], rank=8)
+
+
+def one_by_one(folder: Path, seed: int) -> Path:
+    """A Mixtral client as transformers 4 names its modules; loading it, PEFT makes stacks."""
+    experts = [f"experts.{e}.{w}" for e in range(4) for w in ("w1", "w2", "w3")]
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for module in ("gate", *experts):
+            path = f"base_model.model.model.layers.{layer}.block_sparse_moe.{module}"
+            d_out, d_in = (4, 32) if module == "gate" else (32, 24) if "w2" in module else (24, 32)
+            tensors[path + ".lora_A.weight"] = torch.randn(2, d_in, generator=g)
+            tensors[path + ".lora_B.weight"] = torch.randn(d_out, 2, generator=g)
+    models.adapt(folder, models.mixtral, seed, r=2, target_modules=["q_proj"])
+    edit_config(folder, target_modules=["gate", "w1", "w2", "w3"])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_experts_one_by_one_are_modules_and_no_stacks(tmp_path: Path) -> None:
+    clients = [one_by_one(tmp_path / f"c{i}", i) for i in range(2)]
+    merged(clients, tmp_path)
+    models.assert_served(models.mixtral, tmp_path / "r16", clients)
+    stack = models.adapt(tmp_path / "s", models.mixtral, 3, r=2, target_modules="all-linear")
+    with pytest.raises(Refused, match="the experts are stored in another form; found a stack"):
+        aggregate_adapters([*clients, stack], rank=4)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.base_layer.weight"])

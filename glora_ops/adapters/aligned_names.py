@@ -37,7 +37,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }
-MAX_STEMS = 256
+MAX_STEMS = 512  # that some client lacks; pairs of them are compared
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 Segments = tuple[str, ...]
@@ -76,12 +76,13 @@ def align_names(
         Clients whose layers may or may not be those of others.
     """
     held = [_held(adapter) for adapter in adapters]
-    if len(adapters) < 2 or max(len(stems) for stems in held) > MAX_STEMS:
-        return list(adapters), []
     holders: dict[Stem, list[int]] = defaultdict(list)
     for i, stems in enumerate(held):
         for stem in stems:
             holders[stem].append(i)
+    holders = {stem: having for stem, having in holders.items() if len(having) < len(adapters)}
+    if not 2 <= len(holders) <= MAX_STEMS:
+        return list(adapters), []
     joined, doubtful = _pairs(adapters, held, holders)
     problems = [] if base is not None else [*_doubts(adapters, holders, doubtful)]
     aligned = list(adapters)
@@ -139,9 +140,9 @@ def _pairs(
         ):
             continue
         told = {
-            _selects(adapters[i], there, rest)
+            _selects(adapter, there, rest)
             for here, there in ((one, other), (other, one))
-            for i in holders[here]
+            for adapter in _configured(adapters[i] for i in holders[here])
             for rest in common
         }
         within = len(common) == min(len(parts[one]), len(parts[other]))
@@ -165,6 +166,11 @@ def _pairs(
         if {frozenset((i, j)) for i in holders[pair[0]] for j in holders[pair[1]]} <= together
     ]
     return joined, doubtful + ambiguous
+
+
+def _configured(adapters: Iterable[Adapter]) -> Iterable[Adapter]:
+    """One adapter of each configuration, as far as it chooses modules."""
+    return {(a.targets, a.modules_to_save): a for a in adapters}.values()
 
 
 def _selects(adapter: Adapter, stem: Stem, rest: str) -> str:

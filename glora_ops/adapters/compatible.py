@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[in
         *_other_modules(adapters),
         *_other_dense(adapters),
         *_other_stacks(adapters),
+        *_other_experts(adapters),
         *_saved_and_adapted(adapters),
         *_tied_elsewhere(adapters),
     ]
@@ -275,6 +277,32 @@ def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
                     ", ".join(sorted(names)),
                     f"one parameter in all clients, or several of {', '.join(ORDER)}",
                     "aggregate the clients that adapt one of them separately",
+                ),
+            )
+
+
+def _other_experts(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Experts as modules of their own, as transformers 4 has them, beside stacks of experts."""
+    forms: list[tuple[int, str, str]] = []
+    for i, adapter in enumerate(adapters):
+        for name, m in adapter.modules.items():
+            if m.kind == "expert" or re.search(r"(^|\.)experts\.[0-9]+\.", name):
+                forms.append((i, "a stack" if m.kind == "expert" else "modules one by one", name))
+                break
+    usual = _usual([form for _, form, _ in forms] or [None])
+    for i, form, name in forms:
+        if form != usual:
+            yield (
+                i,
+                Refusal(
+                    "the experts are stored in another form",
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    PREFIX + name,
+                    form,
+                    f"{usual} like the other clients",
+                    "save all clients with one version of transformers: load this one with PEFT "
+                    "under the version of the others and save it again",
                 ),
             )
 
