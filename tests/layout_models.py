@@ -82,6 +82,7 @@ class Towers(nn.Module):
         self.tower = nn.ModuleDict(
             {"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(8, 8)}) for _ in range(24))}
         )
+        self.single_layers = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(8, 8)})])
 
 
 def towers() -> nn.Module:

@@ -107,6 +107,10 @@ APART: dict[str, tuple[Base, list[dict[str, Any]]]] = {
         models.llama,
         [{"target_modules": ["q_proj"], "layers_to_transform": [layer]} for layer in (0, 1)],
     ),
+    "single and double": (
+        models.towers,
+        [{"target_modules": r"layers\.0\.fc"}, {"target_modules": r"single_layers\.0\.fc"}],
+    ),
     "down and up": (
         models.unet,
         [{"target_modules": ["down_blocks.0"]}, {"target_modules": ["up_blocks.0"]}],

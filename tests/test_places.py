@@ -62,6 +62,8 @@ def test_checkpoints_of_one_name_are_merged_updated_and_weighed(tmp_path: Path) 
     glora("aggregate", "--update", out, "--add", f"cyd={clients[2]}", "--weights", 2,
           "--remove", "run1/checkpoint-5", "-o", new)  # fmt: skip
     models.assert_mean(models.llama, new / "r4", [clients[0], clients[2]], [3, 2])
+    compared = glora_json("compare", *clients)["clients"]
+    assert [c["name"] for c in compared] == [f"run{i}/checkpoint-5" for i in range(3)]
     again = update_adapters(aggregate_adapters(clients[:2], rank=4), add=[clients[1]])
     assert again.clients == ("run0/checkpoint-5", "run1/checkpoint-5")
 

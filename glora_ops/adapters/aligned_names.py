@@ -154,7 +154,7 @@ def _pairs(
             continue
         if "selected" in told or (one.indexed and within and wrapped and told == {"left out"}):
             scores[one, other] = score
-        elif one.indexed and within:
+        elif one.indexed and within and not _qualified(one.segments, other.segments):
             doubtful.append((one, other))
         elif not one.indexed:
             loose.append((one, other))
@@ -194,11 +194,22 @@ def _wrapped(one: Segments, other: Segments) -> bool:
 
 def _apart(one: Segments, other: Segments) -> bool:
     """Whether the segments that differ name different parts of a model, or numbered ones."""
-    words = [_words(Counter(a) - Counter(b)) for a, b in ((one, other), (other, one))]
+    words = _differing(one, other)
     parts = [_parts(found) for found in words]
     differing = words[0] ^ words[1]
     numbered = bool(words[0] & words[1]) and all(len(w) == 1 or w.isdecimal() for w in differing)
     return (bool(parts[0]) and bool(parts[1]) and parts[0] != parts[1]) or numbered
+
+
+def _qualified(one: Segments, other: Segments) -> bool:
+    """Whether a segment has a word more in one of them: ``blocks`` and ``single_blocks``."""
+    words = _differing(one, other)
+    return all(words) and (words[0] < words[1] or words[1] < words[0])
+
+
+def _differing(one: Segments, other: Segments) -> list[set[str]]:
+    """Words of the segments that are not in both."""
+    return [_words(Counter(a) - Counter(b)) for a, b in ((one, other), (other, one))]
 
 
 def _words(segments: Iterable[str]) -> set[str]:

@@ -55,9 +55,10 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             check_values,
             inspect_adapter,
         )
+        from ..adapters.places import find_places
         from .measure import compare_clients
 
-        inspected = [inspect_adapter(folder) for folder in clients]
+        inspected = [inspect_adapter(place) for place in find_places(clients)]
         adapters, doubts = align_names([a for a, _ in inspected if a is not None], base)
         problems = [problem for _, found in inspected for problem in found]
         problems += [problem for _, problem in doubts]
