@@ -10,7 +10,7 @@ of its own, named after its parameter and its place.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -39,6 +39,7 @@ ORDER = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias",
 )  # fmt: skip
 MAX_EXPERTS = 4096
+MAX_CANDIDATES = 64  # parameters that one pair could belong to
 _WRAPPED = ".base_layer"
 
 
@@ -81,14 +82,21 @@ def owners(
         levels[holder][depth] = path
     parameters: dict[str, str] = {}
     unclear: dict[str, tuple[str, ...]] = {}
+    heads: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for target in settings.target_parameters:
+        head, _, short = target.rpartition(".")
+        heads[head.rpartition(".")[2]].append((head, short))
+    bare = sorted({short for _, short in heads.pop("", [])})
     for holder, found in levels.items():
-        named, bare = _candidates(holder, settings.target_parameters)
+        told = heads.get(holder.rpartition(".")[2], ())
+        named = sorted({short for head, short in told if ends_with(holder, head)})
         only_bare = len(found) == 1 and not named
         if only_bare and (not bare or _is_module(holder, rows[found[max(found)]], settings)):
             if max(found):
                 unclear[found[max(found)]] = ()
             continue
         short = named if len(named) >= len(found) else sorted({*named, *bare})
+        short = short if len(short) <= MAX_CANDIDATES else []
         outermost_first = [found[depth] for depth in sorted(found)]
         fitting = _fitting(holder, short, [rows[p] for p in reversed(outermost_first)], settings)
         if len(fitting) == 1 and max(found) == len(found) - 1:
@@ -99,17 +107,15 @@ def owners(
     return parameters, unclear
 
 
-def _candidates(holder: str, targets: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Parameters `holder` could have by `targets`: named with their module, and without."""
-    split = [target.rpartition(".")[::2] for target in targets]
-    named = {short for head, short in split if head and ends_with(holder, head)}
-    return sorted(named), sorted({short for head, short in split if not head} - named)
+def _rank(settings: LoraSettings, path: str) -> float:
+    """The declared rank, 0 where looking it up could take long."""
+    return settings.ranks[path] if settings.ranks.affords(path) else 0.0
 
 
 def _is_module(holder: str, rank: int, settings: LoraSettings) -> bool:
     """Whether the only pair of `holder` is rather that of a module."""
     selected = settings.targets.selects(holder)
-    return rank == settings.ranks[holder] if selected is None else selected
+    return rank == _rank(settings, holder) if selected is None else selected
 
 
 def _fitting(
@@ -125,7 +131,7 @@ def _fitting(
         if all(
             rank >= 1 and n % rank == 0
             for n, name in zip(rows, chosen, strict=True)
-            for rank in [settings.ranks[f"{holder}.{name}"]]
+            for rank in [_rank(settings, f"{holder}.{name}")]
         )
     ]
 

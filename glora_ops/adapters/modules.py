@@ -247,21 +247,18 @@ def _tied(
     """What ``ensure_weight_tying`` makes PEFT store once more without naming it, by shapes."""
     if not settings.ensure_weight_tying:
         return {}
-    pairs = [
-        (copy.name, one.name)
-        for one in modules.values()
+    embeddings = {
+        (m.d_in, m.d_out, m.rank): m.name for m in modules.values() if m.kind == "embedding"
+    }
+    tied = {
+        copy.name: embeddings[copy.d_out, copy.d_in, copy.rank]
         for copy in modules.values()
-        if (one.kind, copy.kind) == ("embedding", "linear")
-        and (one.d_in, one.d_out, one.rank) == (copy.d_out, copy.d_in, copy.rank)
+        if copy.kind == "linear"
+        and (copy.d_out, copy.d_in, copy.rank) in embeddings
         and settings.targets.selects(copy.name) is not True
-    ]
-    pairs += [
-        (copy.name, one.name)
-        for one in dense.values()
-        for copy in others
-        if copy.shape == one.shape
-    ]
-    return dict(reversed(pairs))
+    }
+    saved = {tensor.shape: tensor.name for tensor in dense.values()}
+    return tied | {copy.name: saved[copy.shape] for copy in others if copy.shape in saved}
 
 
 def saved_by(tensor: str, modules_to_save: Iterable[str]) -> list[str]:

@@ -244,3 +244,15 @@ def test_killed_in_the_middle(work: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert everything(work / "out") == before
+
+
+def test_what_is_suggested_exists_and_what_is_written_says_what_it_holds(work: Path) -> None:
+    said = glora("aggregate", *CLIENTS, "-o", "low", "--rank", 3).output
+    assert "next: glora readout low -r 3 -o ADAPTER_DIR" in said
+    facts = glora_json(
+        "aggregate", *CLIENTS, "-o", "whole", "--rank", UNION, "--readout", f"1,{UNION}"
+    )
+    assert facts["energy"][str(UNION)] == 1
+    assert 0 < facts["energy"]["1"] < 1
+    again = glora_json("readout", "whole", "-r", 1, "-o", "one")
+    assert again["energy"] == facts["energy"]["1"]
