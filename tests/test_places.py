@@ -184,7 +184,9 @@ def test_lora_in_one_file_is_what_it_was_in_a_folder(form: Any, tmp_path: Path) 
             state.modules[name].update, plain.modules[name].update, strict=True
         ):
             assert torch.equal(ours, theirs)
-    assert "conv2d" in glora("inspect", files[0]).output
+    said = glora("inspect", files[0]).output
+    assert "conv2d" in said
+    assert "note: read as a " in said
     if form is diffusers_file:
         stored = state.modules["text_encoder.fc"].update
         torch.testing.assert_close(stored[0] @ stored[1], 2 * torch.ones(4, 5))  # 4/2 · 2 · ½
