@@ -135,9 +135,21 @@ def unequal(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
     return refusals
 
 
-def base_copies(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """The base weights that clients saved and agree on (`check_base_copies`), the first copy."""
-    holders: dict[str, Adapter] = {}
-    for adapter in reversed(adapters):
-        holders |= dict.fromkeys(adapter.base_copies, adapter)
-    return {name: holder.dense_tensor(name) for name, holder in sorted(holders.items())}
+def base_copies(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], list[str]]:
+    """The base weights that clients saved and agree on (`check_base_copies`), the first copy.
+
+    With a sentence on each that not all clients saved.
+    """
+    holders: dict[str, list[Adapter]] = defaultdict(list)
+    for adapter in adapters:
+        for name in adapter.base_copies:
+            holders[name].append(adapter)
+    copies = {name: having[0].dense_tensor(name) for name, having in sorted(holders.items())}
+    remarks = [
+        f"{name}: {len(holders[name])} of {len(adapters)} clients saved a copy of the base weight "
+        f"({', '.join(a.name for a in holders[name][:3])}), which is written; whether the others' "
+        "base is the same cannot be told"
+        for name in copies
+        if len(holders[name]) < len(adapters)
+    ]
+    return copies, remarks

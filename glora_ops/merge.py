@@ -205,6 +205,7 @@ def merge(
     names = [adapter.name for adapter in adapters]
     holders = dense_holders(adapters)
     means = dense_means(adapters, holders, voices, tell)
+    copies, uneven = base_copies(adapters)
 
     def tell_modules(done: int, total: int) -> None:
         release_freed()  # a tenth of the time, and memory stays that of a few modules
@@ -221,7 +222,7 @@ def merge(
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,
-        "remarks": [f"{a.name}: {remark}" for a in adapters for remark in a.remarks],
+        "remarks": [*(f"{a.name}: {remark}" for a in adapters for remark in a.remarks), *uneven],
         "dense_from": {
             name: [names[i] for i in having]
             for name, having in holders.items()
@@ -231,7 +232,7 @@ def merge(
     return replace(
         state,
         settings=state.settings | recorded,
-        dense=means | base_copies(adapters),
+        dense=means | copies,
         layout=adapter_layout(adapters, base),
         record={
             "arguments": {"dense": dense, "base": base}

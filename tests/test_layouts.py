@@ -173,6 +173,10 @@ def test_an_extended_vocabulary_is_written_out(adapted: list[str], tmp_path: Pat
     )
     ours, theirs = (getattr(x, "base_layer", x).weight for x in (ours, theirs))
     assert torch.equal(ours, theirs)
+    assert state.settings["remarks"] == []
+    plain = models.adapt(tmp_path / "plain", extended(7), 3, r=2, target_modules=["q_proj"])
+    (remark,) = merged([clients[0], plain], tmp_path, 8).settings["remarks"][:1]
+    assert "1 of 2 clients saved a copy of the base weight (c0), which is written" in remark
 
 
 def test_extended_rows_that_differ_are_refused(tmp_path: Path) -> None:
