@@ -84,19 +84,19 @@ def owners(
     unclear: dict[str, tuple[str, ...]] = {}
     heads: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for target in settings.target_parameters:
-        head, _, short = target.rpartition(".")
-        heads[head.rpartition(".")[2]].append((head, short))
-    bare = sorted({short for _, short in heads.pop("", [])})
+        head, _, parameter = target.rpartition(".")
+        heads[head.rpartition(".")[2]].append((head, parameter))
+    bare = sorted({parameter for _, parameter in heads.pop("", [])})
     for holder, found in levels.items():
         told = heads.get(holder.rpartition(".")[2], ())
-        named = sorted({short for head, short in told if ends_with(holder, head)})
+        named = sorted({parameter for head, parameter in told if ends_with(holder, head)})
         only_bare = len(found) == 1 and not named
         if only_bare and (not bare or _is_module(holder, rows[found[max(found)]], settings)):
             if max(found):
                 unclear[found[max(found)]] = ()
             continue
-        short = named if len(named) >= len(found) else sorted({*named, *bare})
-        short = short if len(short) <= MAX_CANDIDATES else []
+        candidates = named if len(named) >= len(found) else sorted({*named, *bare})
+        short = candidates if len(candidates) <= MAX_CANDIDATES else []
         outermost_first = [found[depth] for depth in sorted(found)]
         fitting = _fitting(holder, short, [rows[p] for p in reversed(outermost_first)], settings)
         if len(fitting) == 1 and max(found) == len(found) - 1:
