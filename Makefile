@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-kernels test-deep test-deployment test-gpu bench bench-gpu lint clean help
+.PHONY: demo test crash fuzz test-kernels test-deep test-deployment test-gpu bench bench-gpu lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -46,8 +46,17 @@ lint: $(READY)
 test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --hypothesis-profile=deep tests/test_aggregate.py tests/test_invariance.py
 
+crash: $(READY)  ## glora killed 240 times at arbitrary moments, and what is left; some minutes
+	$(BIN)/python tests/crash/kills.py
+
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl
+
+SEED ?= 0
+COUNT ?= 100000
+
+fuzz: $(READY)  ## COUNT odd inputs of SEED for every parser and the command line; ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seed $(SEED) --count $(COUNT) --jobs $(JOBS)
 
 bench: $(READY)  ## glora beside its peers, interleaved; JSON, then docs/performance.md from it
 	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json

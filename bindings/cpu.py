@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from glora_ops import scratch, tall
+from glora_ops import eigen, scratch, tall
 from glora_ops.canonical import Balanced, Forms, canonical_forms
 from glora_ops.isolation import all_threads, keep_freed
 from glora_ops.ragged import Ragged
@@ -17,8 +17,11 @@ from glora_ops.solver import fill
 
 __all__ = ["CpuVocabulary"]
 
-# Entries within 2^40 (fp32) or 2^300 (fp64) leave every product in range as they are.
-SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**300}
+# Rows whose largest entries are zero or within 2^±30 (fp32) or 2^±100 (fp64) leave every product,
+# and every product of two products, in range as they are.
+SAFE = {torch.float32: 2.0**30, torch.float64: 2.0**100}
+# More than any binary exponent of a product of two numbers, and its inverse.
+FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
 # Multiply-adds from which a product is worth more than one thread.
@@ -36,15 +39,15 @@ def _working(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
-def _is_safe(x: Tensor) -> bool:
+def _peaks(x: Tensor) -> Tensor:
+    """(L, N) fp64: each row's largest modulus."""
     with _threads(x.numel()):
-        low, high = torch.aminmax(x)
-    return bool(torch.maximum(-low, high) <= SAFE[x.dtype])
+        return torch.linalg.vector_norm(x, torch.inf, dim=-1).double()
 
 
-def _exponent(x: Tensor) -> Tensor:
-    """(L, N) int32: binary exponent of each row's largest entry."""
-    return torch.frexp(x.abs().amax(-1)).exponent
+def _are_safe(peaks: Tensor, dtype: torch.dtype) -> bool:
+    safe = SAFE[dtype]
+    return bool(((peaks == 0) | ((peaks >= 1 / safe) & (peaks <= safe))).all())
 
 
 def _power(exponent: Tensor) -> Tensor:
@@ -104,20 +107,31 @@ class CpuVocabulary:
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)
-        if _is_safe(x):
-            return x, torch.ones(x.shape[:-1], dtype=torch.float64)
-        exponent = _exponent(x)
+        peaks = _peaks(x)
+        if _are_safe(peaks, x.dtype):
+            return x, torch.ones_like(peaks)
+        exponent = torch.frexp(peaks).exponent
         return (x * _power(-exponent)[..., None]).to(x.dtype), _power(exponent)
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, a = _working(b), _working(a)
         dtype = torch.promote_types(b.dtype, a.dtype)
         b, a = b.to(dtype), a.to(dtype)
-        if _is_safe(b) and _is_safe(a):
-            return b, a, torch.ones(b.shape[:-1], dtype=torch.float64)
-        half = (_exponent(b) - _exponent(a)).div(2, rounding_mode="floor")
-        down, up = _power(-half)[..., None], _power(half)
-        return (b * down).to(dtype), (a * up[..., None]).to(dtype), up
+        peaks_b, peaks_a = _peaks(b), _peaks(a)
+        one = peaks_b.new_ones(len(b), ragged.clients)
+        if _are_safe(peaks_b, dtype) and _are_safe(peaks_a, dtype):
+            return b, a, torch.ones_like(peaks_b), one
+        alive = (peaks_b > 0) & (peaks_a > 0)
+        of_b, of_a = (torch.frexp(peaks).exponent for peaks in (peaks_b, peaks_a))
+        # The loudest pair of every client ends near one; places without a pair do not count. An
+        # even exponent is shared out evenly, so that balancing rounds as it would have.
+        product = ragged.pad(torch.where(alive, of_b + of_a + FAR, 0)[..., None]).amax((-2, -1))
+        size = torch.where(product > 0, (product - FAR).div(2, rounding_mode="floor") * 2, 0)
+        half = (of_b - of_a + ragged.spread(size)).div(2, rounding_mode="floor")
+        down = _power(-half) * alive
+        up = _power(half - ragged.spread(size)) * alive
+        b, a = ((x * by[..., None]).to(dtype) for x, by in ((b, down), (a, up)))
+        return b, a, torch.where(alive, _power(half), 1.0), one * _power(size)
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         modules, _, d = rows.shape
@@ -217,10 +231,10 @@ class CpuVocabulary:
         return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        lam, vec = torch.linalg.eigh(g)
+        lam, vec = eigen.eigh(g)
         # LAPACK's columns keep their strides in a flip, and MKL is five times slower on those.
         return lam.flip(-1).clamp_(min=0), vec.flip(-1).contiguous()
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, s, yh = torch.linalg.svd(c)
+        x, s, yh = eigen.svd(c)
         return x, s, yh.mT

@@ -17,7 +17,7 @@ from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
 from torch import Tensor
 
-from glora_ops import tall
+from glora_ops import eigen, tall
 from glora_ops.canonical import Balanced, Forms, canonical_forms
 from glora_ops.ragged import Ragged
 from glora_ops.vocabulary import working
@@ -35,9 +35,10 @@ class CudaVocabulary:
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(b.dtype, a.dtype)
-        return b.to(dtype), a.to(dtype), self.rows(b)[1]
+        _, scale = self.rows(b)
+        return b.to(dtype), a.to(dtype), scale, scale.new_ones(len(b), ragged.clients)
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         if ragged.max_rank <= sketch.MAX_RANK and rows.dtype != torch.float64:
@@ -112,12 +113,12 @@ class CudaVocabulary:
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
-            lam, vec = torch.linalg.eigh(g)
+            lam, vec = eigen.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
         return launch_eigh(g)
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if c.shape[-1] > jacobi.MAX_SIZE:
-            x, s, yh = torch.linalg.svd(c)
+            x, s, yh = eigen.svd(c)
             return x, s, yh.mT
         return launch_svd(c)

@@ -113,8 +113,12 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a second one gains a fifth, and loses more when shared
     out: Path = options.out
-    shutil.rmtree(out / "runs", ignore_errors=True)
+    own = out / ".digits-demo"  # whose the folder is: what an earlier demo left is done anew
+    if out.exists() and any(out.iterdir()) and not own.exists():
+        parser.error(f"--out: {out} holds other things; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    own.touch()
+    shutil.rmtree(out / "runs", ignore_errors=True)
 
     seeds = []
     columns = (BarColumn(20), TextColumn("{task.description}"), TimeElapsedColumn())

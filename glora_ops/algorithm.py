@@ -155,7 +155,8 @@ def aggregate(
 
     With `captured` the steps are fixed beforehand and no value is looked at.
     """
-    b, a, _ = v.pair(b, a)
+    b, a, _, size = v.pair(b, a, ragged)
+    scaling = scaling * size
     left, right = Side("left", b, ragged), Side("right", a, ragged)
     route: Route
     exact = not captured and ragged.rows <= gram_route_limit(rank)
@@ -190,8 +191,8 @@ def aggregate(
         steps = best.steps
     else:
         soft = basis == "consensus"
-        hard = clients.sigma > 8 * ragged.spread(clients.noise)
-        row_votes = ragged.spread(votes) * (clients.f if soft else hard.double())
+        stored = clients.sigma > 8 * ragged.spread(clients.noise)
+        row_votes = ragged.spread(votes) * (clients.f if soft else stored.double())
         extra_u, extra_v = (x[:, :0].mT.to(working(x.dtype)) for x in (b, a))
         steps, similar = 0, None
         if soft and anchor > 0:
@@ -218,11 +219,16 @@ def aggregate(
     present = norm > 8 * U32 * scale  # a mean that cancels to rounding has nothing to hold
     loudest = ragged.pad(clients.sigma[..., None])[..., 0, 0]
     heard = (weights != 0) & (loudest > 0)
+    if basis == "projector":  # directions that exist in what is stored, and have no vote
+        silent = (clients.sigma > 8 * U32 * ragged.spread(clients.size)) & ~stored
+        limited = ragged.gather(silent.double()) > 0
+    else:
+        limited = clients.noise > tau_rel * loudest
     stats = certify(
         cut, c, sigma[..., :rank], norm, present, scale, torch.finfo(working(b.dtype)).eps / 2,
         voices=heard.sum(-1),
         rho_max=torch.where(heard, clients.size / _positive(loudest), 0.0).amax(-1),
-        info_limited=(heard & (clients.noise > tau_rel * loudest)).sum(-1),
+        info_limited=(heard & limited).sum(-1),
         effective_rank=(s > 0).sum(-1),
         power_iters=steps * one,
         krylov=(0 if exact else 1) * one,
@@ -279,19 +285,20 @@ def readout(
     root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
     b, a = words.readout(u, v, root, rank)
     if pad == "trainable":
-        columns = a.mT
-        orthonormal = fill(v * real[..., None, :].to(v.dtype), rank)
-        empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
-        fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
-        for j in range(rank):  # in order, so that a wider readout extends a narrower one
-            column = drawn = fresh[:, j].expand(*v.shape[:-2], -1)[..., None]
+        room = min(rank, s.shape[-1] + v.shape[-2])  # no direction is free from there on
+        columns, drawn = a.mT, sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
+        orthonormal = fill(v * real[..., None, :].to(v.dtype), room)
+        empty = ~fill((real.to(v.dtype))[..., None, :], room)[..., 0, :].bool()
+        for j in range(room):  # in order, so that a wider readout extends a narrower one
+            column = fresh = drawn[:, j].expand(*v.shape[:-2], -1)[..., None]
+            before = orthonormal[..., :j]
             for _ in range(2):
-                rest = orthonormal @ (orthonormal.mT @ column)
-                column = column - rest
+                column = column - before @ (before.mT @ column)
             free = torch.linalg.vector_norm(column, dim=-2, keepdim=True) > 1e-3
-            column = torch.nn.functional.normalize(torch.where(free, column, drawn), dim=-2)
+            column = torch.nn.functional.normalize(torch.where(free, column, fresh), dim=-2)
             orthonormal[..., j] = torch.where(
                 empty[..., j, None], column[..., 0], orthonormal[..., j]
             )
             columns[..., j] = torch.where(empty[..., j, None], column[..., 0], columns[..., j])
+        columns[..., room:] = torch.nn.functional.normalize(drawn[:, room:], dim=-2)
     return b, a

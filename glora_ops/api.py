@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, solve
-from .errors import GloraWarning, Refusal, Refused, require, unfit
+from .batches import Source, check_ranks, compare, directions, solve
+from .bindings.ops import Aggregate
+from .errors import GloraWarning, Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .report import notes
+from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
 from .values import value_fault
 
@@ -34,17 +34,19 @@ def aggregate(
     rank: int | str | None = None,
     *,
     captured: float = 0.9,
-    basis: str = "consensus",
+    basis: str = Aggregate.basis,
     missing: str = "zero",
     normalise: bool = True,
     names: Sequence[str] | None = None,
-    tau_rel: float = 0.1,
-    anchor: float = 1.0,
-    oversample: int = 16,
-    power_iters: int = -1,
-    tol: float = 1e-3,
+    robust: str | None = None,
+    clip: float = CLIP,
+    tau_rel: float = Aggregate.tau_rel,
+    anchor: float = Aggregate.anchor,
+    oversample: int = Aggregate.oversample,
+    power_iters: int = Aggregate.power_iters,
+    tol: float = Aggregate.tol,
     warm: State | None = None,
-    seed: int = 0,
+    seed: int = Aggregate.seed,
     max_bytes: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -65,7 +67,9 @@ def aggregate(
     scalings : sequence of float, or of mappings from module name to float, optional
         alpha/r of each client (alpha/√r for rsLoRA), 0 or of modulus 1e-30 to 1e30; 1 by default.
     rank : int, "auto" or None
-        Server rank R. None: twice the largest client rank. "auto": the smallest rank that holds
+        Server rank R, at most 1024 or 16 times the directions that there can be in a module (Σ r_i,
+        d_out or d_in), whichever is more: what lies beyond them is zero, and costs no work. None:
+        twice the largest client rank. "auto": the smallest rank that holds
         the fraction `captured` of the mean update's energy; the ranks tried are recorded in
         ``state.settings["rank_to_captured"]``.
     captured : float
@@ -81,6 +85,13 @@ def aggregate(
         ``basis="update"`` only.
     names : sequence of str, optional
         Of the clients, for messages and the report.
+    robust : {"clip", "gate", "geometric-median"}, optional
+        Against bad clients: one verdict per client from its norm and its signed cosines with the
+        others over all modules, before anything is solved (docs/reliability.md). None by default.
+        The verdict stands in ``state.settings["robust"]``; a client that is left out keeps its
+        place, with weight 0.
+    clip : float
+        With `robust`: updates longer than this many median norms are shortened to it.
     tau_rel, anchor, oversample, power_iters, tol, seed
         As `torch.ops.glora.aggregate`.
     warm : State, optional
@@ -96,7 +107,8 @@ def aggregate(
         same bits, at the disk's speed where memory is short. Takes the stack as it is stored,
         and for bf16 and fp16 once more in fp32.
     progress : callable (done, total), optional
-        Called in the calling thread after every batch of modules.
+        Called in the calling thread after every batch of modules; with `robust` first after every
+        module that is compared.
 
     Returns
     -------
@@ -111,7 +123,8 @@ def aggregate(
     Warns
     -----
     GloraWarning
-        The state holds much less than its rank could, or a cut falls into a tie.
+        The state holds much less than its rank could, a cut falls into a tie, or a client was left
+        out by `robust`.
 
     Notes
     -----
@@ -131,9 +144,9 @@ def aggregate(
     settings = check_settings(
         {
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
-            "normalise": bool(normalise), "tau_rel": tau_rel, "anchor": anchor,
+            "normalise": normalise, "tau_rel": tau_rel, "anchor": anchor,
             "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
-            "max_bytes": max_bytes,
+            "max_bytes": max_bytes, "robust": robust, "clip": clip,
         }
     )  # fmt: skip
     require(
@@ -151,16 +164,23 @@ def aggregate(
     scale = _scalings(scalings, sources, names)
     device = _device(sources, names)
     _check_values(sources, names)
+    check_ranks(sources, settings)
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
+    robust, clip = (settings.pop(k) for k in ("robust", "clip"))
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
+    folder = None if scratch is None else os.fspath(scratch)
+    if robust is not None:
+        inner = compare(sources, modules, scale, max_bytes, folder, progress, device)
+        verdict = judge(robust, inner, factor_weights, clip)
+        factor_weights, scale = _heeded(verdict, factor_weights, scale)
+        settings["robust"] = verdict.record(names) | {"clip": clip}
 
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
-            sources, modules, factor_weights, scale, missing, max_bytes,
-            None if scratch is None else os.fspath(scratch), report, warm, device,
-            rank=server_rank, **solver,
+            sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
+            device, rank=server_rank, **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
@@ -173,8 +193,21 @@ def aggregate(
         state = run(wanted or 2 * largest, progress)
     for note in notes(state):
         if note.warning:
-            warnings.warn(note.text, GloraWarning, stacklevel=2)
+            warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
     return state
+
+
+def _heeded(
+    verdict: Verdict, weights: Sequence[float], scalings: Sequence[Mapping[str, float]]
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Weights and scalings as a verdict changes them."""
+    return (
+        [w * trust for w, trust in zip(weights, verdict.trust, strict=True)],
+        [
+            {name: s * factor for name, s in of.items()}
+            for of, factor in zip(scalings, verdict.scale, strict=True)
+        ],
+    )
 
 
 def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
@@ -386,11 +419,7 @@ def _smallest_rank(
     progress: Progress | None,
 ) -> State:
     """Double the rank until the target is held, then bisect; the table of tries is recorded."""
-    rows: dict[str, int] = defaultdict(int)
-    for source in sources:
-        for name, pair in source.modules.items():
-            rows[name] += pair.rank
-    ceiling = max(rows.values())
+    ceiling = directions(sources)
     target = min(captured, 1 - 1e-6)  # what fp32 factors can certify
     tried: dict[int, State] = {}
 

@@ -9,7 +9,7 @@ is one single batch runs on all of the caller's.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .arguments import check_padding
 from .errors import require
+from .inner_products import check_pairs, inner_products
 from .isolation import workers
 from .scratch import empty, in_folder
 from .state import Factors, ModuleState, State
 
-__all__ = ["Batch", "Pair", "Source", "plan", "solve"]
+__all__ = ["Batch", "Pair", "Source", "check_ranks", "compare", "directions", "plan", "solve"]
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
 #: cache. A module may be larger alone.
@@ -94,6 +96,32 @@ class Batch:
         return len(self.modules) * sum(self.rows) * (self.d_out * b + self.d_in * a)
 
 
+def directions(sources: Sequence[Source]) -> int:
+    """The most directions that the clients can have together in any module."""
+    rows: dict[str, int] = defaultdict(int)
+    longest: dict[str, int] = {}
+    for source in sources:
+        for name, pair in source.modules.items():
+            rows[name] += pair.rank
+            longest[name] = max(pair.d_out, pair.d_in)
+    return max(min(rows[name], longest[name]) for name in rows)
+
+
+def check_ranks(
+    sources: Sequence[Source], settings: Mapping[str, Any], readouts: Sequence[int] = ()
+) -> None:
+    """Refuse ranks, of the state and of adapters to be read out, that would be mostly padding."""
+    most = directions(sources)
+    for name in ("rank", "oversample"):
+        if isinstance(settings.get(name), int):
+            check_padding(name, settings[name], most, "all clients together")
+    rank = settings.get("rank")
+    if rank is None:
+        rank = 2 * max(pair.rank for source in sources for pair in source.modules.values())
+    for readout in readouts:
+        check_padding("readout", readout, most if rank == "auto" else rank, "the state")
+
+
 def plan(sources: Sequence[Source], modules: Sequence[str], limit: int) -> list[Batch]:
     """Every module in a batch of at most `limit` working bytes, or alone; the largest first."""
     groups: dict[tuple[Any, ...], list[tuple[tuple[int, ...], str]]] = defaultdict(list)
@@ -158,16 +186,8 @@ def solve(
     on_cpu = device.type == "cpu"
     wanted = BATCH_BYTES if on_cpu else DEVICE_BATCH_BYTES
     batches = plan(sources, modules, min(wanted, max_bytes or wanted))
-    largest, threads = batches[0], torch.get_num_threads()
-    require(
-        max_bytes is None or largest.bytes <= max_bytes or (on_cpu and scratch is not None),
-        "max_bytes",
-        max_bytes,
-        f"at least {largest.bytes}, the factors of {largest.modules[0] or 'one module'!r} from "
-        f"{len(sources)} clients",
-        "raise it, leave it out, or name a folder for larger ones with scratch",
-    )
-    room = max_bytes or max(2 * largest.bytes, (threads + 1) * BATCH_BYTES)
+    threads = torch.get_num_threads()
+    room = _room(batches[0], len(sources), max_bytes, on_cpu and scratch is not None)
 
     def place(batch: Batch) -> str | None:
         return scratch if batch.bytes > room else None
@@ -213,6 +233,71 @@ def solve(
         for future in flying:
             finish(future.result())
     return done
+
+
+def compare(
+    sources: Sequence[Source],
+    modules: Sequence[str],
+    scalings: Sequence[Mapping[str, float]],
+    max_bytes: int | None,
+    scratch: str | None,
+    progress: Callable[[int, int], None] | None,
+    device: torch.device,
+) -> Tensor:
+    """(K, K) fp64: `inner_products` of the clients' updates, summed over modules.
+
+    One module at a time for each thread and in the model's order, so that no bit depends on the
+    number of threads; memory as in `solve`.
+    """
+    check_pairs(len(sources))
+    batches = [batch for name in modules for batch in plan(sources, [name], 0)]
+    largest = max(batches, key=lambda batch: batch.bytes)
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    room = _room(largest, len(sources), max_bytes, on_cpu and scratch is not None)
+
+    def stack(batch: Batch) -> list[Tensor]:
+        with in_folder(scratch if batch.bytes > room else None):
+            return _stack(sources, batch, device)
+
+    def products(batch: Batch, box: list[Tensor]) -> Tensor:
+        offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
+        scaling = [scale.get(batch.modules[0], 0.0) for scale in scalings]
+        return inner_products(b[0], a[0], offsets, torch.tensor(scaling, dtype=torch.float64))
+
+    total = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+    flying: deque[tuple[int, Future[Tensor]]] = deque()
+    done = 0
+
+    def finish() -> None:
+        nonlocal done
+        total.add_(flying.popleft()[1].result())
+        done += 1
+        if progress is not None:
+            progress(done, len(batches))
+
+    with workers(threads if on_cpu else 1) as pool:
+        for batch in batches:
+            while flying and (
+                len(flying) > threads or sum(size for size, _ in flying) + batch.bytes > room
+            ):
+                finish()
+            flying.append((batch.bytes, pool.submit(products, batch, stack(batch))))
+        while flying:
+            finish()
+    return total
+
+
+def _room(largest: Batch, clients: int, max_bytes: int | None, in_files: bool) -> int:
+    """Bytes of stacked factors that are in memory at a time."""
+    require(
+        max_bytes is None or largest.bytes <= max_bytes or in_files,
+        "max_bytes",
+        max_bytes,
+        f"at least {largest.bytes}, the factors of {largest.modules[0] or 'one module'!r} from "
+        f"{clients} clients",
+        "raise it, leave it out, or name a folder for larger ones with scratch",
+    )
+    return max_bytes or max(2 * largest.bytes, (torch.get_num_threads() + 1) * BATCH_BYTES)
 
 
 def _stack(sources: Sequence[Source], batch: Batch, device: torch.device) -> list[Tensor]:

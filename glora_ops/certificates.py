@@ -28,7 +28,8 @@ STATS = (
     "kappa_w",  # σ_R/(σ_R − σ_{R+1}) of the anchor's mean (consensus) or of W̄ (update)
     "ambiguous",  # 1 where the cut falls into a tie: the state is then one of several equals
     "rho_max",  # largest ‖B_i‖_F‖A_i‖_F/σ₁: how badly the worst client is stored
-    "info_limited",  # clients whose vote is softened by their storage precision, not by tau_rel
+    "info_limited",  # clients whose storage precision, not tau_rel, softens their vote; projector:
+    # clients with directions below their storage limit, which have no vote there
     "effective_rank",  # singular values of the state above rounding
     "storage_scale",  # S = Σ w_i|s_i|‖B_i‖_F‖A_i‖_F, the unit of rounding errors
     "power_iters",  # power iterations taken (0 on the exact route)

@@ -12,9 +12,18 @@ from torch import Tensor
 
 from .adapters.modules import DenseTensor
 from .adapters.read import TENSORS_NAME, Adapter
-from .errors import Refusal, listing, require
+from .errors import Refusal, Refusals, listing, require
+from .state import State
 
-__all__ = ["base_copies", "dense_holders", "dense_means", "unequal", "with_dense", "without_mean"]
+__all__ = [
+    "base_copies",
+    "dense_holders",
+    "dense_means",
+    "heeded",
+    "unequal",
+    "with_dense",
+    "without_mean",
+]
 
 
 def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
@@ -39,7 +48,7 @@ def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
 
 def without_mean(adapters: Sequence[Adapter], voices: Sequence[float]) -> list[Refusal]:
     """Weights saved in full whose holders' weights allow no mean."""
-    refusals: list[Refusal] = []
+    refusals = Refusals()
     for name, having in dense_holders(adapters).items():
         held = [voices[i] for i in having]
         with listing(refusals):
@@ -52,7 +61,7 @@ def _no_mean(name: str, voices: Sequence[float]) -> tuple[str, str, str, str]:
         f"weights of the clients with {name}",
         str(voices),
         "none negative, not all zero",
-        "weights saved in full can only be averaged",
+        "weights saved in full can only be averaged, over clients that no robust rule left out",
     )
 
 
@@ -65,6 +74,17 @@ def dense_holders(adapters: Sequence[Adapter]) -> dict[str, list[int]]:
     return dict(sorted(holders.items()))
 
 
+def heeded(state: State, voices: Sequence[float]) -> list[float]:
+    """Each client's voice as the verdict in a state's settings leaves it.
+
+    Full tensors are weights and no updates: what shortens an update lessens the voice here.
+    """
+    if "robust" not in state.settings:
+        return list(voices)
+    verdicts = state.settings["robust"]["clients"]
+    return [v * x["trust"] * x["scale"] for v, x in zip(voices, verdicts, strict=True)]
+
+
 def dense_means(
     adapters: Sequence[Adapter],
     holders: Mapping[str, Sequence[int]],
@@ -73,7 +93,8 @@ def dense_means(
 ) -> dict[str, Tensor]:
     """Weighted means in float64, over the clients that have the tensor, in its stored dtype.
 
-    Of a counter the largest, of other tensors that are no numbers the common one (`unequal`).
+    Of a counter the largest of those that are heard, of other tensors that are no numbers the
+    common one (`unequal`).
     """
     means = {}
     for done, (name, having) in enumerate(holders.items(), start=1):
@@ -82,7 +103,8 @@ def dense_means(
         require(total > 0, *_no_mean(name, voices))
         infos = [adapters[i].dense[name] for i in having]
         if not infos[0].dtype.is_floating_point:
-            values = (adapters[i].dense_tensor(name) for i in having)
+            heard = (i for i, voice in zip(having, voices, strict=True) if voice > 0)
+            values = (adapters[i].dense_tensor(name) for i in heard)
             means[name] = max(values) if _counts(infos[0]) else next(values)
             tell("dense", done, len(holders))
             continue

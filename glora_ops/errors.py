@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "GloraError",
     "GloraWarning",
     "Refusal",
+    "Refusals",
     "Refused",
+    "clean",
     "listing",
     "require",
     "require_all",
     "unfit",
 ]
+
+
+LONGEST = 500  # characters of a field: values come from anywhere
+
+
+def clean(text: object) -> str:
+    """`text` without control characters: names come from clients and could drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
 
 
 class GloraError(ValueError):
@@ -28,7 +38,7 @@ class GloraError(ValueError):
     """
 
     def __init__(self, message: str, refusal: Refusal | None = None) -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
 
 
@@ -50,6 +60,8 @@ class Refusal:
         The offending value and what would have been accepted.
     remedy : str
         What the reader can do about it.
+    more : int
+        How many like it are counted only (`Refusals`).
     """
 
     problem: str
@@ -59,6 +71,12 @@ class Refusal:
     found: str = ""
     expected: str = ""
     remedy: str = ""
+    more: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, str) and len(value) > LONGEST:
+                object.__setattr__(self, name, f"{value[:LONGEST]}…")
 
     def __str__(self) -> str:
         where = [
@@ -77,15 +95,67 @@ class Refusal:
             parts.append(f"expected {self.expected}")
         if self.remedy:
             parts.append(self.remedy)
+        if self.more:
+            parts.append(self.rest)
         text = "; ".join(parts)
         return f"{', '.join(where)}: {text}" if where else text
 
+    @property
+    def rest(self) -> str:
+        """How many like it are not listed."""
+        return f"and {self.more:,} more".replace(",", " ")
+
+
+_OTHERS = Refusal(
+    "further problems, of other kinds or clients, are only counted",
+    found="more than can be read",
+    expected="none",
+    remedy="mend those that are listed first",
+)
+
+
+class Refusals(list[Refusal]):
+    """Refusals in order: the first `SHOWN` of a kind in one file of one client, the rest counted.
+
+    The last one listed says how many `more` there are, so that what is kept and printed stays
+    small however much is wrong. Beyond `LISTED` altogether problems are counted as well.
+    """
+
+    SHOWN = 5
+    LISTED = 100
+
+    def __init__(self, refusals: Iterable[Refusal] = ()) -> None:
+        super().__init__()
+        self._places: dict[tuple[str | None, str | None, str], list[int]] = {}
+        self.extend(refusals)
+
+    def append(self, refusal: Refusal) -> None:
+        kind = (refusal.client, refusal.file, refusal.problem)
+        if len(self) >= self.LISTED and kind not in self._places:
+            refusal = replace(_OTHERS, more=refusal.more)
+            kind = (None, None, refusal.problem)
+        places = self._places.setdefault(kind, [])
+        if not places or (len(places) < self.SHOWN and len(self) < self.LISTED):
+            places.append(len(self))
+            super().append(refusal)
+        else:
+            last = self[places[-1]]
+            self[places[-1]] = replace(last, more=last.more + 1 + refusal.more)
+
+    def extend(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            self.append(refusal)
+
+    def __iadd__(self, refusals: Iterable[Refusal]) -> Refusals:  # type: ignore[override,misc]  # list's wants itself
+        self.extend(refusals)
+        return self
+
 
 class Refused(GloraError):
-    """Inputs were refused; every reason that could be found is listed at once, in `refusals`."""
+    """Inputs were refused; the reasons are listed at once, in `refusals`, as `Refusals` does."""
 
     def __init__(self, refusals: Iterable[Refusal]) -> None:
-        refusals = tuple(refusals)
+        refusals = tuple(Refusals(refusals))
         super().__init__("\n".join(str(r) for r in refusals))
         self.refusals = refusals
 
@@ -113,7 +183,7 @@ def unfit(
     `file` and `tensor` say where the value stands, as far as it stands in one.
     """
     return GloraError(
-        f"{name}: got {got}, expected {expected}" + (f"; {remedy}" if remedy else ""),
+        f"{name}: got {got!s:.{LONGEST}}, expected {expected}" + (f"; {remedy}" if remedy else ""),
         Refusal(f"{name} cannot be used", None, file, tensor, str(got), expected, remedy),
     )
 
@@ -128,7 +198,7 @@ def require(
 
 def require_all(*claims: tuple[bool, str, object, str]) -> None:
     """`require` for several arguments, (condition, name, got, expected) each: all are listed."""
-    refusals: list[Refusal] = []
+    refusals = Refusals()
     for claim in claims:
         with listing(refusals):
             require(*claim)

@@ -130,7 +130,7 @@ def block_krylov(
     # Exactness needs every direction above 8·u32; a later block, O Oᵀ q, cannot bring it back.
     q = whiten(o.left, start, max((4 * eps) ** 2, 1e-14), noise=o.noise)
     last = o.apply_t(q)
-    basis, images = Columns(q, steps + 1), Columns(last, steps + 1)
+    basis, images = Columns(q), Columns(last)
     h = o.right.inner(last, last)
     found = gained = 0.0
     known = 0
@@ -174,6 +174,11 @@ def block_krylov(
                     break
         w = o.left.without(basis.all, w)
         q = whiten(o.left, w, drop, size, o.noise, basis.all)
+        new = (q != 0).any(-2)[0]
+        if bool(new.any()):
+            q = q[..., new]
+        else:
+            steps = step + 1  # the space is complete, however many steps were asked for
         last = o.apply_t(q)
         basis.append(q)
         images.append(last)
@@ -218,16 +223,18 @@ def _ahead(theta: Tensor, last: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Columns:
-    """Blocks of columns side by side, (L, d, k · blocks) at most, in (L, columns, d) memory."""
+    """Blocks of columns side by side, in (L, columns, d) memory that doubles where it must."""
 
-    def __init__(self, block: Tensor, blocks: int) -> None:
+    def __init__(self, block: Tensor) -> None:
         modules, d, k = block.shape
-        self._memory = block.new_empty(modules, k * blocks, d)
+        self._memory = block.new_empty(modules, 4 * k, d)
         self._width = 0
         self.append(block)
 
     def append(self, block: Tensor) -> None:
         end = self._width + block.shape[-1]
+        if end > self._memory.shape[1]:
+            self._memory = torch.cat([self._memory, torch.empty_like(self._memory)], 1)
         self._memory[:, self._width : end] = block.mT
         self._width = end
 

@@ -49,16 +49,11 @@ class KrylovRoute:
 
     @cached_property
     def _grams(self) -> tuple[Tensor, Tensor] | None:
-        """Both N × N Gram matrices in the working precision, where they cost next to nothing.
-
-        In fp64 where squares of the rows, or products of them, might leave fp32's range.
-        """
+        """Both N × N Gram matrices in the working precision, where they cost next to nothing."""
         v, b, a = self.v, self.left.rows, self.right.rows
         if b.shape[-2] ** 2 * (b.shape[-1] + a.shape[-1]) > CHEAP:
             return None
-        if _moderate(b) and _moderate(a):
-            return v.times(b, b.mT), v.times(a, a.mT)
-        return v.inner(b.mT, b.mT), v.inner(a.mT, a.mT)
+        return v.times(b, b.mT), v.times(a, a.mT)
 
     def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
         how = self.how
@@ -115,12 +110,6 @@ class KrylovRoute:
         warm: Tensor | None = None,
     ) -> Principal:
         return principal_krylov(self.v, side, voters, rank, self.how, warm, mean.coef, other)
-
-
-def _moderate(rows: Tensor) -> bool:
-    """Whether the largest entry of every row is zero or within 2^±30."""
-    peak = torch.linalg.vector_norm(rows, torch.inf, dim=-1)
-    return bool(((peak == 0) | ((peak > 2.0**-30) & (peak < 2.0**30))).all())
 
 
 class Outside:

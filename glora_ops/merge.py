@@ -27,15 +27,18 @@ from .adapters.read import (
 )
 from .api import aggregate
 from .arguments import check_settings, check_weights
+from .batches import check_ranks
 from .dense import (
     base_copies,
     dense_holders,
     dense_means,
+    heeded,
     unequal,
     with_dense,
     without_mean,
 )
-from .errors import GloraWarning, Refusal, Refused, listing, require
+from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from .inner_products import check_pairs
 from .isolation import release_freed, workers
 from .state import State
 
@@ -88,10 +91,11 @@ def aggregate_adapters(
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
-        Called as ``progress(step, done, total)``, step being "headers", "values", "dense" or
-        "modules".
+        Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
+        "dense".
     **settings
-        Passed on to `aggregate`: normalise, tau_rel, anchor, seed, ….
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
+        factors are read once more.
 
     Returns
     -------
@@ -126,10 +130,12 @@ def merge(
     progress: Progress | None = None,
     known: Sequence[Refusal] = (),
     entries: Mapping[int, Mapping[str, Any]] | None = None,
+    readouts: Sequence[int] = (),
     **settings: Any,
 ) -> State:
     """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
 
+    `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
     is not the same any more is refused.
     """
@@ -157,9 +163,12 @@ def merge(
     with listing(common):
         settings |= check_settings(settings)
     with listing(common):
+        if settings.get("robust") is not None:
+            check_pairs(len(folders))
+    with listing(common):
         check_weights(weights, [place.name for place in places], settings)
 
-    refused: dict[int, list[Refusal]] = defaultdict(list)
+    refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
     for i, place in enumerate(places):
         adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes)
@@ -183,6 +192,7 @@ def merge(
             check_weights(voices, [adapter.name for adapter in good.values()], settings)
         common += without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
+    check_ranks(list(clients.values()), settings, readouts)
 
     digests: dict[int, str] = {}
     with workers(torch.get_num_threads()) as pool:
@@ -196,16 +206,14 @@ def merge(
     for differing in (check_base_copies, unequal):
         _note(refused, clients, differing(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
-    skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
+    # Shortened: they are kept in the state, and clients decide how long their values are.
+    skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
     if skipped:
-        warnings.warn("left out:\n" + "\n".join(skipped), GloraWarning, stacklevel=3)
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
 
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)
     names = [adapter.name for adapter in adapters]
-    holders = dense_holders(adapters)
-    means = dense_means(adapters, holders, voices, tell)
-    copies, uneven = base_copies(adapters)
 
     def tell_modules(done: int, total: int) -> None:
         release_freed()  # a tenth of the time, and memory stays that of a few modules
@@ -219,6 +227,9 @@ def merge(
         progress=tell_modules,
         **settings,
     )
+    holders = dense_holders(adapters)
+    means = dense_means(adapters, holders, heeded(state, voices), tell)
+    copies, uneven = base_copies(adapters)
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,
@@ -238,7 +249,12 @@ def merge(
             "arguments": {"dense": dense, "base": base}
             | {name: value for name, value in settings.items() if name not in ("warm", "scratch")},
             "clients": [
-                _entry(adapter, digests[i], None if weights is None else float(weights[i]))
+                _entry(
+                    adapter,
+                    places[i].named,
+                    digests[i],
+                    None if weights is None else float(weights[i]),
+                )
                 for i, adapter in clients.items()
             ],
         },
@@ -257,10 +273,11 @@ def _examine(adapter: Adapter) -> tuple[str, list[Refusal]]:
     return digest.hexdigest(), refusals
 
 
-def _entry(adapter: Adapter, digest: str, weight: float | None) -> dict[str, Any]:
+def _entry(adapter: Adapter, named: bool, digest: str, weight: float | None) -> dict[str, Any]:
     """What a state records of a client."""
     return {
         "name": adapter.name,
+        "named": named,
         "path": str(adapter.path),
         "weight": weight,
         "num_examples": adapter.num_examples,
@@ -300,7 +317,7 @@ def _changes(adapter: Adapter, digest: str, entry: Mapping[str, Any]) -> list[Re
 
 
 def _note(
-    refused: dict[int, list[Refusal]],
+    refused: Mapping[int, Refusals],
     clients: dict[int, Adapter],
     problems: Sequence[tuple[int, Refusal]],
 ) -> None:
@@ -312,7 +329,7 @@ def _note(
 
 def _settle(
     clients: dict[int, Adapter],
-    refused: dict[int, list[Refusal]],
+    refused: Mapping[int, Refusals],
     on_bad_client: str,
     common: Sequence[Refusal],
 ) -> dict[int, Adapter]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import require, unfit
+from .runtime.outputs import apart, check_free, new_file
 from .state import State
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FAINT",
     "INK",
+    "check_picture",
     "label_axes",
     "line_colours",
     "new_figure",
+    "no_picture",
+    "plain",
     "plot_adapter",
     "plot_alignment",
     "plot_state",
@@ -33,6 +37,8 @@ __all__ = [
 INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"
 HEAT = "Blues"
+MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata
+SIGNED = "RdBu"
 SUFFIXES = (".png", ".pdf", ".svg")
 
 #: Above this many modules lines are told apart by a colour bar instead of a legend.
@@ -68,11 +74,11 @@ def plot_adapter(name: str, spectra: Mapping[str, Tensor], path: str | os.PathLi
     """
     figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
-    _lines(axes, spectra)
+    _lines(axes, list(spectra.values()))
     label_axes(
-        axes, "singular value j", "σⱼ of s·B·A", f"{name}: spectra of {len(spectra)} modules"
+        axes, "singular value j", "σⱼ of s·B·A", f"{plain(name)}: spectra of {len(spectra)} modules"
     )
-    _key(figure, axes, list(spectra))
+    _key(figure, axes, list(map(plain, spectra)))
     save_figure(figure, path)
 
 
@@ -85,7 +91,7 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
     path : path
         .png, .pdf or .svg.
     """
-    names = [name or "update" for name in state.modules]
+    names = [plain(name) or "update" for name in state.modules]
     modules = list(state.modules.values())
     if state.settings["basis"] == "update":  # both sides are cut at the same singular values
         panels = [("mean update", "σⱼ of W̄", [m.eig_u for m in modules])]
@@ -96,10 +102,10 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
         ]
     figure = new_figure(4.2 * (1 + len(panels)), 4.8)
     update, *sides = figure.subplots(1, 1 + len(panels))
-    _lines(update, dict(zip(names, (m.s for m in modules), strict=True)))
+    _lines(update, [m.s for m in modules])
     label_axes(update, "singular value j", "σⱼ of the update", f"server update, rank {state.rank}")
     for axes, (title, what, values) in zip(sides, panels, strict=True):
-        _lines(axes, dict(zip(names, values, strict=True)), logarithmic=len(panels) == 1)
+        _lines(axes, values, logarithmic=len(panels) == 1)
         axes.set_xlim(right=max(axes.get_xlim()[1], state.rank + 0.9))
         axes.axvline(state.rank + 0.5, color=CUT, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -124,32 +130,38 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
 
 
 def plot_alignment(
-    names: Sequence[str], columns: Tensor, rows: Tensor, path: str | os.PathLike[str]
-) -> None:
-    """Draw two client-by-client heat maps, of column and of row spaces.
+    names: Sequence[str], columns: Tensor, rows: Tensor, cosines: Tensor,
+    path: str | os.PathLike[str],
+) -> None:  # fmt: skip
+    """Draw three client-by-client heat maps: of column spaces, of row spaces, of the updates.
 
     Parameters
     ----------
     names : sequence of str
     columns, rows : Tensor (K, K)
         Alignments from 0 to 1; NaN cells are left grey.
+    cosines : Tensor (K, K)
+        Signed, from −1 to 1.
     path : path
         .png, .pdf or .svg.
     """
     count = len(names)
     size = min(max(3.2, 0.55 * count), 10.0)
-    figure = new_figure(2 * size + 2.5, size + 1.2)
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, values, title in zip(
-        both,
-        (columns, rows),
-        ("column spaces: what the updates write", "row spaces: what they read"),
+    figure = new_figure(3 * size + 3.5, size + 1.2)
+    panels = figure.subplots(1, 3, sharey=True)
+    images = []
+    for axes, values, title, colours, least in zip(
+        panels,
+        (columns, rows, cosines),
+        ("column spaces: what the updates write", "row spaces: what they read", "signed cosines"),
+        (HEAT, HEAT, SIGNED),
+        (0, 0, -1),
         strict=True,
     ):
-        image = axes.imshow(values.numpy(), cmap=HEAT, vmin=0, vmax=1)
+        images.append(axes.imshow(values.numpy(), cmap=colours, vmin=least, vmax=1))
         axes.set_facecolor(FAINT)
         axes.set_title(title, size=11, color=INK)
-        short = [n if len(n) <= 20 else f"{n[:19]}…" for n in names]
+        short = [plain(name, 20) for name in names]
         font = max(4.0, min(9.0, 300 / count))
         axes.set_xticks(range(count), short, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), short)
@@ -161,18 +173,29 @@ def plot_alignment(
         axes.tick_params(which="minor", length=0)
         if count <= NUMBERED_CELLS:
             for (i, j), value in _cells(values):
-                ink = "white" if value > 0.6 else INK
+                ink = "white" if abs(value) > 0.6 else INK
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=8, color=ink)
-    bar = figure.colorbar(image, ax=both, shrink=0.85, pad=0.02)
-    bar.set_label("alignment (mean squared cosine)", color=INK, size=9)
-    bar.ax.tick_params(length=0, labelsize=8, colors=INK)
-    bar.outline.set_visible(False)
+    for image, beside, label in (
+        (images[0], panels[:2], "alignment (mean squared cosine)"),
+        (images[2], panels[2:], "cosine of the updates"),
+    ):
+        bar = figure.colorbar(image, ax=beside, shrink=0.85, pad=0.02)
+        bar.set_label(label, color=INK, size=9)
+        bar.ax.tick_params(length=0, labelsize=8, colors=INK)
+        bar.outline.set_visible(False)
     save_figure(figure, path)
 
 
 def _cells(values: Tensor) -> list[tuple[tuple[int, int], float]]:
     known = (~values.isnan()).nonzero().tolist()
     return [((i, j), float(values[i, j])) for i, j in known]
+
+
+def plain(name: object, most: int = 80) -> str:
+    """A name as text for a picture: no mathematics, nothing that cannot be drawn, not too long."""
+    text = "".join(c if c.isprintable() else "·" for c in str(name))
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))  # legends skip _…
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -188,10 +211,10 @@ def line_colours(count: int) -> list[Any]:
     return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
 
 
-def _lines(axes: Axes, spectra: Mapping[str, Tensor], *, logarithmic: bool = True) -> None:
+def _lines(axes: Axes, spectra: Sequence[Tensor], *, logarithmic: bool = True) -> None:
     """One line per module; what is below rounding is not drawn."""
-    top = max(float(values.max()) for values in spectra.values())
-    drawn = [values[values > FLOOR * top] for values in spectra.values()]
+    top = max(float(values.max()) for values in spectra)
+    drawn = [values[values > FLOOR * top] for values in spectra]
     for shown, colour in zip(drawn, line_colours(len(spectra)), strict=True):
         axes.plot(
             range(1, len(shown) + 1), shown.tolist(), "o-", color=colour, linewidth=1.3,
@@ -251,7 +274,9 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar.outline.set_visible(False)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+def check_picture(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise `GloraError` where no picture could be drawn to `path`; before anything is read."""
+    require_matplotlib()
     path = Path(path)
     require(
         path.suffix in SUFFIXES,
@@ -259,4 +284,29 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         repr(str(path)),
         f"a file ending in {' or '.join(SUFFIXES)}",
     )
-    figure.savefig(path, dpi=160)
+    apart(path, inputs)
+    check_free(path.resolve(), no_picture, what="file")
+
+
+def no_picture(path: Path) -> list[str]:
+    """The name of a file that glora did not draw, and does not draw over."""
+    try:
+        own = not path.is_symlink() and path.is_file() and MARK.encode() in path.read_bytes()
+    except OSError:
+        own = False
+    return [] if own else [path.name]
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a picture in one step; one that glora drew before is drawn anew.
+
+    Raises
+    ------
+    GloraError
+        For another ending than .png, .pdf or .svg, and where another file stands.
+    """
+    path = Path(path)
+    check_picture(path, ())
+    key = "Software" if path.suffix == ".png" else "Creator"
+    with new_file(path, no_picture) as partial:
+        figure.savefig(partial, dpi=160, metadata={key: MARK})

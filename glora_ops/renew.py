@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters.places import Place, find_places
+from .adapters.places import Place, find_places, is_name
 from .adapters.read import MAX_BYTES
 from .arguments import kind
 from .errors import Refusal, Refused, listing, require, unfit
@@ -32,7 +32,7 @@ def update_adapters(
     The result is to the last bit that of a fresh run over the resulting clients with the settings
     of the first. Every client's file is read again: the bases depend on all clients together, and
     only their factors tell how. What need not be given again are the folders, the weights and the
-    settings.
+    settings. Nothing is read but the folders in `add` and those that ``state.record`` names.
 
     Parameters
     ----------
@@ -77,9 +77,14 @@ def renew(
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     known: Sequence[Refusal] = (),
+    opening: Callable[[Sequence[str], Sequence[str]], None] | None = None,
     **how: Any,
 ) -> State:
-    """`update_adapters`, listing what its caller refuses already, `known`, with the rest."""
+    """`update_adapters`, listing what its caller refuses already, `known`, with the rest.
+
+    `opening` is called with the folders of recorded and of added clients, absolute, before any of
+    them is looked at.
+    """
     record = state.record
     if record is None:
         raise unfit(
@@ -100,6 +105,9 @@ def renew(
     with listing(refusals):
         require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
     kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
+    refusals += [
+        _elsewhere(name, entry["path"]) for name, entry in kept.items() if not _is_own(entry)
+    ]
     order = [name for name in entries if name in kept or name in added]
     order += [name for name in added if name not in entries]
     voices = None
@@ -117,8 +125,13 @@ def renew(
             )
     if refusals:
         raise Refused(refusals)
+    if opening is not None:
+        opening(
+            [entry["path"] for entry in kept.values()],
+            [str(place.path) for place in added.values()],
+        )
     return merge(
-        [added[n] if n in added else Place(n, Path(kept[n]["path"])) for n in order],
+        [added[n] if n in added else _place(kept[n]) for n in order],
         voices,
         entries={
             i: kept[name] | {"weights_from": state.settings["weights_from"]}
@@ -137,6 +150,31 @@ def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
         found=repr(name),
         expected=f"one of {', '.join(entries)}",
         remedy="glora inspect shows the clients of a state",
+    )
+
+
+def _place(entry: Mapping[str, Any]) -> Place:
+    return Place(entry["name"], Path(entry["path"]), named=entry.get("named", False))
+
+
+def _is_own(entry: Mapping[str, Any]) -> bool:
+    """Whether what is recorded is a client's as `find_places` calls it.
+
+    Its path, or the folder around the only adapter in it, ends in the name; or the name was given.
+    """
+    if entry.get("named", False):
+        return is_name(entry["name"])
+    path, called = Path(entry["path"]), Path(entry["name"]).parts
+    return called in (path.parts[-len(called) :], path.parent.parts[-len(called) :])
+
+
+def _elsewhere(name: str, path: str) -> Refusal:
+    return Refusal(
+        "the state records a folder that is not the client's: clients are called by their folders",
+        name,
+        found=repr(path),
+        expected=f"a folder called {name!r}, or a name that was given with NAME=DIR",
+        remedy="name the client's folder with add (--add DIR), or withdraw it",
     )
 
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import robust
+from .errors import clean
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -72,7 +75,11 @@ def lines(state: State) -> list[Line]:
             "storage limit",
             _count(limited, "client"),
             "clients whose weak directions are below the precision they were stored in, so that "
-            "their vote is softened further",
+            + (
+                "these have no vote"
+                if state.settings["basis"] == "projector"
+                else "their vote is softened further"
+            ),
         ),
     ]
 
@@ -100,6 +107,16 @@ def notes(state: State) -> list[Note]:
                 warning=True,
             )
         )
+    unheard = [name for name, m in state.modules.items() if m.stat("info_limited")]
+    if unheard and state.settings["basis"] == "projector":
+        out.append(
+            Note(
+                f"in {len(unheard)} of {len(state.modules)} modules{_some(unheard)} clients have "
+                "directions below the precision they were stored in, which have no vote: the state "
+                'does not hold them at any rank; the basis "consensus" or "update" does',
+                warning=True,
+            )
+        )
     heaviest = max(range(len(state.clients)), key=lambda i: abs(state.weights[i]))
     total = sum(abs(w) for w in state.weights)
     if len(state.clients) > 1 and abs(state.weights[heaviest]) > total / 2:
@@ -108,6 +125,8 @@ def notes(state: State) -> list[Note]:
                 f"{state.clients[heaviest]} has {state.weights[heaviest] / total:.0%} of the weight"
             )
         )
+    if "robust" in state.settings:
+        out += [Note(*said) for said in robust.say(state.settings["robust"], state.clients)]
     silent = _silent_clients(state)
     if silent:
         out.append(
@@ -127,6 +146,15 @@ def notes(state: State) -> list[Note]:
     for name, ratio in _loud_clients(state):
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
+        )
+    opposed = _opposed_clients(state)
+    if opposed:
+        out.append(
+            Note(
+                f"{len(opposed)} of {len(state.clients)} clients pull against the mean"
+                f"{_some(opposed)}: their updates have a negative inner product with the server's; "
+                "glora compare shows signed cosines"
+            )
         )
     partial = [name for name, m in state.modules.items() if not bool(m.present.all())]
     if partial:
@@ -176,6 +204,19 @@ def _loud_clients(state: State) -> list[tuple[str, float]]:
     ]
 
 
+def _opposed_clients(state: State) -> list[str]:
+    """Of positive weight, with a negative share of the energy, more than rounding."""
+    modules = state.modules.values()
+    held = [m.stat("captured") * m.stat("norm") ** 2 for m in modules]
+    shares = torch.stack([m.client_stat("share") for m in modules], 1)
+    energy = shares @ torch.tensor(held, dtype=shares.dtype)
+    return [
+        name
+        for name, w, mine in zip(state.clients, state.weights, energy.tolist(), strict=True)
+        if w > 0 and mine < -1e-3 * sum(held)
+    ]
+
+
 def describe(state: State) -> str:
     """All lines and notes as text."""
     header = (
@@ -185,4 +226,4 @@ def describe(state: State) -> str:
     table = lines(state)
     width = max(len(l.name) for l in table)
     body = [f"  {l.name:<{width}}  {l.value:>10}  {l.meaning}" for l in table]
-    return "\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))])
+    return clean("\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))]))

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .eigen import cholesky
 from .vocabulary import Vocabulary
 
 __all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
@@ -53,8 +54,8 @@ def orthonormalise(space: Space, y: Tensor) -> Tensor:
         alive = norm2 > 0
         scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
         unit = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(~alive * 1.0)
-        r, info = torch.linalg.cholesky_ex(unit, upper=True)
-        if bool(info.any()):
+        r, positive = cholesky(unit)
+        if not bool(positive.all()):
             return whiten(space, y, 1e-12, again=False)
         dependent = r.diagonal(dim1=-2, dim2=-1) < 1e-6
         if bool(dependent.any()):

@@ -33,8 +33,11 @@ class Vocabulary(Protocol):
         """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
         ...
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of both factors and the scale: b = scale · rows_b, a = rows_a / scale."""
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of both factors, a scale (L, N) and a size (L, K), exact powers of two.
+
+        b = scale · rows_b and a = size/scale · rows_a, but that a row with a zero partner is zero.
+        """
         ...
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:

@@ -75,8 +75,7 @@ from glora_ops.errors import Refused
         ({"modules_to_save": [""]}, ["modules_to_save = ['']"]),
         ({"base_model_name_or_path": "a\nb"}, ["base_model_name_or_path"]),
         ({"alpha_pattern": {"first": None}}, ["alpha_pattern", "finite numbers"]),
-        ({"alpha_pattern": {"(": 3}}, ["alpha_pattern", "not valid"]),
-        ({"alpha_pattern": {"(a+)+x": 3}}, ["alpha_pattern", "for ever", "in full"]),
+        ({"alpha_pattern": {"(": 3}}, ["alpha_pattern", "'('", "a ( without its )"]),
         ({"rank_pattern": [1]}, ["rank_pattern", "malformed"]),
     ],
     ids=lambda value: next(iter(value.items()))[0] if isinstance(value, dict) else "",
@@ -86,21 +85,11 @@ def test_config_refused(client: Path, change: dict[str, Any], needles: list[str]
     refused(client, CONFIG, *needles)
 
 
-def test_patterns_that_would_take_long_and_ranks_beyond_the_layer(tmp_path: Path) -> None:
-    config = {"peft_type": "LORA", "r": 30, "lora_alpha": 1}
-    long = "base_model.model." + "a." * 200 + "b"
-    for name, pattern, needle in (
-        ("x", "", "the rank is larger than the layer"), (long, ".*.*.*.?!", "could take minutes"),
-    ):  # fmt: skip
-        side = 60 if pattern else 8
-        where = tmp_path / name[-1]
-        where.mkdir()
-        pair = {"lora_A": torch.ones(30, side), "lora_B": torch.ones(side, 30)}
-        save_file({f"base_model.model.{name}.{k}.weight": x for k, x in pair.items()},
-                  where / TENSORS)  # fmt: skip
-        patterns = {"alpha_pattern": {pattern: 2.0}} if pattern else {}
-        (where / CONFIG).write_text(json.dumps(config | patterns))
-        refused(where, TENSORS, needle)
+def test_ranks_beyond_the_layer(tmp_path: Path) -> None:
+    pair = {"lora_A": torch.ones(30, 8), "lora_B": torch.ones(8, 30)}
+    save_file({f"base_model.model.x.{k}.weight": x for k, x in pair.items()}, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 30, "lora_alpha": 1}))
+    refused(tmp_path, TENSORS, "the rank is larger than the layer")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +307,16 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(client: Path) -> None:
     with (client / TENSORS).open("rb+") as file:
         file.truncate(adapter.stored.start + 100)
     with pytest.raises(Refused, match=r"client-7.*changed.*end of the file"):
+        list(pieces)
+
+
+def test_a_file_rewritten_while_it_is_read_is_noticed(client: Path) -> None:
+    """Of the same size: what has been read may be half of the old and half of the new."""
+    adapter = read_adapter(client)
+    pieces = adapter.stored.scan()
+    next(pieces)
+    (client / TENSORS).write_bytes((client / TENSORS).read_bytes())
+    with pytest.raises(Refused, match=r"client-7.*changed.*written at another time"):
         list(pieces)
 
 

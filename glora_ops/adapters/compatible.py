@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
+from ..reading import open_regular
 from .config import CONFIG_NAME
 from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX
 from .read import TENSORS_NAME, Adapter
 
 __all__ = ["adapter_layout", "check_base_copies", "check_compatible", "incompatible"]
+
+MAX_MAPPED = 16  # entries of auto_mapping; PEFT writes two
 
 
 def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> list[Refusal]:
@@ -149,8 +152,9 @@ def _agreed(mappings: Sequence[Any]) -> dict[str, str] | None:
     first = mappings[0]
     if not isinstance(first, dict) or any(mapping != first for mapping in mappings):
         return None
-    sound = all(isinstance(v, str) and v.isprintable() for v in (*first, *first.values()))
-    return dict(first) if sound else None
+    words = (*first, *first.values())
+    sound = all(isinstance(v, str) and v.isprintable() and len(v) <= 1000 for v in words)
+    return dict(first) if sound and len(first) <= MAX_MAPPED else None
 
 
 _VOUCH = "vouch for it with base=NAME (--base NAME)"
@@ -420,7 +424,7 @@ def _duplicates(
 
 def _ends(adapter: Adapter) -> Hashable:
     size = adapter.file.stat().st_size
-    with adapter.file.open("rb") as file:
+    with open_regular(adapter.file) as file:
         head = file.read(2**16)
         file.seek(max(0, size - 2**16))
         return size, head, file.read()
@@ -428,7 +432,7 @@ def _ends(adapter: Adapter) -> Hashable:
 
 def _digest(adapter: Adapter) -> bytes:
     digest = hashlib.sha256()
-    with adapter.file.open("rb") as file:
+    with open_regular(adapter.file) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.digest()

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import Refusal
+from ..errors import Refusal, Refusals
 from .files import read_json_object
+from .patterns import GRAMMAR, PatternError, Patterns
 from .targets import Targets
 
 __all__ = [
     "CONFIG_NAME",
+    "NAME_IN_FULL",
     "LoraSettings",
     "PatternTable",
     "StoredTable",
@@ -59,7 +61,7 @@ _REFUSED = {
     "megatron_config": "Megatron adapters are stored in shards",
 }
 
-STEPS = 5e9  # of matching a client's patterns, as bounded by `_cost`
+NAME_IN_FULL = "name the modules in full instead of by a pattern"
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "a client with PiSSA, OLoRA, CorDA or LoRA-GA can turn its adapter into plain LoRA by "
@@ -70,28 +72,19 @@ _CONVERT = (
 class PatternTable:
     """Values that differ from a default for some modules, found as PEFT's `get_pattern_key` does.
 
-    The first pattern that matches the module's name, or its end after a dot, decides.
+    The first pattern that speaks of the module decides, or a key that is the module's name.
     """
 
     def __init__(self, patterns: Mapping[str, float], default: float) -> None:
-        self._exact = patterns
-        self._compiled = [
-            (re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()
-        ]
+        self._values = patterns
+        self._keys = list(patterns)
+        self._patterns = Patterns(self._keys)
         self._default = default
-        self._costs = [_cost(pattern) for pattern in patterns]
-        self._steps = 0
-
-    def affords(self, module: str) -> bool:
-        """Whether looking `module` up, too, stays within what matching may take: a second or so."""
-        self._steps += sum(len(module) ** power * factor for power, factor in self._costs)
-        return self._steps <= STEPS
 
     def __getitem__(self, module: str) -> float:
-        for pattern, value in self._compiled:
-            if pattern.match(module):
-                return value
-        return self._exact.get(module, self._default)
+        """Raises `PatternError` when all look-ups together have cost too much."""
+        place = self._patterns.first(module)
+        return self._values.get(module if place is None else self._keys[place], self._default)
 
 
 @dataclass(frozen=True)
@@ -99,9 +92,6 @@ class StoredTable:
     """A value for every module, as found beside its factors."""
 
     values: Mapping[str, float]
-
-    def affords(self, module: str) -> bool:
-        return True
 
     def __getitem__(self, module: str) -> float:
         return self.values[module]
@@ -144,13 +134,14 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
 
 
 def judge_settings(
-    raw: dict[str, Any], client: str, file: str
+    raw: dict[str, Any], client: str | None, file: str
 ) -> tuple[LoraSettings | None, list[Refusal]]:
     """`read_settings` of a configuration that was found in `file`."""
-    problems: list[Refusal] = []
+    problems = Refusals()
 
-    def refuse(key: str, why: str, expected: str, remedy: str) -> None:
-        found = f"{key if key.isprintable() else repr(key):.80} = {raw.get(key)!r:.80}"
+    def refuse(key: str, why: str, expected: str, remedy: str, found: str = "") -> None:
+        name = key if key.isprintable() else repr(key)
+        found = f"{name:.80} = {found or repr(raw.get(key))[:80]}"
         problems.append(Refusal(why, client, file, None, found, expected, remedy))
 
     peft_type = raw.get("peft_type")
@@ -177,7 +168,7 @@ def judge_settings(
             ", ".join(repr(plain) for plain in _PLAIN_INITS),
             _CONVERT,
         )
-    for key in raw.keys() - _KNOWN - _REFUSED.keys():
+    for key in sorted(raw.keys() - _KNOWN - _REFUSED.keys()):
         if raw[key] and not _LEARNING_RATE.search(key[:80]):
             refuse(
                 key,
@@ -190,16 +181,20 @@ def judge_settings(
     for key, expected, holds in _VALUES:
         if not holds(raw.get(key)):
             refuse(key, "the value is malformed", expected, "save the adapter again with PEFT")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern_fault = _pattern_fault(raw.get(key))
-        if pattern_fault:
-            refuse(key, *pattern_fault)
     if len(problems) > faults:
+        return None, problems
+    tables = []
+    for key, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        try:
+            tables.append(PatternTable(raw.get(key) or {}, raw[default]))
+        except PatternError as error:
+            refuse(key, "a pattern cannot be followed", GRAMMAR, NAME_IN_FULL, str(error))
+    if len(tables) < 2:
         return None, problems
     return (
         LoraSettings(
-            ranks=PatternTable(raw.get("rank_pattern") or {}, raw["r"]),
-            alphas=PatternTable(raw.get("alpha_pattern") or {}, raw["lora_alpha"]),
+            ranks=tables[0],
+            alphas=tables[1],
             use_rslora=bool(raw.get("use_rslora")),
             fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
             lora_dropout=float(raw.get("lora_dropout") or 0.0),
@@ -245,13 +240,21 @@ def _flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
+def _numbers(value: Any) -> bool:
+    """Whether `value` maps patterns to ranks or alphas."""
+    return value is None or (isinstance(value, dict) and all(map(is_alpha, value.values())))
+
+
+_PATTERNS = "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20"
 _VALUES = (
-    ("r", "an integer ≥ 1", lambda v: type(v) is int and v >= 1),
+    ("r", "an integer ≥ 1", lambda v: type(v) is int and 1 <= v < 2**31),
     (
         "lora_alpha",
         "a finite number, 0 or of modulus 1e-20 to 1e20",
         is_alpha,
     ),
+    ("rank_pattern", _PATTERNS, _numbers),
+    ("alpha_pattern", _PATTERNS, _numbers),
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
     ("ensure_weight_tying", "true or false", _flag),
@@ -262,40 +265,3 @@ _VALUES = (
     ("revision", "null or a name", _text),
     ("task_type", "null or a name", _text),
 )
-
-
-def _pattern_fault(patterns: Any) -> tuple[str, str, str] | None:
-    """(problem, expected, remedy) of a rank_pattern or alpha_pattern, None where it is sound."""
-    remedy = "name the modules in full instead of by a pattern"
-    if patterns is None:
-        return None
-    if not isinstance(patterns, dict) or not all(map(is_alpha, patterns.values())):
-        return (
-            "the value is malformed",
-            "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20",
-            remedy,
-        )
-    for pattern in patterns:
-        if not _tame(pattern):
-            return f"the pattern {pattern[:80]!r} could run for ever", "a simple pattern", remedy
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            return f"the pattern {pattern[:80]!r} is not valid", f"no {error}", remedy
-    return None
-
-
-def _cost(pattern: str) -> tuple[int, int]:
-    """(p, f): matching a name of n characters takes at most f nᵖ steps; the prefix is one of p."""
-    return 1 + len(re.findall(r"[*+{]", pattern)), 2 ** pattern.count("?")
-
-
-def _tame(pattern: str) -> bool:
-    """Whether matching is cheap: a client's pattern could backtrack exponentially."""
-    return (
-        len(pattern) <= 1000
-        and not re.search(r"\)[*+{]", pattern)
-        and len(re.findall(r"[*+{]", pattern)) <= 3
-        and pattern.count("(") <= 4
-        and pattern.count("?") <= 4
-    )

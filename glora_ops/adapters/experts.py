@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .config import LoraSettings
+from .patterns import PatternError
 from .targets import ends_with
 
 __all__ = [
@@ -109,7 +110,10 @@ def owners(
 
 def _rank(settings: LoraSettings, path: str) -> float:
     """The declared rank, 0 where looking it up could take long."""
-    return settings.ranks[path] if settings.ranks.affords(path) else 0.0
+    try:
+        return settings.ranks[path]
+    except PatternError:
+        return 0.0
 
 
 def _is_module(holder: str, rank: int, settings: LoraSettings) -> bool:

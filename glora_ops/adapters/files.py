@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import Refusal
+from ..errors import GloraError, Refusal
+from ..reading import parse_json_object, read_bytes
 
-__all__ = [
-    "find_file",
-    "only_adapter",
-    "parse_json_object",
-    "read_json_object",
-    "unread_weights",
-    "what_else",
-]
-
-MAX_JSON_BYTES = 4 * 2**20
+__all__ = ["find_file", "only_adapter", "read_json_object", "unread_weights", "what_else"]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
 #: Such files that hold no trained weights, or those of the adapter once more.
@@ -65,7 +56,8 @@ def what_else(path: Path) -> Refusal | None:
             "a file, not an adapter folder", None, str(path), None, found, expected, remedy
         )
     if not path.is_dir():
-        found = f"nothing at {str(path)!r}"
+        there = os.path.lexists(path)
+        found = f"{'no folder or regular file' if there else 'nothing'} at {str(path)!r}"
         return Refusal("no such folder", found=found, expected=expected, remedy="check the path")
     if os.path.lexists(path / "adapter_config.json"):
         return None
@@ -171,26 +163,6 @@ def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[R
     return target, []
 
 
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """The JSON object in `text`; `ValueError` for anything else, duplicate keys included."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {key[:80]!r} stands twice")
-            result[key] = value
-        return result
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}")
-    return value
-
-
 def read_json_object(
     folder: Path, name: str, client: str
 ) -> tuple[dict[str, Any] | None, list[Refusal]]:
@@ -198,14 +170,13 @@ def read_json_object(
     path, problems = find_file(folder, name, client)
     if path is None:
         return None, problems
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        found, expected = f"{size} bytes", f"at most {MAX_JSON_BYTES} bytes"
-    else:
-        try:
-            return parse_json_object(path.read_bytes()), []
-        except ValueError as error:
-            found, expected = str(error), "one JSON object with distinct keys"
+    try:
+        return parse_json_object(read_bytes(path)), []
+    except GloraError as error:
+        (refusal,) = error.refusals
+        found, expected = refusal.found, refusal.expected
+    except ValueError as error:
+        found, expected = str(error), "one JSON object with distinct keys"
     return None, [
         Refusal(
             "the file is not readable JSON",

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import Refusal
-from .config import LoraSettings
+from ..errors import Refusal, Refusals
+from .config import NAME_IN_FULL, LoraSettings
 from .experts import MAX_EXPERTS, ORDER, owners
+from .patterns import PatternError
 from .safetensors_header import TensorInfo
 
 __all__ = ["PREFIX", "DenseTensor", "Module", "Tensors", "factor_keys", "saved_by", "sort_tensors"]
@@ -142,7 +143,7 @@ def sort_tensors(
     def refuse(problem: str, key: str | None, found: str, expected: str, remedy: str) -> None:
         problems.append(Refusal(problem, client, file, key, found, expected, remedy))
 
-    problems: list[Refusal] = []
+    problems = Refusals()
     modules: dict[str, Module] = {}
     parameters, unclear = owners(
         {
@@ -310,17 +311,19 @@ def _module(
                 "save the adapter in bfloat16 or float32",
             )
     path = parameter or name
-    if not (settings.ranks.affords(path) and settings.alphas.affords(path)):
+    try:
+        declared = settings.ranks[path]
+        experts = int(rows // declared) if parameter else 1  # `owners` saw that it divides
+        rank = rows // experts
+        scaling = settings.scaling(path, rank)
+    except PatternError as error:
         return (
             0,
-            "rank_pattern and alpha_pattern could take minutes to match",
-            f"{path[:80]!r}, where the limit is reached",
+            "rank_pattern and alpha_pattern take too long to follow",
+            str(error),
             "fewer or simpler patterns, or shorter names",
-            "name the modules in full instead of by a pattern",
+            NAME_IN_FULL,
         )
-    declared = settings.ranks[path]
-    experts = int(rows // declared) if parameter else 1  # `owners` saw that it divides
-    rank = rows // experts
     if rank > b.shape[0] + math.prod(a.shape[1:]):
         return (
             0,
@@ -358,7 +361,7 @@ def _module(
         b_dtype=b.dtype,
         a_key=a_key,
         b_key=b_key,
-        scaling=settings.scaling(path, rank),
+        scaling=scaling,
         fan_in_fan_out=settings.fan_in_fan_out and kind == "linear",
     )
     if experts == 1:

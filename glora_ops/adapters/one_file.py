@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import Refusal
+from ..errors import Refusal, Refusals
+from ..reading import parse_json_object
 from .config import LoraSettings, StoredTable, is_alpha, judge_settings
-from .files import parse_json_object
 from .modules import PREFIX, Module, sort_tensors
-from .safetensors_header import TensorInfo, read_metadata
+from .safetensors_header import TensorInfo
 from .stored import Stored
 from .targets import Targets
 
@@ -60,9 +60,8 @@ class OneFile:
     problems: list[Refusal]
 
 
-def read_one_file(stored: Stored) -> OneFile:
-    """The modules of a LoRA file; alphas are read, factors are not."""
-    metadata = read_metadata(stored.path)
+def read_one_file(stored: Stored, metadata: Mapping[str, str]) -> OneFile:
+    """The modules of a LoRA file with these metadata; alphas are read, factors are not."""
     if METADATA in metadata:
         return _diffusers(stored, metadata[METADATA])
     if any(key.endswith(tuple(_SIDES)) for key in stored.tensors):
@@ -99,7 +98,7 @@ def _diffusers(stored: Stored, text: str) -> OneFile:
         part, _, rest = ("", "", key) if "r" in config else key.partition(".")
         parts[part][PREFIX + rest] = key
     modules: dict[str, Module] = {}
-    problems: list[Refusal] = []
+    problems = Refusals()
     for part, keys in sorted(parts.items()):
         before = part + "." if part else ""
         inside = {k.removeprefix(before): v for k, v in config.items() if k.startswith(before)}
@@ -113,7 +112,7 @@ def _diffusers(stored: Stored, text: str) -> OneFile:
 def _kohya(stored: Stored) -> OneFile:
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     alphas: dict[str, dict[str, float]] = defaultdict(dict)
-    problems: list[Refusal] = []
+    problems = Refusals()
 
     def refuse(problem: str, key: str, found: str, expected: str) -> None:
         remedy = "convert the file to a PEFT folder or diffusers file with its own trainer's script"

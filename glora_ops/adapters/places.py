@@ -18,10 +18,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Place:
-    """A client's name and its folder or file, absolute; of a URL, as it was given."""
+    """A client's name and its folder or file, absolute; of a URL, as it was given.
+
+    `named` where the name was given and is not the end of the path.
+    """
 
     name: str
     path: Path
+    named: bool = False
 
 
 def is_name(text: str) -> bool:
@@ -59,7 +63,7 @@ def find_places(
         named = None if os.path.lexists(text) or _URL.match(text) else _NAMED.fullmatch(text)
         text = named[2] if named else text
         paths.append(Path(text if _URL.match(text) else os.path.abspath(text)))
-        places.append(Place(named[1], paths[i]) if named else None)
+        places.append(Place(named[1], paths[i], named=True) if named else None)
         if not named:
             alike[paths[i].name].append(i)
     for having in alike.values():

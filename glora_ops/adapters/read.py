@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Refusal, Refused
+from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
 from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
@@ -182,11 +182,11 @@ def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | No
     if other is not None:
         return None, [replace(other, client=client)]
     found = signature(path.stat())
-    tensors, problems = read_header(path, client, max_bytes=max_bytes)
-    if tensors is None:
+    header, problems = read_header(path, client, max_bytes=max_bytes)
+    if header is None:
         return None, problems
-    stored = Stored(path, client, tensors, found)
-    read = read_one_file(stored)
+    stored = Stored(path, client, header.tensors, found)
+    read = read_one_file(stored, header.metadata)
     if read.problems:
         return None, read.problems
     return (
@@ -221,11 +221,11 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
     if file is None:
         return None, problems
     found = signature(file.stat())
-    tensors, more = read_header(file, client, max_bytes=max_bytes)
+    header, more = read_header(file, client, max_bytes=max_bytes)
     problems += more
-    if tensors is None or settings is None:
+    if header is None or settings is None:
         return None, problems
-    sorted_tensors, more = sort_tensors(tensors, settings, client, TENSORS_NAME)
+    sorted_tensors, more = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
     problems += more
     if problems:
         return None, problems
@@ -233,7 +233,7 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
         Adapter(
             name=client,
             path=path,
-            stored=Stored(file, client, tensors, found),
+            stored=Stored(file, client, header.tensors, found),
             modules=sorted_tensors.modules,
             dense=sorted_tensors.dense,
             base_copies=sorted_tensors.base_copies,
@@ -276,44 +276,45 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         factors whose squares leave fp64's range.
     """
     extents: dict[str, list[Tensor]] = defaultdict(list)
-    copies = {tensor.key for tensor in adapter.base_copies.values()}
     for key, piece in adapter.stored.scan(digest):
-        if key not in copies and piece.is_floating_point():
-            extents[key].append(extent(_wide(piece)))
-    dense = {tensor.key for tensor in adapter.dense.values()}
-    problems: list[Refusal] = []
+        if piece.is_floating_point() or piece.is_complex():
+            extents[key].append(extent(_real(piece)))
+    dense = {tensor.key for t in (adapter.dense, adapter.base_copies) for tensor in t.values()}
+    problems = Refusals()
 
-    def refuse(key: str, *why: str) -> None:
-        problems.append(Refusal(why[0], adapter.name, TENSORS_NAME, key, *why[1:]))
+    def refuse(key: str, problem: str, found: str, expected: str) -> None:
+        problems.append(
+            Refusal(problem, adapter.name, TENSORS_NAME, key, found, expected, _DIVERGED)
+        )
 
     for key, pieces in extents.items():
         overall = extent(torch.stack(pieces))
         beyond = None if key in dense else out_of_range(overall)
         if not bool(overall.isfinite().all()):
-            (tensor,) = adapter.stored.read(key)
-            wrong = ~torch.isfinite(_wide(tensor))
-            first = tuple(wrong.nonzero()[0].tolist())
             refuse(
                 key,
                 "values are not finite",
-                f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} "
-                f"at {first}",
+                _where_not_finite(adapter, key) if len(problems) < problems.SHOWN else "",
                 "finite numbers",
-                "the training diverged: leave this client out",
             )
         elif beyond is not None:
-            refuse(key, *beyond, "the training diverged: leave this client out")
-    return problems + _untied(adapter)
+            refuse(key, *beyond)
+    problems += _untied(adapter)
+    return problems
 
 
-def _wide(x: Tensor) -> Tensor:
+_DIVERGED = "the training diverged: leave this client out"
+
+
+def _real(x: Tensor) -> Tensor:
     """`x` in a dtype that torch compares: float8 has neither minima nor tests."""
+    if x.is_complex():
+        return torch.view_as_real(x).flatten()
     return x.float() if x.dtype.itemsize == 1 else x
 
 
-def _untied(adapter: Adapter) -> list[Refusal]:
+def _untied(adapter: Adapter) -> Iterator[Refusal]:
     """Pairs that ``ensure_weight_tying`` should have kept equal, and did not."""
-    problems = []
     for copy, one in adapter.tied.items():
         if copy in adapter.dense:
             equal = torch.equal(adapter.dense_tensor(copy), adapter.dense_tensor(one))
@@ -324,18 +325,22 @@ def _untied(adapter: Adapter) -> list[Refusal]:
             equal = same and torch.equal(b, one_a.mT) and torch.equal(a, one_b.mT)
             key = adapter.modules[copy].b_key
         if not equal:
-            problems.append(
-                Refusal(
-                    "ensure_weight_tying is set, but the pair is not tied",
-                    adapter.name,
-                    TENSORS_NAME,
-                    key,
-                    f"other values or another scaling than {one!r}",
-                    "the same once more",
-                    "train with ensure_weight_tying=False, or leave this client out",
-                )
+            yield Refusal(
+                "ensure_weight_tying is set, but the pair is not tied",
+                adapter.name,
+                TENSORS_NAME,
+                key,
+                f"other values or another scaling than {one!r}",
+                "the same once more",
+                "train with ensure_weight_tying=False, or leave this client out",
             )
-    return problems
+
+
+def _where_not_finite(adapter: Adapter, key: str) -> str:
+    (tensor,) = adapter.stored.read(key)
+    wrong = ~torch.isfinite(tensor if tensor.is_complex() else _real(tensor))
+    first = tuple(wrong.nonzero()[0].tolist())
+    return f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} at {first}"
 
 
 def _find_tensors(path: Path, client: str) -> tuple[Path | None, list[Refusal]]:

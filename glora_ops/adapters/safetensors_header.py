@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ..errors import Refusal
-from .files import parse_json_object
+from ..errors import Refusal, Refusals
+from ..reading import open_regular, parse_json_object
 
-__all__ = ["DTYPES", "TensorInfo", "read_header", "read_metadata"]
+__all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
+MAX_TENSORS = 250_000
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,22 +47,37 @@ class TensorInfo:
     end: int
 
 
+@dataclass(frozen=True)
+class Header:
+    """A header that told no untruth: its tensors by name, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
 def read_header(
-    path: Path, client: str, *, max_bytes: int
-) -> tuple[dict[str, TensorInfo] | None, list[Refusal]]:
+    path: Path,
+    client: str | None,
+    *,
+    max_bytes: int,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    max_tensors: int = MAX_TENSORS,
+) -> tuple[Header | None, list[Refusal]]:
     """Read and check the header of the safetensors file at `path`; no tensor is read.
 
     Parameters
     ----------
     path : Path
-    client : str
+    client : str or None
         Named in the refusals.
     max_bytes : int
         Largest file that is accepted.
+    max_header_bytes, max_tensors : int
+        Largest header, and the most tensors in it, that are accepted.
 
     Returns
     -------
-    tensors : dict of str to TensorInfo, or None if anything was refused
+    header : Header, or None if anything was refused
     refusals : list of Refusal
         Every untruth found, not only the first.
     """
@@ -82,14 +98,17 @@ def read_header(
                 "have the client send less, or raise max_bytes (max_file_bytes) in Python",
             )
         ]
-    with path.open("rb") as file:
+    if size < 8:  # not opened: an empty one may be no file on a disk, and block
+        found, expected = f"a file of {size} bytes", "at least the 8 of the header's length"
+        return None, [refusal("the header does not fit", found, expected, again)]
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if length > min(size - 8, max_header_bytes):
             return None, [
                 refusal(
                     "the header does not fit",
                     f"a header of {length} bytes in a file of {size}",
-                    f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
+                    f"at most {min(size - 8, max_header_bytes)} bytes",
                     again,
                 )
             ]
@@ -107,11 +126,20 @@ def read_header(
         ]
 
     metadata = header.pop("__metadata__", {})
-    problems = []
+    problems = Refusals()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append(
             refusal("the metadata are malformed", repr(metadata)[:80], "strings only", again)
         )
+    if len(header) > max_tensors:
+        return None, [
+            refusal(
+                "the header names too many tensors",
+                str(len(header)),
+                f"at most {max_tensors}",
+                again,
+            )
+        ]
     tensors = {}
     for name, entry in header.items():
         if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
@@ -157,14 +185,7 @@ def read_header(
                 again,
             )
         )
-    return (None, problems) if problems else (tensors, [])
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file whose header `read_header` has accepted."""
-    with path.open("rb") as file:
-        text = file.read(int.from_bytes(file.read(8), "little"))
-    return dict(parse_json_object(text).get("__metadata__") or {})
+    return (None, problems) if problems else (Header(tensors, metadata), [])
 
 
 def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:

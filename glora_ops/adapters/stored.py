@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refusal, Refused
+from ..reading import open_regular
 from .safetensors_header import TensorInfo
 
 __all__ = ["Stored", "signature"]
@@ -38,7 +40,7 @@ class Stored:
     Attributes
     ----------
     path : Path
-    client : str
+    client : str or None
         Named in refusals.
     tensors : mapping of str to TensorInfo
         As the header says, checked: one range after the other to the end of the file.
@@ -47,12 +49,12 @@ class Stored:
     """
 
     path: Path
-    client: str
+    client: str | None
     tensors: Mapping[str, TensorInfo]
     signature: tuple[int, int, int]
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Where the header ends."""
         return self.signature[0] - max((info.end for info in self.tensors.values()), default=0)
@@ -66,7 +68,9 @@ class Stored:
             If the file is no longer the one whose header was read.
         """
         with self._open() as file:
-            return [self._tensor(file, self.tensors[name]) for name in names]
+            tensors = [self._tensor(file, self.tensors[name]) for name in names]
+            self._check(file)
+        return tensors
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
         """`count` rows of a matrix; raises as `read` does."""
@@ -74,7 +78,9 @@ class Stored:
         row = info.shape[1] * info.dtype.itemsize
         part = replace(info, shape=(count, info.shape[1]), begin=info.begin + first * row)
         with self._open() as file:
-            return self._tensor(file, part)
+            rows = self._tensor(file, part)
+            self._check(file)
+        return rows
 
     def read_kept(self, name: str) -> Tensor:
         """The tensor as `read` gives it, kept until another one is asked for in this way.
@@ -107,17 +113,25 @@ class Stored:
                     if digest is not None:
                         digest.update(piece.numpy())
                     yield name, piece.view(info.dtype)
+            self._check(file)
 
     def _open(self) -> BinaryIO:
         try:
-            file = self.path.open("rb", buffering=0)
+            file = open_regular(self.path, buffering=0)
         except FileNotFoundError:
             raise self._changed("no such file any more") from None
+        try:
+            self._check(file)
+        except Refused:
+            file.close()
+            raise
+        return file
+
+    def _check(self, file: BinaryIO) -> None:
+        """Raise `Refused` unless the file is still the one whose header was read."""
         found = signature(os.fstat(file.fileno()))
         if found != self.signature:
-            file.close()
             raise self._changed(f"{found[0]} bytes, written at another time")
-        return file
 
     def _tensor(self, file: BinaryIO, info: TensorInfo) -> Tensor:
         tensor = torch.empty(math.prod(info.shape), dtype=info.dtype)
@@ -143,7 +157,7 @@ class Stored:
                     None,
                     found,
                     f"the {self.signature[0]} bytes that were checked",
-                    "start again when the client has finished writing",
+                    "start again when the file has been written",
                 )
             ]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -10,18 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import require
+from ..runtime.outputs import claimed, new_folder
+from ..runtime.tensors import read_mark, save_tensors
 from .config import CONFIG_NAME
 from .experts import PARAMETER_KINDS, nested, parameter_pairs
-from .folders import new_folder
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME
 from .targets import exactly
 
-__all__ = ["write_adapter"]
+__all__ = ["strangers", "strangers_unmarked", "write_adapter"]
+
+CARD_NAME = "README.md"
+MARK = "glora_adapter"  # key in the tensors' metadata: digests of the files beside them
 
 
 def write_adapter(
@@ -49,7 +54,7 @@ def write_adapter(
         Weights saved in full; each must lie in one of the layout's ``modules_to_save``. Their
         dtypes are kept, the factors are written in float32.
     overwrite : bool
-        Replace an adapter folder that exists.
+        Replace an existing folder that this function wrote and nobody changed (`strangers`).
 
     Returns
     -------
@@ -134,13 +139,70 @@ def write_adapter(
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
     }
-    with new_folder(folder, overwrite=overwrite, marker=CONFIG_NAME) as path:
-        save_file(tensors, path / TENSORS_NAME, metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (path / CONFIG_NAME).write_text(text, encoding="utf-8")
-        card = _model_card(config, len(factors), sorted(dense or {}))
-        (path / "README.md").write_text(card, encoding="utf-8")
+    texts = {
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True),
+        CARD_NAME: _model_card(config, len(factors), sorted(dense or {})),
+    }
+    mark = json.dumps({name: _digest(text.encode()) for name, text in sorted(texts.items())})
+    final = Path(folder).resolve()
+    with claimed(final, strangers), new_folder(final, strangers, overwrite=overwrite) as path:
+        save_tensors(tensors, path / TENSORS_NAME, {"format": "pt", MARK: mark})
+        for name, text in texts.items():
+            (path / name).write_bytes(text.encode())
     return Path(folder)
+
+
+def strangers(folder: Path) -> list[str]:
+    """What in a folder `write_adapter` did not write, or somebody has changed since, by name.
+
+    What was written carries a mark in the tensor file's metadata, which whoever saves other tensors
+    there replaces. Files beside it are compared by the digests in it.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    mark = read_mark(folder / TENSORS_NAME, MARK)
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if mark is None or (entry.name != TENSORS_NAME and not _written(entry, mark))
+    )
+
+
+def _written(entry: Path, mark: Mapping[str, Any]) -> bool:
+    return (
+        not entry.is_symlink()
+        and entry.is_file()
+        and entry.name in mark
+        and mark[entry.name] == _digest(entry.read_bytes())
+    )
+
+
+def strangers_unmarked(folder: Path) -> list[str]:
+    """`strangers` of a folder from before there were marks, known by its texts alone."""
+    found = {entry.name: entry for entry in folder.iterdir()}
+    names = {TENSORS_NAME, CONFIG_NAME, CARD_NAME}
+    odd = [name for name, entry in found.items() if name not in names or entry.is_symlink()]
+    if odd or found.keys() != names:
+        return sorted(odd or found)
+    try:
+        text = found[CONFIG_NAME].read_text(encoding="utf-8")
+        config = json.loads(text)
+        with safe_open(found[TENSORS_NAME], framework="pt") as file:
+            keys, metadata = list(file.keys()), file.metadata()
+        dense = sorted(key.removeprefix(PREFIX) for key in keys if ".lora_" not in key)
+        card = _model_card(config, len(config["target_modules"]), dense)
+        own = (
+            metadata == {"format": "pt"}
+            and text == json.dumps(config, indent=2, sort_keys=True)
+            and card == found[CARD_NAME].read_text(encoding="utf-8")
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        own = False
+    return [] if own else sorted(found)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _own(t: Tensor) -> Tensor:

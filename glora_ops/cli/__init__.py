@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..runtime.streams import steady
 from . import aggregate, compare, fl, inspect, readout
 
 __all__ = ["app", "main"]
@@ -55,7 +56,8 @@ def glora(
 
     **glora fl** runs federated experiments: training, aggregation, reports.
 
-    Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted.
+    Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted,
+    143 terminated.
     """
 
 
@@ -66,4 +68,5 @@ app.add_typer(fl.app)
 
 def main() -> None:
     """Run `glora` with the arguments of the process."""
+    steady()
     app(prog_name="glora")

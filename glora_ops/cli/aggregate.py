@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ..errors import GloraWarning, Refusal, Refused, listing, require
-from .options import Base, Json, Overwrite, Pad, Seed
+from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, listing
+from .options import PICTURE_NAME, Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
 
 __all__ = ["EXAMPLE", "aggregate"]
@@ -21,8 +23,8 @@ EXAMPLE = (
     "Example: **glora aggregate clients/ann clients/bob -o out --rank auto --captured 0.95 "
     "--readout 8,16**"
 )
-PICTURE_NAME = "spectra.png"
 DEFAULT_CAPTURED = 0.9
+DEFAULT_CLIP = 2.0
 
 
 def aggregate(
@@ -106,6 +108,21 @@ def aggregate(
             "of hard projectors, as published; or the least error to the mean update."
         ),
     ] = "consensus",
+    robust: Annotated[
+        Literal["clip", "gate", "geometric-median"] | None,
+        typer.Option(
+            help="Against bad clients: clip long updates; or leave out, by name, also those that "
+            "point elsewhere than the others; or weigh by the distance from the geometric median. "
+            "Off by default; reads all factors once more.",
+        ),
+    ] = None,
+    clip: Annotated[
+        float | None,
+        typer.Option(
+            help="With --robust clip or gate: longest update, in median norms. "
+            f"{DEFAULT_CLIP:g} by default.",
+        ),
+    ] = None,
     base: Base = None,
     on_bad_client: Annotated[
         Literal["refuse", "skip"],
@@ -152,7 +169,8 @@ def aggregate(
 
     **--update** gives exactly the state of a fresh run over the resulting clients. It reads every
     client's file again, because the bases depend on all clients together; folders, weights and
-    settings come from STATE, and a client that changed or vanished since is refused by name:
+    settings come from STATE, and a client that changed or vanished since is refused by name. Which
+    folders it reads is said on stderr before it does:
     **glora aggregate --update out --add clients/cyd --remove bob**.
     """
     if update is not None:
@@ -169,83 +187,108 @@ def aggregate(
     server_rank = _rank(rank)
     if captured is not None and server_rank != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
+    if clip is not None and robust not in ("clip", "gate"):
+        raise typer.BadParameter(
+            "only means something with --robust clip or gate", param_hint="--clip"
+        )
     readouts = _readouts(readout)
     if weights is not None and client_list is not None and not _is_file(weights):
         raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
     named = (clients or []) if update is None else (add or [])
     given = None if weights is None or _is_file(weights) else _numbers(weights, len(named))
 
-    with answering(as_json, writes=True):
-        from ..adapters.folders import check_free, new_folder
+    with answering(as_json, writes=True) as outcome, ExitStack() as held:
         from ..adapters.places import find_places
         from ..merge import merge
         from ..renew import renew
+        from ..runtime.outputs import apart, check_free, claimed, new_folder
         from .client_list import read_client_list
         from .facts import (
             STATE_NAME,
+            file_notes,
             held_energy,
             load_state,
             padding_note,
             print_state,
             state_facts,
         )
+        from .outputs import strangers
 
-        old = None if update is None else load_state(update)
+        inputs: list[str | Path] = [weights] if weights is not None and _is_file(weights) else []
+        old, file = (None, None) if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
             made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
             if out is None:
-                out, overwrite = _in_place(update, made["ranks"]), True
+                out, overwrite = (update if update.is_dir() else update.parent), True
+            else:
+                inputs.append(update)
             readouts = sorted({*readouts, *made["ranks"]})
             pad = pad if _is_given(context, "pad") else made["pad"]
+            inputs += [entry["path"] for entry in (old.record or {"clients": []})["clients"]]
         assert out is not None
 
-        refusals: list[Refusal] = []
+        refusals = Refusals()
         weighed = find_places(named, known=() if old is None else old.clients)
         if client_list is not None:
+            inputs.append(client_list)
             weighed, given = read_client_list(client_list)
+        inputs += [place.path for place in weighed]
         if plot:
             from ..plots import plot_state, require_matplotlib
 
             with listing(refusals):
                 require_matplotlib()
+        place = Path(os.path.realpath(out))
         with listing(refusals):
-            check_free(out, overwrite=overwrite, marker=STATE_NAME)
+            held.enter_context(claimed(place, strangers))
+            check_free(place, strangers, overwrite=overwrite)
+            apart(out, inputs)
         if weights is not None and _is_file(weights):
             with listing(refusals):
-                settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
-                given = _from_file(Path(weights), [place.name for place in weighed], settings)
+                settings: Mapping[str, Any] = {
+                    "normalise": normalise, "basis": basis, "robust": robust,
+                } if old is None else old.settings  # fmt: skip
+                given = _from_file(Path(weights), [client.name for client in weighed], settings)
+        reads: list[str] = []
+
+        def opening(recorded: Sequence[str], named: Sequence[str]) -> None:
+            reads.extend([*recorded, *named])
+            _print_reads(recorded, "recorded in STATE")
+            _print_reads(named, "added")
+
         # What warnings would say is in the state's notes and settings, and shown from there.
         with warnings.catch_warnings(), progress() as report:
             warnings.simplefilter("ignore", GloraWarning)
             if old is not None:
                 state = renew(
                     old, add=weighed, remove=remove or [], weights=given, progress=report,
-                    known=refusals,
+                    known=refusals, readouts=readouts, opening=opening,
                 )  # fmt: skip
             else:
                 state = merge(
                     weighed, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
-                    progress=report, known=refusals,
+                    robust=robust, clip=DEFAULT_CLIP if clip is None else clip,
+                    progress=report, known=refusals, readouts=readouts,
                 )  # fmt: skip
         state = replace(
             state,
             record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}},
         )
         facts = state_facts(state)
-        with (
-            _parents_restored(out),
-            new_folder(out, overwrite=overwrite, marker=STATE_NAME) as building,
-        ):
+        with new_folder(place, strangers, overwrite=overwrite) as building:
             state.save(building / STATE_NAME)
             for r in readouts:
                 state.write_adapter(building / f"r{r}", r, pad=pad, seed=seed)
             if plot:
                 plot_state(state, building / PICTURE_NAME)
+        outcome.wrote(out)
+        held.close()
 
         facts["notes"] += padding_note(state, readouts[-1], pad) if readouts else []
+        facts["notes"] += file_notes(file) if file is not None else []
         facts |= {
             "out": str(out),
             "state": str(out / STATE_NAME),
@@ -253,6 +296,8 @@ def aggregate(
             "energy": {str(r): held_energy(state, r) for r in readouts},
             "plot": str(out / PICTURE_NAME) if plot else None,
         }
+        if update is not None:
+            facts["reads"] = reads
         if as_json:
             print_json(facts)
         else:
@@ -264,7 +309,8 @@ def aggregate(
 
 #: What STATE decides; given beside --update it would be another run.
 _DECIDED = (
-    "rank", "captured", "normalise", "missing", "basis", "base", "on_bad_client", "dense", "seed",
+    "rank", "captured", "normalise", "missing", "basis", "robust", "clip", "base",
+    "on_bad_client", "dense", "seed",
 )  # fmt: skip
 
 
@@ -293,22 +339,14 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _in_place(update: Path, ranks: Sequence[int]) -> Path:
-    """The folder of a state, where nothing else lies in it than what was read out of it."""
-    from .facts import STATE_NAME
-
-    folder = update if update.is_dir() else update.parent
-    known = {STATE_NAME, PICTURE_NAME, *(f"r{rank}" for rank in ranks)}
-    others = sorted({path.name for path in folder.iterdir()} - known)
-    require(
-        not others,
-        "folder",
-        f"{str(folder)!r}, which also holds {', '.join(others[:3])}",
-        "nothing but what glora aggregate wrote, to be replaced",
-        "name another folder with -o",
-        file=str(folder),
-    )
-    return folder
+def _print_reads(folders: Sequence[str], why: str) -> None:
+    """The folders an update is about to read, before it does: a state may name any."""
+    together = defaultdict(list)
+    for folder in folders:
+        together[os.path.dirname(folder)].append(os.path.basename(folder))
+    for parent, names in together.items():
+        line = clean(f"in {parent}: {', '.join(names)} ({why})")
+        console(stderr=True).print(labelled("reads: ", "bold", line), soft_wrap=True)
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -354,13 +392,15 @@ def _numbers(text: str, clients: int) -> list[float]:
 
 def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) -> list[float]:
     """Weights by the clients' names; every name that lacks one or has one for nothing is listed."""
-    from ..adapters.files import parse_json_object
     from ..arguments import check_weights
+    from ..reading import parse_json_object, read_bytes
 
     wanted = "one number for each client folder, by its name"
     remedy = 'write {"folder name": number, …}, or give the numbers in order: --weights 3,1,2'
     try:
-        content = parse_json_object(path.read_bytes())
+        content = parse_json_object(read_bytes(path))
+    except GloraError:
+        raise
     except OSError as error:
         found = f"{error.strerror}: {str(path)!r}"
         raise Refused(
@@ -375,12 +415,12 @@ def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) 
                 )
             ]
         ) from None
-    names = list(dict.fromkeys(clients))
-    refusals = [
+    names = dict.fromkeys(clients)
+    refusals = Refusals(
         Refusal("the client has no weight", name, str(path), None, "no such name", wanted, remedy)
         for name in names
         if name not in content
-    ]
+    )
     refusals += [
         Refusal("the weight is for no client", None, str(path), None, repr(name), wanted, remedy)
         for name in content
@@ -400,19 +440,6 @@ def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) 
     if refusals:
         raise Refused(refusals)
     return [float(numbers[client]) for client in clients]
-
-
-@contextmanager
-def _parents_restored(out: Path) -> Iterator[None]:
-    """Take away again, if the block fails, the folders above `out` that did not exist."""
-    new = [parent for parent in out.absolute().parents if not parent.exists()]
-    try:
-        yield
-    except BaseException:
-        for parent in new:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
 
 
 def _print_files(facts: dict[str, Any]) -> None:

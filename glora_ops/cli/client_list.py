@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Refusal, Refused
+from ..errors import Refusal, Refusals, Refused, unfit
 
 if TYPE_CHECKING:
     from ..adapters.places import Place
@@ -32,12 +32,12 @@ def read_client_list(file: Path) -> tuple[list[Place], list[float] | None]:
 
     specs: list[str] = []
     weights: list[float | None] = []
-    refusals: list[Refusal] = []
+    refusals = Refusals()
 
     def refuse(problem: str, found: str, remedy: str = "correct the line") -> None:
         refusals.append(Refusal(problem, None, str(file), None, found, _FORM, remedy))
 
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
@@ -59,10 +59,22 @@ def read_client_list(file: Path) -> tuple[list[Place], list[float] | None]:
     return find_places(specs), given or None
 
 
+def _lines(file: Path) -> list[str]:
+    from ..reading import read_bytes
+
+    try:
+        return read_bytes(file).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unfit(
+            "--clients", f"{str(file)!r}, which cannot be read ({error})",
+            "a file of text, UTF-8, one client a line", "correct the file", file=str(file),
+        ) from None  # fmt: skip
+
+
 def _entry(text: str) -> dict[str, Any] | str:
     """The fields of a line, or what is wrong with it."""
-    from ..adapters.files import parse_json_object
     from ..adapters.places import is_name
+    from ..reading import parse_json_object
 
     if text.startswith("{"):
         try:

@@ -29,6 +29,8 @@ __all__ = ["EXAMPLE", "compare"]
 
 EXAMPLE = "Example: **glora compare clients/ann clients/bob clients/cyd --plot alignment.png**"
 
+#: A client is loud whose update is longer than this many median clients'.
+LOUD = 3
 #: A client is odd whose mean alignment is below this part of the median client's …
 ODD = 0.5
 #: … provided that the median client agrees with the others at least this much.
@@ -38,16 +40,17 @@ MATRIX_CLIENTS = 12
 
 
 def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Json = False) -> None:
-    """Show which clients learnt alike: principal angles between their updates, loud and odd ones.
+    """Show which clients learnt alike: principal angles and signed cosines, loud and odd ones.
 
     Alignment 1 means the same directions (or one client's within the other's), 0 means orthogonal
     ones: left of the column spaces (what the update writes), right of the row spaces (what it
-    reads). It depends on the updates only, not on how they are factored, scaled or how loud they
-    are.
+    reads). It has no sign. The cosine of two updates has: 1 the same up to size, 0 nothing in
+    common, −1 opposite. Both depend on the updates only, not on how they are factored, scaled or
+    how loud they are.
     """
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
-    with answering(as_json, writes=plot is not None):
+    with answering(as_json, writes=plot is not None) as outcome:
         from ..adapters import (
             Adapter,
             align_names,
@@ -58,7 +61,12 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
         from ..adapters.places import find_places
         from .measure import compare_clients
 
-        inspected = [inspect_adapter(place) for place in find_places(clients)]
+        places = find_places(clients)
+        if plot is not None:
+            from ..plots import check_picture
+
+            check_picture(plot, [place.path for place in places])
+        inspected = [inspect_adapter(place) for place in places]
         adapters, doubts = align_names([a for a, _ in inspected if a is not None], base)
         problems = [problem for _, found in inspected for problem in found]
         problems += [problem for _, problem in doubts]
@@ -81,6 +89,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
                 "scalings": sorted({m.scaling for m in adapter.modules.values()}),
                 "norm": float(found.norms[i]),
                 "alignment": float(found.with_others[i]),
+                "cosine": float(found.median_cosines[i]),
             }
 
         described = [about(i, adapter) for i, adapter in enumerate(adapters)]
@@ -88,6 +97,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             "clients": described,
             "columns": found.columns.tolist(),
             "rows": found.rows.tolist(),
+            "cosines": found.cosines.tolist(),
             "notes": [
                 *_loud(described),
                 *_odd(described),
@@ -102,7 +112,8 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
         if plot is not None:
             from ..plots import plot_alignment
 
-            plot_alignment(names, found.columns, found.rows, plot)
+            plot_alignment(names, found.columns, found.rows, found.cosines, plot)
+            outcome.wrote(plot)
         if as_json:
             print_json(facts)
         else:
@@ -110,13 +121,11 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
 
 
 def _loud(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from ..report import LOUD
-
     usual = median(client["norm"] for client in clients)
     return [
         {
-            "text": f"{client['name']} is loud: its update is {client['norm'] / usual:.0e} times "
-            "the median client's; look at its scaling",
+            "text": f"{client['name']} is loud: its update is {client['norm'] / usual:.3g} times "
+            "the median client's; look at its scaling, or aggregate with --robust clip",
             "warning": True,
         }
         for client in clients
@@ -125,26 +134,31 @@ def _loud(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _odd(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    known = [c for c in clients if not math.isnan(c["alignment"])]
-    if len(known) < 3:
-        return []
-    usual = median(client["alignment"] for client in known)
-    return [
-        {
-            "text": f"{client['name']} is odd: its mean alignment with the others is "
-            f"{client['alignment']:.2f} where the median client's is {usual:.2f}; it may have "
-            "learnt another task, from another base, or noise",
-            "warning": True,
-        }
-        for client in known
-        if usual >= AGREED and client["alignment"] < ODD * usual
-    ]
+    """Who points elsewhere than the others, by signed cosines; then by unsigned alignment."""
+    out: dict[str, str] = {}
+    for measure, what, remedy in (
+        ("cosine", "median cosine", "; --robust gate would leave it out"),
+        ("alignment", "mean alignment", ""),
+    ):
+        known = [c for c in clients if not math.isnan(c[measure])]
+        usual = median(c[measure] for c in known) if len(known) >= 3 else 0.0
+        for c in known if usual >= AGREED else ():
+            if c[measure] < ODD * usual:
+                out.setdefault(
+                    c["name"],
+                    f"{c['name']} is odd: its {what} with the others is {c[measure]:.2f} where "
+                    f"the median client's is {usual:.2f}; it may have learnt another task, from "
+                    f"another base, noise, or the opposite{remedy}",
+                )
+    return [{"text": text, "warning": True} for text in out.values()]
 
 
 def _print(facts: Mapping[str, Any]) -> None:
     to = console()
     clients = facts["clients"]
-    rows = table("", "client", "rank", "scaling", "‖ΔW‖", "alignment with the others", left=2)
+    rows = table(
+        "", "client", "rank", "scaling", "‖ΔW‖", "alignment with the others", "cosine", left=2
+    )
     for i, client in enumerate(clients, start=1):
         rows.add_row(
             str(i),
@@ -153,11 +167,13 @@ def _print(facts: Mapping[str, Any]) -> None:
             span(client["scalings"]),
             number(client["norm"]),
             _share(client["alignment"]),
+            _share(client["cosine"]),
         )
     to.print(rows)
     if len(clients) <= MATRIX_CLIENTS:
         _print_matrix("left: column spaces", facts["columns"])
         _print_matrix("right: row spaces", facts["rows"])
+        _print_matrix("signed cosines of the updates", facts["cosines"])
     elif facts["plot"] is None:
         to.print(f"\n{len(clients)} × {len(clients)} alignments: --plot FILE.png draws them")
     if facts["notes"]:
@@ -180,12 +196,14 @@ def _print_matrix(title: str, matrix: Sequence[Sequence[float]]) -> None:
 
 
 def _cell(alignment: float, shaded: bool) -> Text:
+    """Blue from 0 to 1, red from 0 to −1."""
     if math.isnan(alignment):
         return Text("   –  ", "dim")
-    shade = round(255 - 190 * alignment)
-    ink = "white" if alignment > 0.5 else "black"
-    style = f"{ink} on rgb({shade},{min(255, shade + 40)},255)" if shaded else ""
-    return Text(f" {alignment:.2f} ", style)
+    shade = round(255 - 190 * abs(alignment))
+    ink = "white" if abs(alignment) > 0.5 else "black"
+    colour = (shade, min(255, shade + 40), 255) if alignment >= 0 else (255, shade, shade)
+    style = f"{ink} on rgb{colour}".replace(" (", "(") if shaded else ""
+    return Text(f"{alignment:5.2f} ", style)
 
 
 def _share(alignment: float) -> str:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from ..certificates import CLIENT_STATS, STATS
-from ..errors import require
+from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
+from ..state_file import StateFile, read
 from .show import clean, console, labelled, number, print_notes, span, table
 
 __all__ = [
     "STATE_NAME",
+    "file_notes",
     "find_state",
     "held_energy",
     "load_state",
@@ -61,6 +63,7 @@ def state_facts(state: State) -> dict[str, Any]:
         "base_model": (state.layout or {}).get("base_model"),
         "clients": _clients(state),
         "skipped": settings.get("skipped", []),
+        "robust": settings.get("robust"),
         "summary": [asdict(line) for line in lines(state)],
         "certificates": {
             name: {
@@ -98,11 +101,18 @@ def _clients(state: State) -> list[dict[str, Any]]:
         share @ held,
     )
     record = state.record or {"clients": [{} for _ in state.clients]}
+    judged = state.settings.get("robust") or {"clients": [{} for _ in state.clients]}
     return [
         {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(float, row), strict=True))}
         | {what: entry[what] for what in ("ranks", "scalings") if what in entry}
-        for name, weight, row, entry in zip(
-            state.clients, state.weights, zip(*columns, strict=True), record["clients"], strict=True
+        | ({"cosine": verdict["cosine"]} if verdict else {})
+        for name, weight, row, entry, verdict in zip(
+            state.clients,
+            state.weights,
+            zip(*columns, strict=True),
+            record["clients"],
+            judged["clients"],
+            strict=True,
         )
     ]
 
@@ -183,16 +193,20 @@ def print_state(facts: Mapping[str, Any]) -> None:
     if facts["notes"] or facts["skipped"]:
         to.print()
     print_notes(facts["notes"])
-    for skipped in facts["skipped"]:
+    shown = facts["skipped"][: Refusals.LISTED]
+    for skipped in shown:
         to.print(labelled("skipped: ", "bold yellow", clean(skipped)))
+    if len(shown) < len(facts["skipped"]):
+        to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
 
 
 def print_clients(facts: Mapping[str, Any]) -> None:
     """One row per client."""
     stored = any("ranks" in client for client in facts["clients"])
+    judged = any("cosine" in client for client in facts["clients"])
     rows = table(
         "client", "weight", *(["rank", "scaling"] if stored else []), "‖ΔW‖", "align left",
-        "align right", "share",
+        "align right", "share", *(["cosine"] if judged else []),
     )  # fmt: skip
     for client in facts["clients"]:
         held = [span(client["ranks"]), span(client["scalings"])] if stored else []
@@ -202,6 +216,7 @@ def print_clients(facts: Mapping[str, Any]) -> None:
             *held,
             number(client["norm"]),
             *(f"{client[name]:.2f}" for name in ("align_u", "align_v", "share")),
+            *([_cosine(client["cosine"])] if judged else []),
         )
     to = console()
     to.print(rows)
@@ -217,12 +232,16 @@ def print_clients(facts: Mapping[str, Any]) -> None:
     to.print()
 
 
+def _cosine(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def load_state(path: Path) -> State:
-    """The state in a file, or in a folder as `glora aggregate` writes it."""
+def load_state(path: Path) -> tuple[State, StateFile]:
+    """The state in a file, or in a folder as `glora aggregate` writes it, and the file."""
     found = path if path.is_file() else find_state(path)
     require(
         found is not None,
@@ -231,4 +250,10 @@ def load_state(path: Path) -> State:
         f"a {STATE_NAME} or a folder that holds one",
         "glora aggregate writes one",
     )
-    return State.load(found or path)
+    file = read(found or path)
+    return State.of(file), file
+
+
+def file_notes(file: StateFile) -> list[dict[str, Any]]:
+    """Tells whoever uses a file without checksums what it cannot tell them."""
+    return [] if file.note is None else [{"text": file.note, "warning": False}]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .options import Json, Plot
-from .show import answering, clean, console, labelled, print_json, progress, table
+from .show import answering, clean, console, finite, labelled, print_json, progress, table
 
 if TYPE_CHECKING:
     from ..fl.experiment import Result
@@ -78,12 +76,17 @@ def run(
     the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. **glora fl report** makes
     tables and pictures of them.
     """
-    with answering(as_json, writes=False), _resumable():
+    kept = "every finished round is kept: go on with --resume"
+    with answering(as_json, writes=False, kept=kept) as outcome:
         from ..fl.config import load_config
         from ..fl.experiment import run_experiment
         from ..fl.run import EngineFactory, local_engine
+        from ..runtime.outputs import apart
 
         loaded = load_config(config, model=model)
+        read = [data_dir / "glue", data_dir / "superni"] if data_dir is not None else []
+        read += [Path(loaded.model.name)] if loaded.model.name else []
+        apart(out / loaded.name, [path for path in read if path.exists()])
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
         with progress() as report:
 
@@ -100,6 +103,7 @@ def run(
                 results = simulate(nodes, experiment, state_dir=state, data_dir=data_dir)
             else:
                 results = experiment(local_engine)
+        outcome.wrote(*(result.folder for result in results))
         silent = [r for r in results if not r.metrics]
         if as_json:
             print_json({"runs": [str(r.folder) for r in results], "results": [
@@ -147,13 +151,13 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for report.md, "
-                     "report.json and pictures; by default RUNS/report."),
+                     "report.json and pictures, by default RUNS/report; one that this command "
+                     "wrote is replaced."),
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Tables, paired differences and pictures of finished runs, configuration by configuration."""
-    with answering(as_json, writes=False):
-        from ..fl.files import write_text
+    with answering(as_json, writes=True) as outcome:
         from ..fl.pictures import draw
         from ..fl.report import (
             COLUMNS,
@@ -162,20 +166,25 @@ def report(
             load_runs,
             markdown,
             rows_of,
+            strangers,
             summarise,
+            write_report,
         )
+        from ..runtime.outputs import apart, claimed, new_folder
 
         found, sweeps = load_runs(runs)
         folder = runs[0] / "report" if out is None else out
-        folder.mkdir(parents=True, exist_ok=True)
+        apart(folder, [run.folder for run in found])
         summaries, pages = [], []
-        for name, mine in by_config(found).items():
-            summary = summarise(mine, sweeps, reference)
-            names = draw(mine, summary["reference"], folder, name)
-            summaries.append(summary)
-            pages.append(markdown(summary, names))
-        write_text(folder / "report.json", json.dumps(summaries, indent=1) + "\n")
-        write_text(folder / "report.md", "# Federated runs\n\n" + "\n".join(pages))
+        place = folder.resolve()
+        with claimed(place, strangers), new_folder(place, strangers) as building:
+            for name, mine in by_config(found).items():
+                summary = summarise(mine, sweeps, reference)
+                names = draw(mine, summary["reference"], building, name)
+                summaries.append(summary)
+                pages.append(markdown(summary, names))
+            write_report(building, finite(summaries), pages)
+        outcome.wrote(folder)
         if as_json:
             print_json({"out": str(folder), "configs": summaries})
             return
@@ -201,7 +210,7 @@ def partition(
     as_json: Json = False,
 ) -> None:
     """Show which client holds how many examples of which label."""
-    with answering(as_json, writes=False):
+    with answering(as_json, writes=plot is not None) as outcome:
         from ..fl.config import load_config
         from ..fl.partition import counts
         from ..fl.pictures import draw_partition
@@ -214,6 +223,7 @@ def partition(
         if plot is not None:
             title = f"{loaded.name}, seed {seed}: {loaded.clients.partition} partition"
             draw_partition(held, task.label_names, title, plot)
+            outcome.wrote(plot)
         if as_json:
             print_json({"labels": task.label_names, "ranks": loaded.ranks, "counts": held.tolist()})
             return
@@ -251,15 +261,6 @@ def configs(
         for name, c in loaded.items():
             shown.add_row(name, c.about, c.hours)
         console().print(shown)
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        console(stderr=True).print("every finished round is kept: go on with --resume")
-        raise
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -43,10 +43,15 @@ def inspect(
 
     Norms and spectra are those of the update s·B·A, whatever the factors look like.
     """
-    with answering(as_json, writes=plot is not None):
+    with answering(as_json, writes=plot is not None) as outcome:
         from .facts import find_state
 
+        if plot is not None:
+            from ..plots import check_picture
+
+            check_picture(plot, [path])
         facts = _state(path, plot) if find_state(path) else _adapter(path, plot)
+        outcome.wrote(plot)
         facts["plot"] = None if plot is None else str(plot)
         if as_json:
             print_json(facts)
@@ -56,6 +61,8 @@ def inspect(
 
             print_state(facts)
             _print_state_modules(facts["certificates"])
+            if facts["sha256"] is not None:
+                console().print(f"\nchecksums: all verified, sha256 {facts['sha256']}", style="dim")
         else:
             _print_adapter(facts)
         if plot is not None:
@@ -63,14 +70,16 @@ def inspect(
 
 
 def _state(path: Path, plot: Path | None) -> dict[str, Any]:
-    from .facts import load_state, state_facts
+    from .facts import file_notes, load_state, state_facts
 
-    state = load_state(path)
+    state, file = load_state(path)
     if plot is not None:
         from ..plots import plot_state
 
         plot_state(state, plot)
-    return {"state": str(path), **state_facts(state)}
+    facts = state_facts(state)
+    facts["notes"] += file_notes(file)
+    return {"state": str(path), "format_version": file.version, "sha256": file.sha256, **facts}
 
 
 def _adapter(path: Path, plot: Path | None) -> dict[str, Any]:

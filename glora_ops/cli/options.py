@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Base", "Clients", "Json", "Overwrite", "Pad", "Plot", "Seed"]
+__all__ = ["PICTURE_NAME", "Base", "Clients", "Json", "Overwrite", "Pad", "Plot", "Seed"]
+
+PICTURE_NAME = "spectra.png"
 
 Clients = Annotated[
     list[str],
@@ -32,7 +34,7 @@ Pad = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random. Equal seeds, equal bits.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the whole folder if glora wrote it.")
+    bool, typer.Option("--overwrite", help="Replace the folder if glora wrote all that is in it.")
 ]
 Json = Annotated[
     bool,
@@ -42,5 +44,9 @@ Json = Annotated[
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE.png", help="Draw the picture into this file."),
+    typer.Option(
+        "--plot",
+        metavar="FILE.png",
+        help="Draw the picture into this file; one that glora drew before is replaced.",
+    ),
 ]

@@ -33,11 +33,14 @@ def readout(
 
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
-    with answering(as_json, writes=True):
-        from .facts import held_energy, load_state, padding_note
+    with answering(as_json, writes=True) as outcome:
+        from ..runtime.outputs import apart
+        from .facts import file_notes, held_energy, load_state, padding_note
 
-        loaded = load_state(state)
+        apart(out, [state])
+        loaded, file = load_state(state)
         loaded.write_adapter(out, rank, pad=pad, seed=seed, overwrite=overwrite)
+        outcome.wrote(out)
         facts: dict[str, Any] = {
             "state": str(state),
             "out": str(out),
@@ -45,7 +48,7 @@ def readout(
             "pad": pad,
             "energy": held_energy(loaded, rank),
             "modules": list(loaded.modules),
-            "notes": padding_note(loaded, rank, pad),
+            "notes": [*padding_note(loaded, rank, pad), *file_notes(file)],
         }
         if as_json:
             print_json(facts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -25,12 +27,16 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import GloraError, Refusal
+from ..errors import GloraError, Refusal, clean
+from ..runtime.signals import Terminated, terminable
+from ..runtime.streams import output_trouble
 
 __all__ = [
+    "Outcome",
     "answering",
     "clean",
     "console",
+    "finite",
     "labelled",
     "number",
     "print_json",
@@ -51,11 +57,6 @@ LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-
-
-def clean(text: object) -> str:
-    """`text` without control characters: names come from clients and could drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
 
 
 def number(value: float) -> str:
@@ -91,30 +92,56 @@ def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(_finite(facts), indent=2, allow_nan=False))
+    typer.echo(json.dumps(finite(facts), indent=2, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinities: null."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@dataclass
+class Outcome:
+    """What a command has written, for what is said where it does not end as it should."""
+
+    writes: bool
+    written: list[str] = field(default_factory=list)
+
+    def wrote(self, *paths: Path | None) -> None:
+        self.written += [clean(path) for path in paths if path is not None]
+
+    def __str__(self) -> str:
+        if self.written:
+            return f"; written: {', '.join(self.written)}"
+        return "; nothing was written" * self.writes
+
+
 @contextmanager
-def answering(as_json: bool, *, writes: bool) -> Iterator[None]:
+def answering(as_json: bool, *, writes: bool, kept: str = "") -> Iterator[Outcome]:
     """Turn what glora and the file system refuse into a message and exit code 1.
 
-    `writes` says whether the command was to write anything, and the message that it did not.
+    The command tells the outcome what it has written. From then on its exit status stands, whatever
+    becomes of what it prints.
+
+    Parameters
+    ----------
+    writes : bool
+        Whether the command is to write anything, and the message to say that it did not.
+    kept : str
+        What else is said of the files after Ctrl-C (exit code 130) and SIGTERM (143).
     """
     from safetensors import SafetensorError
 
+    outcome = Outcome(writes)
     try:
-        yield
+        with terminable():
+            yield outcome
     except GloraError as error:
-        _refuse(error.refusals, as_json, writes)
+        _refuse(error.refusals, as_json, outcome)
     except (OSError, SafetensorError) as error:
         name = getattr(error, "filename", None)
         _refuse(
@@ -128,7 +155,7 @@ def answering(as_json: bool, *, writes: bool) -> Iterator[None]:
                 )
             ],
             as_json,
-            writes,
+            outcome,
         )
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
@@ -138,24 +165,43 @@ def answering(as_json: bool, *, writes: bool) -> Iterator[None]:
             expected="a result and its inputs that fit",
             remedy="a smaller rank, or fewer clients or modules at a time",
         )  # fmt: skip
-        _refuse([refusal], as_json, writes)
-    except KeyboardInterrupt:
-        console(stderr=True).print("interrupted" + ": nothing is half written" * writes)
-        raise
+        _refuse([refusal], as_json, outcome)
+    except KeyboardInterrupt as stop:
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        if not outcome.written:
+            what += f": {kept}" if kept else ": nothing is half written" * writes
+        console(stderr=True).print(f"{what}{outcome if outcome.written else ''}", soft_wrap=True)
+        raise typer.Exit(code) from None
+    _deliver(outcome)
 
 
-def _refuse(refusals: Sequence[Refusal], as_json: bool, writes: bool) -> None:
+def _deliver(outcome: Outcome) -> None:
+    """Say so where not all of the output could be shown, and what stands all the same."""
+    trouble = output_trouble()
+    gone = trouble is not None and trouble.errno == errno.EPIPE  # the reader has seen enough
+    if trouble is None or (gone and not outcome.written):
+        return
+    said = f"the output could not be shown: {trouble.strerror}{outcome}"
+    console(stderr=True).print(said, soft_wrap=True)
+    if not outcome.written:
+        raise typer.Exit(1)
+
+
+def _refuse(refusals: Sequence[Refusal], as_json: bool, outcome: Outcome) -> None:
     if as_json:
         print_json({"refused": [asdict(refusal) for refusal in refusals]})
-    else:
+    if not as_json or output_trouble():
         to = console(stderr=True)
         for refusal in refusals:
             to.print(labelled("refused: ", "bold red", clean(refusal.problem)))
             for name, value in asdict(refusal).items():
-                if value and name != "problem":
+                if value and name not in ("problem", "more"):
                     to.print(labelled(f"  {name:<9}", "dim", clean(value)), soft_wrap=True)
-        count = "1 problem" if len(refusals) == 1 else f"{len(refusals)} problems"
-        to.print(count + "; nothing was written" * writes)
+            if refusal.more:
+                to.print(f"  {refusal.rest}")
+        total = sum(1 + refusal.more for refusal in refusals)
+        count = "1 problem" if total == 1 else f"{total} problems"
+        to.print(f"{count}{outcome}", soft_wrap=True)
     raise typer.Exit(1)
 
 

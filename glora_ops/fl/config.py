@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import GloraError, Refusal, Refused, listing, require
+from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
+from ..reading import MAX_DEPTH, read_bytes, too_deep
+from ..robust import CLIP
 from .methods import METHODS, Method
+from .robust import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,8 +35,18 @@ else:
 __all__ = ["Config", "Training", "load_config", "shipped"]
 
 
+RuleName = Literal["clip", "gate", "geometric-median"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _of_a_size(self) -> Section:
+        for name, value in self:
+            fits = not isinstance(value, int) or abs(value) < 2**31
+            require(fits, name, value, f"an integer up to {2**31 - 1}")
+        return self
 
 
 class TaskSection(Section):
@@ -96,8 +110,8 @@ class ModelSection(Section):
 class ClientsSection(Section):
     """Who takes part, with what, and how they differ."""
 
-    count: int = Field(default=8, ge=1, description="Number of clients.")
-    ranks: list[Annotated[int, Field(ge=1)]] = Field(
+    count: int = Field(default=8, ge=1, le=100_000, description="Number of clients.")
+    ranks: list[Annotated[int, Field(ge=1, le=100_000)]] = Field(
         default=[8], min_length=1, description="LoRA ranks, dealt to the clients in turn."
     )
     scaling: float = Field(
@@ -190,12 +204,15 @@ class MethodSection(BaseModel):
     lr: float | None = Field(
         default=None, gt=0, le=1e30, description="Its learning rate; None: swept, or training.lr."
     )
+    robust: RuleName | None = Field(
+        default=None, description="Its rule; None: the configuration's."
+    )
 
     @model_validator(mode="wrap")
     @classmethod
     def _all_of_it(cls, given: Any, validate: ModelWrapValidatorHandler[MethodSection]) -> Any:
         """What is wrong with kind and lr and what is wrong for the kind, in one list."""
-        refusals: list[Refusal] = []
+        refusals = Refusals()
         section = None
         try:
             section = validate(given)
@@ -203,7 +220,8 @@ class MethodSection(BaseModel):
             refusals += _refusals(error)
         fields = dict(given) if isinstance(given, Mapping) else {}
         kind = fields.pop("kind", None)
-        fields.pop("lr", None)
+        for own in ("lr", "robust"):
+            fields.pop(own, None)
         if isinstance(kind, str):
             with listing(refusals):
                 _method(kind, fields)
@@ -227,7 +245,7 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     cls = METHODS[kind]
     known = [f.name for f in dataclasses.fields(cls)]
     refusals = [
-        _unknown(key, value, ("kind", "lr", *known))
+        _unknown(key, value, ("kind", "lr", "robust", *known))
         for key, value in given.items()
         if key not in known
     ]
@@ -245,21 +263,36 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     return method
 
 
+Label = Annotated[str, Field(pattern=r"^[\w-]+$", max_length=100)]
+
+
 class Config(Section):
     """A federated experiment: one task, one population of clients, several methods."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Folder name of its runs."
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        max_length=100,
+        description="Folder name of its runs.",
     )
     about: str = Field(default="", description="One sentence: what the experiment asks.")
     hours: str = Field(default="", description="How long it takes, where.")
+    robust: RuleName | None = Field(
+        default=None,
+        description="Rule against bad clients, for every method: clip, gate or geometric-median "
+        "(docs/reliability.md); None: none.",
+    )
+    robust_clip: float | None = Field(
+        default=None,
+        gt=0,
+        description=f"Longest update a rule lets through, in median norms; None: {CLIP:g}.",
+    )
     task: TaskSection = TaskSection()
     model: ModelSection = ModelSection()
     clients: ClientsSection = ClientsSection()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep = Sweep()
-    methods: dict[Annotated[str, Field(pattern=r"^[\w-]+$")], MethodSection] = Field(
+    methods: dict[Label, MethodSection] = Field(
         min_length=1, description="Arms by label; [methods.LABEL] with kind = … and its fields."
     )
 
@@ -272,6 +305,11 @@ class Config(Section):
     def method(self, label: str) -> Method:
         require(label in self.methods, "methods", repr(label), f"one of {list(self.methods)}")
         return self.methods[label].build()
+
+    def rule(self, label: str) -> Rule | None:
+        """What is done against bad clients in an arm."""
+        name = self.methods[label].robust or self.robust
+        return None if name is None else Rule(name, self.robust_clip or CLIP)
 
 
 def shipped() -> dict[str, Path]:
@@ -296,15 +334,33 @@ def load_config(which: str | Path, *, model: str | None = None) -> Config:
         f"a .toml file or one of {', '.join(shipped())}",
     )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = _parse_toml(read_bytes(path).decode("utf-8"))
         section = content.setdefault("model", {})
         if model is not None and isinstance(section, dict):
             section["name"] = model
         return Config.model_validate(content)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
     except ValidationError as error:
         raise Refused(replace(r, file=str(path)) for r in _refusals(error)) from None
+    except GloraError:
+        raise
+    except ValueError as error:  # tomllib's own, of decoding, of a huge integer
+        raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
+
+
+# A key of many parts, which tomllib reads at the cost of its square.
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"(?<![\w-])({_PART}[ \t]*\.[ \t]*){{{MAX_DEPTH}}}")
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """What tomllib reads; `ValueError` for no TOML, and for tables too deep in each other."""
+    try:
+        content = {} if _LONG_KEY.search(text) else tomllib.loads(text)
+    except RecursionError:
+        content = {}
+    if not content or too_deep(content):
+        raise ValueError(f"empty, or more than {MAX_DEPTH} tables or lists in each other")
+    return content
 
 
 def _refusals(error: ValidationError) -> list[Refusal]:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import eigen
 from ..alignment import align, canonical_bases, mean_over_modules
+from ..robust import cosines
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
 from .methods.base import shares
 from .methods.flora import stack
+from .robust import inner
 
 __all__ = ["alignment", "describe", "effective_rank", "misalignment", "significant", "spectrum"]
 
@@ -66,7 +69,7 @@ def describe(model: Sent, before: Sequence[Pairs], replies: Sequence[Reply]) -> 
 def alignment(replies: Sequence[Reply]) -> dict[str, Any]:
     """Client-by-client alignment of the column and row spaces of ΔW_i, from 0 to 1, lists of lists.
 
-    Of the updates as clients train them; NaN becomes None.
+    And their signed cosines. Of the updates as clients train them; NaN becomes None.
     """
     columns, rows, energies = [], [], []
     for m in replies[0].factors:
@@ -80,6 +83,7 @@ def alignment(replies: Sequence[Reply]) -> dict[str, Any]:
         "clients": [r.client.index for r in replies],
         "columns": _listed(mean_over_modules(columns, energy)),
         "rows": _listed(mean_over_modules(rows, energy)),
+        "cosines": _listed(cosines(inner([(r.factors, r.sent.scaling) for r in replies]))),
     }
 
 
@@ -103,7 +107,7 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
                 (x.factors[m][0][:, :rank].double(), x.factors[m][1][:rank].double())
                 for x in (one, other)
             )
-            u, sigma, vt = torch.linalg.svd(b.mT @ c + a @ d.mT)
+            u, sigma, vt = eigen.svd(b.mT @ c + a @ d.mT)
             eye = torch.eye(rank, dtype=u.dtype)
             own = float(sum(x.square().sum() for x in (a, b, c, d))) or 1.0
             turns.append(float(torch.linalg.matrix_norm(u @ vt - eye)) / (2 * rank**0.5))
@@ -125,6 +129,8 @@ def significant(numbers: Mapping[str, Any]) -> dict[str, Any]:
     def short(x: Any) -> Any:
         if isinstance(x, list):
             return [short(y) for y in x]
+        if isinstance(x, dict):
+            return significant(x)
         return float(f"{x:.9g}") if isinstance(x, float) else x
 
     return {name: short(x) for name, x in numbers.items()}
@@ -134,8 +140,8 @@ def spectrum(pair: Factors) -> Tensor:
     """Singular values of B A, descending, fp64."""
     b, a = pair[0].double(), pair[1].double()
     if a.shape[0] >= min(b.shape[0], a.shape[1]):
-        return torch.linalg.svdvals(b @ a)
-    return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT)
+        return eigen.svd(b @ a, full_matrices=False)[1]
+    return eigen.svd(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT)[1]
 
 
 def effective_rank(sigma: Tensor) -> float:

@@ -35,8 +35,9 @@ LOST = "the reply was lost (clients.lost)"
 class Answers:
     """What an engine brings back from a round: replies in client order, failures, payload bytes.
 
-    `combine_seconds` is filled in by `run_round`: what the server took to aggregate. `processes`
-    says which process answered for a client, where it was another than this one.
+    `run_round` fills in `heard`, the replies as a robust rule leaves them, with its `verdict`, and
+    `combine_seconds`, what the server took to aggregate. `processes` says which process answered
+    for a client, where it was another than this one.
     """
 
     replies: list[Reply]
@@ -44,6 +45,8 @@ class Answers:
     bytes_down: int = 0
     bytes_up: int = 0
     combine_seconds: float = 0.0
+    heard: list[Reply] = field(default_factory=list)
+    verdict: dict[str, Any] | None = None
     processes: dict[int, int] = field(default_factory=dict)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Refusal, Refused, listing, require
+from ..runtime.outputs import check_free, write_text
 from .config import Config
-from .files import write_text
 from .records import replied
 from .run import EngineFactory, Plan, local_engine, run
 from .tensorboard import mirror, require_tensorboard
@@ -98,6 +98,8 @@ def learning_rate(
     own = config.methods[label].lr
     if own is not None or not config.sweep.lrs:
         return config.training.lr if own is None else own
+    outcome = home / SWEEP / f"{label}.json"
+    check_free(outcome.resolve(), _no_sweep, what="file")
     scores = {}
     for lr in config.sweep.lrs:  # a finished trial is not repeated, one of another setting refused
         plan = Plan(config, label, config.sweep.seed, lr, data_dir, "validation")
@@ -115,5 +117,15 @@ def learning_rate(
     best = max(heard, key=lambda lr: scores[f"{lr:g}"])
     described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
                  "seed": config.sweep.seed}  # fmt: skip
-    write_text(home / SWEEP / f"{label}.json", json.dumps(described, indent=1) + "\n")
+    write_text(outcome, json.dumps(described, indent=1) + "\n", _no_sweep)
     return best
+
+
+def _no_sweep(path: Path) -> list[str]:
+    """The name of a file that is no sweep's outcome."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        found = None
+    own = isinstance(found, dict) and found.keys() == {"metric", "scores", "chosen", "seed"}
+    return [] if own else [path.name]

@@ -103,7 +103,11 @@ class Sent:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What a client learnt: `sent`, trained on `examples` of its own."""
+    """What a client learnt: `sent`, trained on `examples` of its own.
+
+    `trust` is what a robust rule multiplies the reply's weight with, `scale` what it has multiplied
+    the update in `factors` with (`robust.heed`).
+    """
 
     client: Client
     sent: Sent
@@ -111,6 +115,8 @@ class Reply:
     dense: dict[str, Tensor]
     examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+    trust: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

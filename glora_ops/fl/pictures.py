@@ -9,10 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..plots import FAINT, INK, label_axes, line_colours, new_figure, plot_alignment, save_figure
+from ..plots import (
+    FAINT,
+    INK,
+    label_axes,
+    line_colours,
+    new_figure,
+    plain,
+    plot_alignment,
+    save_figure,
+)
 from .report import RunData
 
 __all__ = ["draw", "draw_partition"]
+
+MOST_DRAWN = 1e30
 
 
 def draw(runs: Sequence[RunData], reference: str, folder: Path, stem: str) -> list[str]:
@@ -52,8 +63,8 @@ def _curves(runs: Sequence[RunData], labels: Sequence[str], path: Path) -> bool:
         scores = np.array([[x["metrics"][r.metric] for x in r.evaluated] for r in mine])
         sent = np.array([_cumulated(r) for r in mine]).mean(0) / 1e6
         for axes, x in ((by_round, rounds), (by_bytes, sent)):
-            _band(axes, x, scores, label, colour)
-    metric = runs[0].metric
+            _band(axes, x, scores, plain(label), colour)
+    metric = plain(runs[0].metric)
     label_axes(by_round, "round", metric, f"{metric} of the server's model")
     label_axes(by_bytes, "megabytes, down and up", "", f"{metric} against bytes")
     _legend(figure, by_round)
@@ -84,11 +95,13 @@ def _updates(runs: Sequence[RunData], labels: Sequence[str], path: Path) -> bool
         if not shortest:
             continue
         spectrum = updates[0][-1]["update"]["spectrum"]
-        spectra.plot(range(1, len(spectrum) + 1), spectrum, color=colour, label=label)
+        spectra.plot(
+            range(1, len(spectrum) + 1), _drawable(spectrum), color=colour, label=plain(label)
+        )
         rounds = [line["round"] for line in updates[0][:shortest]]
         for axes, name in ((ranks, "effective_rank"), (captured, "captured")):
             values = np.array([[x["update"][name] for x in u[:shortest]] for u in updates])
-            _band(axes, rounds, values, label, colour)
+            _band(axes, rounds, values, plain(label), colour)
     spectra.set_yscale("log")
     label_axes(spectra, "direction j", "σⱼ over all modules", "spectrum of the server's update")
     label_axes(ranks, "round", "effective rank", "effective rank, mean over modules")
@@ -105,12 +118,14 @@ def _alignment(runs: Sequence[RunData], reference: str, path: Path) -> bool:
     if not lines or len(lines[-1]["alignment"]["clients"]) < 2:
         return False
     found = lines[-1]["alignment"]
-    columns, rows = (
+    found.setdefault("cosines", [[None] * len(row) for row in found["rows"]])  # of older runs
+    columns, rows, cosines = (
         torch.tensor([[np.nan if v is None else v for v in row] for row in found[side]])
-        for side in ("columns", "rows")
+        for side in ("columns", "rows", "cosines")
     )
     ranks = {c["client"]: c["rank"] for c in lines[-1]["clients"]}
-    plot_alignment([f"client {i}, r {ranks[i]}" for i in found["clients"]], columns, rows, path)
+    names = [f"client {i}, r {ranks[i]}" for i in found["clients"]]
+    plot_alignment(names, columns, rows, cosines, path)
     return True
 
 
@@ -128,9 +143,11 @@ def draw_partition(counts: np.ndarray, names: Sequence[str], title: str, path: P
     axes = figure.subplots()
     left = np.zeros(len(counts))
     for column, name, colour in zip(counts.T, names, line_colours(len(names)), strict=True):
-        axes.barh(range(len(counts)), column, left=left, color=colour, label=name, height=0.8)
+        axes.barh(
+            range(len(counts)), column, left=left, color=colour, label=plain(name, 40), height=0.8
+        )
         left += column
-    label_axes(axes, "examples", "client", title)
+    label_axes(axes, "examples", "client", plain(title))
     axes.set_yticks(range(len(counts)))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -142,11 +159,18 @@ def draw_partition(counts: np.ndarray, names: Sequence[str], title: str, path: P
 
 def _band(axes: Any, x: Any, values: np.ndarray, label: str, colour: Any) -> None:
     """Mean over seeds as a line, one standard deviation as a band."""
+    values = _drawable(values)
     mean = values.mean(0)
     axes.plot(x, mean, color=colour, label=label, linewidth=1.6)
     if len(values) > 1:
         spread = values.std(0, ddof=1)
         axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def _drawable(values: Any) -> np.ndarray:
+    """Numbers of a diverged run, as far as axes can hold them; the rest are gaps."""
+    found = np.asarray(values, dtype=float)
+    return np.where(np.abs(found) <= MOST_DRAWN, found, np.nan)
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -12,6 +12,7 @@ are dropped and their rounds run again, with the same result.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +21,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GloraError, require, unfit
-from .files import replacing, write_text
+from ..reading import open_regular, parse_json_object
+from ..runtime.hidden import sweep
+from ..runtime.locks import lock
+from ..runtime.outputs import new_file, ours, write_text
+from .forms import read_about, read_lines
 from .messages import Pairs
 from .server import SVD, Server
 
 __all__ = ["Run", "replied", "server_from", "server_tensors"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no digest
 
 
 def server_tensors(server: Server) -> dict[str, Tensor]:
@@ -79,6 +84,15 @@ def _numbered(merged: tuple[Pairs, ...]) -> list[tuple[str, Pairs]]:
     return [(f"merged{k}", pairs) for k, pairs in enumerate(merged)]
 
 
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """Of everything in a checkpoint."""
+    total = hashlib.blake2b(text.encode(), digest_size=32)
+    for name, x in sorted(tensors.items()):
+        total.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        total.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
 def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's numbers come from; other arms of its configuration may come and go."""
     config, method = about["config"], about["method"]
@@ -113,25 +127,24 @@ class Run:
         self.metrics_path = folder / "metrics.jsonl"
         self.checkpoint_path = folder / "checkpoint.safetensors"
         self.done_path = folder / "done"
+        self.lock_path = folder / ".lock"
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes out: two that write one run would mix their rounds."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise unfit(
+
+        def refuse(holder: str) -> GloraError:
+            return unfit(
                 "runs",
-                f"{str(self.folder)!r}, where another process is at work",
+                f"{str(self.folder)!r}, where {holder} is at work",
                 "one process a run",
                 "wait for it or stop it, then --resume; or another -o",
-            ) from None
-        try:
+            )
+
+        with lock(self.lock_path, refuse):
+            sweep(self.folder, ours)
             yield
-        finally:
-            lock.release()
 
     def begin(self, about: Mapping[str, Any], *, resume: bool) -> bool:
         """Make the folder ready; True where a checkpoint of the same run is there to go on from.
@@ -144,17 +157,22 @@ class Run:
         if self.about_path.exists():
             require(resume, "runs", f"the existing {str(self.folder)!r}", "a new folder",
                     "--resume to go on, or another -o")  # fmt: skip
-            before = json.loads(self.about_path.read_text())
+            before = read_about(self.about_path)
             odd = _differences(_decisive(before), _decisive(about))
             require(not odd, f"the run in {str(self.folder)!r}", ", ".join(odd),
                     "the configuration and data it began with",
                     "another -o for another experiment")  # fmt: skip
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            found = sorted(path.name for path in self.folder.glob("[!.]*"))
+            require(not found, "runs", f"{str(self.folder)!r} with {', '.join(found[:5])} but no "
+                    "run.json", "a new folder, or that of a run", "another -o")  # fmt: skip
             write_text(self.about_path, json.dumps(about, indent=1, sort_keys=True) + "\n")
         going_on = self.checkpoint_path.exists()
-        if not going_on and not self.done:  # killed before its first: that line goes too
-            self.metrics_path.unlink(missing_ok=True)
+        if not going_on and not self.done and self.metrics_path.exists():
+            count = len(self.lines())
+            require(count <= 1, f"the run in {str(self.folder)!r}", f"{count} rounds",
+                    "their checkpoint.safetensors", "restore it, or choose another -o")  # fmt: skip
+            self.metrics_path.unlink()  # killed before its first: that line goes too
         return going_on
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -171,12 +189,10 @@ class Run:
         tensors |= {f"engine/{n}": x for n, x in engine_state[0].items()}
         about = {"format": FORMAT_VERSION, "server": server_about(server)}
         about["engine"] = dict(engine_state[1])
-        with replacing(self.checkpoint_path) as partial:
-            save_file(
-                {n: x.detach().contiguous().clone() for n, x in tensors.items()},
-                partial,
-                {"glora_fl": json.dumps(about)},
-            )
+        text = json.dumps(about)
+        copies = {n: x.detach().contiguous().clone() for n, x in tensors.items()}
+        with new_file(self.checkpoint_path, ours) as partial:
+            save_file(copies, partial, {"glora_fl": text, "blake2b": _digest(copies, text)})
 
     def restore(self, fresh: Server) -> tuple[Server, dict[str, Tensor], dict[str, Any]]:
         """Server state, the engine's tensors and JSON; metrics behind the checkpoint are dropped.
@@ -186,42 +202,52 @@ class Run:
         GloraError
             If the checkpoint is not one of ours.
         """
+        text, digest, tensors = self._checkpoint()
         try:
-            with safe_open(self.checkpoint_path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get("glora_fl", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no dict
-        except (SafetensorError, ValueError) as error:
-            raise GloraError(
-                f"checkpoint: {self.checkpoint_path} is unreadable ({error})"
-            ) from None
+            about = parse_json_object(text.encode())
+        except ValueError:
+            about = {}
         require(
-            isinstance(about, dict) and about.get("format") == FORMAT_VERSION,
+            about.get("format") == FORMAT_VERSION,
             "checkpoint",
             f"{self.checkpoint_path} without format {FORMAT_VERSION}",
             "a checkpoint of this version",
             "run anew into another folder",
         )
+        require(digest == _digest(tensors, text), "checkpoint",
+                f"{self.checkpoint_path}, whose content has changed since it was written",
+                "the digest it carries", "restore it, or run anew into another folder")  # fmt: skip
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 
         server = server_from(under("server/"), about["server"], fresh)
-        kept = [line for line in self.lines() if line["round"] <= server.round]
+        kept = self.lines()[: server.round + 1]
+        require(len(kept) == server.round + 1, "metrics", f"{len(kept)} lines in {self.folder}",
+                f"one for each of the checkpoint's rounds, 0 … {server.round}",
+                "restore metrics.jsonl, or run anew into another folder")  # fmt: skip
         write_text(self.metrics_path, "".join(json.dumps(x, sort_keys=True) + "\n" for x in kept))
         engine = {n: x.clone() for n, x in under("engine/").items()}
         return server, engine, about["engine"]
 
     def lines(self) -> list[dict[str, Any]]:
-        """The metrics, without a last line that was cut off."""
-        if not self.metrics_path.exists():
+        """The metrics, without a last line that was cut off; refused where they are damaged."""
+        if not self.metrics_path.exists() and not self.done:
             return []
-        out = []
-        for text in self.metrics_path.read_text(encoding="utf-8").splitlines():
-            try:
-                out.append(json.loads(text))
-            except ValueError:
-                break
-        return out
+        return read_lines(self.metrics_path, whole=self.done)
+
+    def _checkpoint(self) -> tuple[str, str, dict[str, Tensor]]:
+        """Its JSON, the digest it carries, its tensors."""
+        try:
+            open_regular(self.checkpoint_path).close()
+            with safe_open(self.checkpoint_path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no dict
+        except SafetensorError as error:
+            raise GloraError(
+                f"checkpoint: {self.checkpoint_path} is unreadable ({error})"
+            ) from None
+        return about.get("glora_fl", ""), about.get("blake2b", ""), tensors
 
     @property
     def done(self) -> bool:

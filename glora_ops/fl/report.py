@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from ..errors import require
+from ..errors import Refusals, Refused, listing, require
+from .forms import read_about, read_sweep
 from .records import Run, replied
 
-__all__ = ["RunData", "by_config", "load_runs", "markdown", "summarise"]
+__all__ = [
+    "RunData",
+    "by_config",
+    "load_runs",
+    "markdown",
+    "strangers",
+    "summarise",
+    "write_report",
+]
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -59,7 +68,7 @@ class RunData:
         line = self.lines[-1]
         if "by_rank" not in line:
             return None
-        return fmean(line["by_rank"][str(r)][self.metric] for r in line["sent_ranks"])
+        return mean(line["by_rank"][str(r)][self.metric] for r in line["sent_ranks"])
 
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))
@@ -73,6 +82,12 @@ class RunData:
     def failures(self) -> list[Mapping[str, Any]]:
         return [f | {"round": line["round"]} for line in self.lines for f in line["failures"]]
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rounds in which a robust rule left a client out, by its name."""
+        judged = [line["robust"] for line in self.lines if "robust" in line]
+        return dict(Counter(name for verdict in judged for name in verdict["left_out"]))
+
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[RunData], dict[str, dict[str, Any]]]:
     """Every run below the folders, and the outcomes of sweeps by ``config/method``.
@@ -82,20 +97,36 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[RunData], dict[str, dict[st
     GloraError
         If there is no run.
     """
-    runs, sweeps = [], {}
+    runs, sweeps, refusals = [], {}, Refusals()
     folders = list(folders)
-    for path in sorted({p for folder in folders for p in folder.rglob("run.json")}):
-        if not path.parent.name.startswith("seed"):  # a trial of a sweep
+    found = {p.parent for folder in folders for name in ("run.json", "metrics.jsonl")
+             for p in folder.rglob(name)}  # fmt: skip
+    for place in sorted(found):
+        if not place.name.startswith("seed"):  # a trial of a sweep
             continue
-        run = Run(path.parent)
-        runs.append(RunData(path.parent, json.loads(path.read_text()), run.lines(), run.done))
+        run = Run(place)
+        with listing(refusals):
+            about = read_about(run.about_path)
+            runs.append(_sound(RunData(place, about, run.lines(), run.done)))
     for path in sorted({p for folder in folders for p in folder.rglob("sweep/*.json")}):
-        sweeps[f"{path.resolve().parents[1].name}/{path.stem}"] = json.loads(path.read_text())
+        with listing(refusals):
+            sweeps[f"{path.resolve().parents[1].name}/{path.stem}"] = read_sweep(path)
+    if refusals:
+        raise Refused(refusals)
     require(
         bool(runs), "runs", ", ".join(map(str, folders)), "a folder with runs",
         "glora fl run makes them",
     )  # fmt: skip
     return runs, sweeps
+
+
+def _sound(run: RunData) -> RunData:
+    """The run, if every round it measured has the same metrics, its headline among them."""
+    names = [sorted(line["metrics"]) for line in run.evaluated]
+    require(all(run.metric in found and found == names[0] for found in names), "metrics",
+            f"{str(run.folder)!r} with other metrics in another round",
+            f"the same in each, with {run.metric!r}", "restore metrics.jsonl")  # fmt: skip
+    return run
 
 
 def by_config(runs: Iterable[RunData]) -> dict[str, list[RunData]]:
@@ -123,7 +154,7 @@ def summarise(
     -------
     dict
         methods (mean and spread of everything), differences (paired by seed, reference minus
-        other), sweeps, failures, unfinished, silent.
+        other), sweeps, failures, silent, left_out (by robust rules), unfinished.
     """
     config = runs[0].about["config"]
     finished = [run for run in runs if run.done and not run.silent]
@@ -160,6 +191,10 @@ def summarise(
             for run in runs if run.done for f in run.failures
         ],
         "silent": silent,
+        "left_out": [
+            {"method": run.method, "seed": run.seed, "client": name, "rounds": rounds}
+            for run in finished for name, rounds in run.left_out.items()
+        ],
         "unfinished": [str(run.folder) for run in runs if not run.done],
     }  # fmt: skip
 
@@ -168,6 +203,7 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
     """Refuse runs that only share the name of their configuration; arms may come later."""
     seen: dict[tuple[str, int], RunData] = {}
     arms: dict[str, RunData] = {}
+    measured: dict[str, Any] = {}
     for run in runs:
         one, mine = ({**r.about["config"], "methods": 0, "about": 0, "hours": 0}
                      for r in (runs[0], run))  # fmt: skip
@@ -177,13 +213,25 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
         require(not odd, "runs", f"{both}, which differ in {', '.join(odd)}",
                 f"one configuration {one['name']!r}", apart)  # fmt: skip
         arm = arms.setdefault(run.method, run)
-        here, there = ({**r.about["config"]["methods"][r.method], "lr": r.about["lr"]}
-                       for r in (run, arm))  # fmt: skip
+        here, there = (
+            {"robust": None, **r.about["config"]["methods"][r.method], "lr": r.about["lr"]}
+            for r in (run, arm)
+        )
         require(here == there, "runs", f"{arm.folder} and {run.folder}, {there} and {here}",
                 f"one setting of {run.method!r}", apart)  # fmt: skip
+        if run.done:
+            shape = measured.setdefault(run.method, _measured(run))
+            require(shape == _measured(run), "runs", both, "the same rounds and metrics",
+                    "restore metrics.jsonl, or report them apart")  # fmt: skip
         other = seen.setdefault((run.method, run.seed), run)
         require(other is run, "runs", f"{other.folder} and {run.folder}",
                 "one run of a method and seed", apart)  # fmt: skip
+
+
+def _measured(run: RunData) -> Any:
+    """Rounds and names of what a run measured."""
+    rounds = [(line["round"], sorted(line["metrics"])) for line in run.evaluated]
+    return rounds, sorted(run.lines[-1].get("misalignment", ()))
 
 
 def _task(run: RunData) -> str:
@@ -221,12 +269,12 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "score": spread([run.score for run in runs]),
         "received": spread(received) if received else None,
-        "start": fmean(run.evaluated[0]["metrics"][run.metric] for run in runs),
-        "megabytes_down": fmean(run.total("bytes_down") for run in runs) / 1e6,
-        "megabytes_up": fmean(run.total("bytes_up") for run in runs) / 1e6,
-        "combine_seconds": fmean(combine) if combine else 0.0,
-        "captured": fmean(u["captured"] for u in updates) if updates else None,
-        "effective_rank": fmean(u["effective_rank"] for u in updates) if updates else None,
+        "start": mean(run.evaluated[0]["metrics"][run.metric] for run in runs),
+        "megabytes_down": mean(run.total("bytes_down") for run in runs) / 1e6,
+        "megabytes_up": mean(run.total("bytes_up") for run in runs) / 1e6,
+        "combine_seconds": mean(combine) if combine else 0.0,
+        "captured": mean(u["captured"] for u in updates) if updates else None,
+        "effective_rank": mean(u["effective_rank"] for u in updates) if updates else None,
         "misalignment": _means([line["misalignment"] for line in last if "misalignment" in line]),
         "metrics": {
             name: spread([run.evaluated[-1]["metrics"][name] for run in runs])
@@ -236,11 +284,19 @@ def _method(runs: Sequence[RunData], kind: str) -> dict[str, Any]:
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
+    return {name: mean(row[name] for row in rows) for name in rows[0]} if rows else {}
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, not a number where one of a diverged run is none."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.mean(list(values)))
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else None}
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": mean(values), "spread": apart}
 
 
 def paired(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> dict[str, Any]:
@@ -254,7 +310,7 @@ def paired(one: Mapping[int, RunData], other: Mapping[int, RunData]) -> dict[str
     return {
         "seeds": seeds,
         "gains": gains,
-        "mean": fmean(gains) if gains else None,
+        "mean": mean(gains) if gains else None,
         "low": low,
         "high": high,
         "won": sum(g > 0 for g in gains),
@@ -357,6 +413,10 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     if summary["silent"]:
         parts.append("Nobody replied, so that nothing was learnt, and left out: "
                      + ", ".join(summary["silent"]))  # fmt: skip
+    if summary["left_out"]:
+        parts.append("Left out by robust rules: " + ", ".join(
+            f"{x['client']} ({x['method']}, seed {x['seed']}: {x['rounds']} rounds)"
+            for x in summary["left_out"]))  # fmt: skip
     if summary["unfinished"]:
         parts.append("Unfinished and left out: " + ", ".join(summary["unfinished"]))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
@@ -367,3 +427,45 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |",
              "| :-- |" + " --: |" * (len(header) - 1)]  # fmt: skip
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+PAGE = "report.md"
+MARK = "\n<!-- SHA-256 of what glora fl report wrote: "
+
+
+def write_report(
+    folder: Path, summaries: Sequence[Mapping[str, Any]], pages: Sequence[str]
+) -> None:
+    """report.json and report.md beside the pictures; its last line tells what the folder held."""
+    text = json.dumps(summaries, indent=1) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    page = "# Federated runs\n\n" + "\n".join(pages)
+    digests = {PAGE: _digest(page.encode())}
+    digests |= {path.name: _digest(path.read_bytes()) for path in sorted(folder.iterdir())}
+    (folder / PAGE).write_bytes(f"{page}{MARK}{json.dumps(digests)} -->\n".encode())
+
+
+def strangers(folder: Path) -> list[str]:
+    """What in a folder `write_report` did not write, or somebody has changed since, by name."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    try:
+        page, _, mark = (folder / PAGE).read_bytes().decode().rpartition(MARK)
+        digests = json.loads(mark.removesuffix(" -->\n"))
+    except (OSError, ValueError):
+        page, digests = "", {}
+    own = digests if isinstance(digests, dict) else {}
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_symlink()
+        or not entry.is_file()
+        or entry.name not in own
+        or own[entry.name] != _digest(page.encode() if entry.name == PAGE else entry.read_bytes())
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from .engine_local import Answers, Engine
 from .messages import Client
 from .methods import Method
+from .robust import Rule, heed
 from .seeds import numpy_stream
 from .server import Server, clients_of
 
@@ -15,16 +16,18 @@ __all__ = ["participants", "run_round"]
 
 
 def run_round(
-    method: Method, server: Server, engine: Engine, asked: list[Client]
+    method: Method, server: Server, engine: Engine, asked: list[Client], rule: Rule | None = None
 ) -> tuple[Server, Answers]:
-    """Broadcast, train, combine. Without a single reply the state stays as it is."""
+    """Broadcast, train, judge, combine. Without a single reply the state stays as it is."""
     work = [(client, method.broadcast(server, client)) for client in asked]
     answers = engine.train(server.round, work)
     if not answers.replies:
         return replace(server, round=server.round + 1, notes={}), answers
     began = time.perf_counter()
-    server = method.combine(server, answers.replies)
-    return server, replace(answers, combine_seconds=time.perf_counter() - began)
+    heard, verdict = heed(method, rule, answers.replies)
+    server = method.combine(server, heard)
+    seconds = time.perf_counter() - began
+    return server, replace(answers, heard=heard, verdict=verdict, combine_seconds=seconds)
 
 
 def participants(server: Server, fraction: float) -> list[Client]:

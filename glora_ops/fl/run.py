@@ -47,6 +47,7 @@ class Plan:
     ) -> None:  # fmt: skip
         self.config, self.label, self.seed, self.lr = config, label, seed, lr
         self.method: Method = config.method(label)
+        self.rule = config.rule(label)
         self.task: Task = build_task(config, seed, data_dir, held_out)
         t, c = config.training, config.clients
         self.trainer = Trainer(
@@ -148,7 +149,7 @@ def _run(
             begun = time.perf_counter()
             before = server
             asked = participants(server, plan.config.clients.participation)
-            server, answers = run_round(plan.method, server, carrier, asked)
+            server, answers = run_round(plan.method, server, carrier, asked, plan.rule)
             seconds = {"round": time.perf_counter() - begun, "combine": answers.combine_seconds}
             append(_line(plan, server, before, answers, total, seconds))
             # Through the checkpoint's form every round, so that a restart changes no bit.
@@ -177,7 +178,7 @@ def _line(
         "bytes_down": answers.bytes_down,
         "bytes_up": answers.bytes_up,
         "clients": [
-            {"client": r.client.index, "rank": r.sent.rank, "examples": r.examples, **r.metrics}
+            {**r.metrics, "client": r.client.index, "rank": r.sent.rank, "examples": r.examples}
             for r in answers.replies
         ],
         "failures": [{"client": f.client.index, "reason": f.reason} for f in answers.failures],
@@ -186,9 +187,11 @@ def _line(
     if answers.processes:
         clients = {str(client): pid for client, pid in answers.processes.items()}
         line["processes"] = {"server": os.getpid(), "clients": clients}
+    if answers.verdict is not None:
+        line["robust"] = significant(answers.verdict)
     if before is not None and answers.replies:
         if how.spectra:
-            line["update"] = significant(describe(model, before.merged, answers.replies))
+            line["update"] = significant(describe(model, before.merged, answers.heard))
         if how.agreement == "every" or (how.agreement == "last" and last):
             line["alignment"] = alignment(answers.replies)
             line["misalignment"] = significant(misalignment(answers.replies))

@@ -32,9 +32,38 @@ def test_many_modules_and_many_clients_fit_a_picture(work: Path) -> None:
     plot_adapter("many", {f"layer {i}": torch.rand(4) for i in range(30)}, "many.png")
     cosines = torch.rand(40, 40)
     cosines[0, 1] = float("nan")
-    plot_alignment([f"client {i}" for i in range(40)], cosines, cosines, "clients.pdf")
+    names = [f"client {i}" for i in range(40)]
+    plot_alignment(names, cosines, cosines, 1 - 2 * cosines, "clients.pdf")
     assert is_png(work / "many.png")
     assert (work / "clients.pdf").exists()
+
+
+HOSTILE = ["$\\frac{$", "$$", r"\$x$", "_hidden", "\udcff\x07", "{\\bf", "é" * 300, "^_{}"]
+
+
+def test_names_are_drawn_as_they_stand_whatever_they_spell(work: Path) -> None:
+    """Mathematics, control characters, halves of characters, legends' private names, long ones."""
+    from glora_ops.fl.pictures import draw_partition
+    from glora_ops.plots import plain, plot_adapter, plot_alignment
+
+    cosines = torch.rand(len(HOSTILE), len(HOSTILE))
+    for name in HOSTILE:
+        plot_adapter(name, {name: torch.rand(4), name + "x": torch.rand(3)}, "one.svg")
+        plot_adapter(name, {f"{name}{i}": torch.rand(4) for i in range(20)}, "many.png")
+    plot_alignment(HOSTILE, cosines, cosines, "clients.png")
+    draw_partition(torch.ones(3, len(HOSTILE)).int().numpy(), HOSTILE, "$\\frac{$", Path("p.png"))
+    assert is_png(work / "clients.png")
+    assert is_png(work / "p.png")
+    assert all(len(plain(name)) <= 81 for name in HOSTILE)
+
+
+def test_clients_whose_names_are_mathematics(work: Path) -> None:
+    odd = "$\\frac{$"
+    (work / "ann").rename(work / odd)
+    glora("compare", odd, "bob", "--plot", "picture.png")
+    glora("inspect", odd, "--plot", "picture.png")
+    glora("aggregate", odd, "bob", "-o", "out", "--plot")
+    assert is_png(work / "out/spectra.png")
 
 
 def test_a_picture_needs_matplotlib(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,7 +206,7 @@ def test_refusals_as_json(work: Path) -> None:
     spoil(work)
     facts = glora_json("aggregate", *CLIENTS, "dan", "-o", "out", code=1)
     assert [r["client"] for r in facts["refused"]] == ["ann", "bob", "bob", "dan"]
-    fields = {"problem", "client", "file", "tensor", "found", "expected", "remedy"}
+    fields = {"problem", "client", "file", "tensor", "found", "expected", "remedy", "more"}
     assert all(set(r) == fields for r in facts["refused"])
 
 
@@ -222,7 +222,7 @@ def test_values_are_refused_by_tensor(work: Path) -> None:
         ["inspect", "bob"],
     ):
         refused = glora_json(*command, code=1)["refused"]
-        assert len(refused) == 12
+        assert sum(1 + r["more"] for r in refused) == 12
         assert {r["client"] for r in refused} == {"bob"}
         assert "lora_A" in refused[0]["tensor"]
         assert "nan" in refused[0]["found"]

@@ -42,3 +42,22 @@ def best_rotation(m: Array) -> Array:
     signs = np.ones(len(u))
     signs[-1] = np.sign(np.linalg.det(u @ vt))
     return (u * signs) @ vt
+
+
+def verdict(rule: str, updates: Array, weights: list[float]) -> tuple[Array, Array]:
+    """Trust and scale of clients with these updates (K, n): the rules, written from their text."""
+    w, norms = np.array(weights), np.linalg.norm(updates, axis=1)
+    trust, scale = np.ones(len(w)), np.ones(len(w))
+    if rule == "geometric-median":
+        x = w @ updates / w.sum()
+        for _ in range(3000):
+            trust = 1 / np.sqrt(np.sum((updates - x) ** 2, axis=1) + 1e-8 * np.median(norms) ** 2)
+            x = (w * trust) @ updates / (w @ trust)
+        return trust * w.sum() / (w @ trust), scale
+    kept = np.ones(len(w), dtype=bool)
+    if rule == "gate":
+        cosine = updates @ updates.T / np.outer(norms, norms)
+        own = np.array([np.median(np.delete(row, i)) for i, row in enumerate(cosine)])
+        kept = own >= np.median(own) / 2
+        trust = kept * w.sum() / (w @ kept)
+    return trust, np.minimum(1, 2 * np.median(norms[kept]) / norms)

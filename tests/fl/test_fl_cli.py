@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -380,3 +383,99 @@ def test_without_tensorboard_the_option_is_refused_before_training(
                 "--tensorboard", tmp_path / "board", code=1).output  # fmt: skip
     assert "glora[tensorboard]" in said
     assert not (tmp_path / "runs").exists()
+
+
+# --- whose files -------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_report_replaces_gloras_own_only(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call("report", runs, "-o", out)
+    before = contents(out)
+    call("report", runs, "-o", out)
+    assert contents(out) == before
+    for name, content in (
+        ("notes.md", b"mine"),
+        ("report.md", before["report.md"].replace(b"# Federated runs", b"# What we learnt")),
+        ("report.json", b"[]"),
+        ("tiny-curves.png", b"holiday"),
+    ):
+        (out / name).write_bytes(content)
+        said = call("report", runs, "-o", out, code=1).output
+        assert name in said
+        assert "nothing was written" in said
+        assert contents(out) == before | {name: content}
+        (out / name).unlink()
+        if name in before:
+            (out / name).write_bytes(before[name])
+    call("report", runs, "-o", out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_report_and_its_runs_lie_apart(runs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(runs, tmp_path / "runs")
+    before = contents(tmp_path)
+    for out in ("runs", "runs/tiny", "runs/tiny/glora/seed0", "runs/tiny/glora/seed0/report"):
+        said = call("report", tmp_path / "runs", "-o", tmp_path / out, code=1).output
+        assert "lie in one another" in said
+        assert contents(tmp_path) == before
+    call("report", tmp_path / "runs")
+    assert (tmp_path / "runs" / "report" / "report.md").exists()
+
+
+def test_a_run_writes_over_nobodys_file(runs: Path, tmp_path: Path) -> None:
+    """A sweep's outcome and a run's metrics that are somebody's."""
+    home = tmp_path / "runs" / "tiny"
+    for path in (home / "sweep" / "glora.json", home / "fedit" / "seed0" / "metrics.jsonl"):
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    for method, name in (("glora", "glora.json"), ("fedit", "metrics.jsonl")):
+        arguments = ["--seeds", 1, "--methods", method, "-o", tmp_path / "runs"]
+        assert name in call("run", runs.parent / "tiny.toml", *arguments, code=1).output
+    assert set(contents(home).values()) == {b"mine"}
+
+
+def test_a_partitions_picture_is_drawn_over_gloras_own_only(runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    for _ in range(2):
+        call("partition", runs.parent / "tiny.toml", "--plot", picture)
+    picture.write_bytes(b"holiday")
+    said = call("partition", runs.parent / "tiny.toml", "--plot", picture, code=1).output
+    assert "glora did not write" in said
+    assert picture.read_bytes() == b"holiday"
+
+
+def test_runs_and_data_lie_apart(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "glue" / "tiny").mkdir(parents=True)
+    said = call("run", runs.parent / "tiny.toml", "--data-dir", tmp_path / "data",
+                "-o", tmp_path / "data" / "glue", code=1).output  # fmt: skip
+    assert "lie in one another" in said
+
+
+def test_sigterm_keeps_every_finished_round(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys.modules["glora_ops.fl.run"], "run_round", stop)
+    arguments = ["run", runs.parent / "tiny.toml", "--seeds", 1, "--methods", "fedit", "-o",
+                 tmp_path / "runs"]  # fmt: skip
+    said = call(*arguments, code=143).stderr
+    assert said == "terminated: every finished round is kept: go on with --resume\n"
+    monkeypatch.undo()
+    call(*arguments, "--resume")
+    folder = tmp_path / "runs" / "tiny" / "fedit" / "seed0"
+    assert not list(folder.glob(".*"))
+    mine, whole = (
+        [{**json.loads(x), "seconds": 0} for x in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (folder, runs / "tiny" / "fedit" / "seed0")
+    )
+    assert mine == whole

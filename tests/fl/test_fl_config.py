@@ -32,6 +32,15 @@ def test_the_named_configurations_ship() -> None:
     assert set(shipped()) >= EXPECTED
 
 
+def test_ranks_that_would_be_nothing_but_padding_are_refused_before_the_first_round() -> None:
+    shapes = {"layer": (6, 5)}
+    with pytest.raises(GloraError, match="ranks: got 999999999, expected at most 1024"):
+        Setup(shapes, (4, 999_999_999), 2.0, {}, True, 0)
+    method = METHODS["glora"](rank=2_000_000)
+    with pytest.raises(GloraError, match="rank: got 2000000, expected at most 1024"):
+        method.start(Setup(shapes, (4,), 2.0, {}, True, 0))
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_shipped_configurations_are_valid_and_say_what_they_take(name: str) -> None:
     loaded = load_config(name)
@@ -51,6 +60,31 @@ def test_the_publications_settings() -> None:
     assert 0.1 <= sparse.participation <= 0.3
     assert load_config("superni_tasks").clients.partition == "task"
     assert set(METHODS) == {s.kind for s in load_config("glue_dirichlet").methods.values()}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 1000 + "]" * 1000,
+        "a = " + "{a = " * 1000 + "1" + "}" * 1000,
+        ".".join(["a"] * 100_000) + " = 1",
+        "[" + ".".join(['"a"'] * 40) + "]",
+        "a = 1" + "0" * 5000,
+        "a = " + "[" * 40 + "]" * 40,
+    ],
+    ids=["lists", "tables", "a key", "a header", "digits", "forty"],
+)
+def test_what_is_too_deep_or_too_long_is_no_configuration(tmp_path: Path, text: str) -> None:
+    with pytest.raises(GloraError, match=r"mine\.toml is no TOML"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "section", ["[clients]\ncount = 1000000000000", "[training]\nsteps = 99999999999999999999"]
+)
+def test_numbers_that_nothing_could_hold_are_refused(tmp_path: Path, section: str) -> None:
+    with pytest.raises(GloraError, match=section.split()[1]):
+        load(tmp_path, 'name = "x"\n' + section + METHOD)
 
 
 @pytest.mark.parametrize(

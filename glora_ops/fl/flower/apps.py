@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from ...errors import require
+from ...runtime.signals import Terminated
 from ..config import load_config
 from ..experiment import run_experiment
 from ..run import EngineFactory, Plan
 from .engine import FlowerEngine
 from .node import client_app, plan_text, run_name
+from .shelf import clear
 
 __all__ = ["server_app", "simulate"]
 
@@ -53,37 +55,56 @@ def simulate(
     GloraError
         Without Ray.
     KeyboardInterrupt
-        After Ctrl-C, as soon as the clients at work have ended; a second one does not wait.
+        After Ctrl-C and SIGTERM (`Terminated`), as soon as the clients at work have ended; a second
+        one does not wait.
     """
     require(find_spec("ray") is not None, "Flower's simulation", "no Ray", "the package ray",
             "pip install 'flwr[simulation]', or --engine local")  # fmt: skip
     from flwr.simulation import run_simulation
+    from ray._private import utils as ray_utils
 
-    over, stopped, app, results = threading.Event(), threading.Event(), ServerApp(), list[T]()
+    over, stopped, app, results = threading.Event(), list[int](), ServerApp(), list[T]()
     begun: list[str] = []
 
     @app.main()
     def server(grid: Grid, context: Context) -> None:
         def engine(plan: Plan) -> FlowerEngine:
             begun.append(run_name(plan_text(plan)))
-            return FlowerEngine(grid, plan, patience=DAY, timeout=DAY, over=over)
+            made = FlowerEngine(grid, plan, patience=DAY, timeout=DAY, over=over)
+            if in_main:
+                set_handler(signal.SIGTERM, pythons)
+            return made
 
         results.append(main(engine))
 
     def stop(number: int, frame: FrameType | None) -> None:
         # An exception in Flower's main thread ends Ray below its workers, which then hang or abort.
-        signal.signal(signal.SIGINT, interrupt)
-        stopped.set()
+        signal.signal(number, before[number])
+        stopped.append(number)
         over.set()
 
+    def interruption() -> KeyboardInterrupt:
+        return Terminated() if signal.SIGTERM in stopped else KeyboardInterrupt()
+
     logger = logging.getLogger("flwr")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is in the records
     cores = min(nodes, os.cpu_count() or 1)
-    interrupt = signal.getsignal(signal.SIGINT)
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     in_main = threading.current_thread() is threading.main_thread()  # where signals arrive
+    theirs, pythons = ray_utils.set_sigterm_handler, None
+    get_handler, set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get_handler.restype = set_handler.restype = ctypes.c_void_p
+    set_handler.argtypes = (ctypes.c_int, ctypes.c_void_p)
     if in_main:
-        signal.signal(signal.SIGINT, stop)
+        for number in before:
+            signal.signal(number, stop)
+        # Ray's handlers end the process at once: one in Python, which it is not let set, one in C,
+        # which Python's replaces again once the nodes have answered (any thread may do that in C).
+        ray_utils.set_sigterm_handler = lambda handler: None
+        pythons = get_handler(signal.SIGTERM)
     try:
         run_simulation(
             app,
@@ -95,18 +116,20 @@ def simulate(
             },
         )
     except Exception as error:
-        if stopped.is_set():
-            raise KeyboardInterrupt from error
+        if stopped:
+            raise interruption() from error
         raise
     finally:
         over.set()
-        logger.setLevel(before)
+        logger.setLevel(level)
         if in_main:
-            signal.signal(signal.SIGINT, interrupt)
-    if stopped.is_set() and not results:
-        raise KeyboardInterrupt
+            ray_utils.set_sigterm_handler = theirs
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if stopped and not results:
+        raise interruption()
     for name in begun:
-        shutil.rmtree(state_dir / name, ignore_errors=True)
+        clear(state_dir / name)
     if state_dir.is_dir() and not any(state_dir.iterdir()):
         state_dir.rmdir()
     return results[0]

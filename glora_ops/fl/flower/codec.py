@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -22,6 +22,9 @@ from ..messages import WIRES
 __all__ = ["Ask", "Facts", "Learnt", "Refusal", "Work", "form_of", "pack", "tensors_of"]
 
 STYPE = "glora.raw"
+MAX_DIMENSIONS = 8
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{0,32}$")]  # of a client's state; none is empty
+Measure = Annotated[str, Field(max_length=100)]
 
 
 class Form(BaseModel):
@@ -38,7 +41,7 @@ class Facts(Form):
     """Who a node is: its client, the rank it trains, the examples it holds."""
 
     client: int = Field(ge=0)
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, lt=2**31)
     examples: int = Field(ge=1)
 
 
@@ -58,9 +61,9 @@ class Learnt(Form):
     """What came of it; the tensors beside it are the reply. `state` names what the node keeps."""
 
     examples: int = Field(ge=1)
-    metrics: dict[str, FiniteFloat]
-    state: str
-    process: int
+    metrics: dict[Measure, FiniteFloat] = Field(max_length=100)
+    state: Digest
+    process: int = Field(ge=0, lt=2**31)
 
 
 class Refusal(Form):
@@ -118,11 +121,16 @@ def _array(x: Tensor, wire: str) -> Array:
 
 
 def _tensor(name: str, array: Array, wire: str) -> Tensor:
-    kind, shape, dtype = (array.stype, array.dtype), tuple(array.shape), WIRES[wire]
+    kind, dtype = (array.stype, array.dtype), WIRES[wire]
     require(kind == (STYPE, wire), f"tensor {name!r}", kind, f"{(STYPE, wire)}",
             "the same version of glora on every node")  # fmt: skip
-    right = all(isinstance(n, int) and n > 0 for n in shape)
-    right = right and len(array.data) == math.prod(shape) * dtype.itemsize
+    shape = tuple(array.shape)
+    require(
+        len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n > 0 for n in shape),
+        f"tensor {name!r}", f"the shape {shape!s:.80}",
+        f"at most {MAX_DIMENSIONS} integers above zero",
+    )  # fmt: skip
+    right = len(array.data) == math.prod(shape) * dtype.itemsize
     require(right, f"tensor {name!r}", f"{len(array.data)} bytes", f"shape {shape} of {wire}")
     x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(shape).float()
     require(bool(x.isfinite().all()), f"tensor {name!r}", "NaN or infinity", "finite values")

@@ -175,6 +175,9 @@ class FlowerEngine:
         require(facts.examples == len(parts[facts.client]), f"examples of the {who}",
                 facts.examples, str(len(parts[facts.client])),
                 "the same data and the same versions on every machine")  # fmt: skip
+        most = min(map(sum, self.plan.setup.shapes.values()))
+        require(facts.rank <= most, f"rank of the {who}", facts.rank, f"at most {most}",
+                "no update of the smallest layer needs more")  # fmt: skip
         first = self.ranks.setdefault(facts.client, facts.rank)
         if first != facts.rank:
             raise GloraError(_other_rank(facts.client, facts.rank, first))

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...runtime.hidden import sweep
+from ...runtime.outputs import new_file, ours
 from ..clients import ClientState
-from ..files import replacing
 from ..messages import digest
 
-__all__ = ["Shelf", "name_of"]
+__all__ = ["Shelf", "clear", "name_of"]
 
 
 def name_of(state: ClientState) -> str:
@@ -40,7 +42,7 @@ class Shelf:
             try:
                 self._held = load_file(path)
             except SafetensorError:
-                path.unlink()
+                self._held = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the last message, by digest."""
@@ -56,6 +58,16 @@ class Shelf:
         held = {digest(x): x for x in tensors}
         held |= {f"{name}/{key}": x for name, s in states.items() for key, x in s.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as partial:
+        with new_file(self.path, ours) as partial:
             save_file({name: x.detach().cpu().contiguous() for name, x in held.items()}, partial)
         self._held = held
+
+
+def clear(folder: Path) -> None:
+    """Remove what the nodes of a run kept, and the folder if nothing else is in it."""
+    if folder.is_dir():
+        sweep(folder, ours)
+        for path in folder.glob("client*.safetensors"):
+            path.unlink()
+        with suppress(OSError):
+            folder.rmdir()

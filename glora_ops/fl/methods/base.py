@@ -56,6 +56,22 @@ class Method(ABC):
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
         """The state after a round with these replies, at least one, in client order."""
 
+    def update(self, reply: Reply) -> tuple[Pairs, float]:
+        """What of a reply enters the server's sum, and its scaling: what robust rules judge."""
+        return reply.factors, reply.sent.scaling
+
+    def scaled(self, reply: Reply, factor: float) -> Pairs:
+        """The reply's factors with `update` times `factor`, in what was trained."""
+        root = factor**0.5
+        left, right = {"both": (root, root), "B": (factor, 1.0), "A": (1.0, factor)}[
+            reply.sent.train
+        ]
+        return {m: (left * b, right * a) for m, (b, a) in reply.factors.items()}
+
+    def weights(self, replies: Sequence[Reply]) -> list[float]:
+        """The weight of each reply in the server's sum; they sum to 1."""
+        return shares(replies)
+
     def model(self, server: Server) -> Sent:
         """The server's own model, to be evaluated; what the client of largest rank would get."""
         return self.broadcast(server, Client(-1, server.setup.max_rank))
@@ -67,9 +83,9 @@ class Method(ABC):
 
 
 def shares(replies: Sequence[Reply]) -> list[float]:
-    """Each reply's share of the examples."""
-    total = sum(reply.examples for reply in replies)
-    return [reply.examples / total for reply in replies]
+    """Each reply's share of the examples, as far as it is trusted."""
+    total = sum(reply.examples * reply.trust for reply in replies)
+    return [reply.examples * reply.trust / total for reply in replies]
 
 
 def mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -108,6 +124,10 @@ def slice_rank(factors: Pairs, rank: int) -> Pairs:
 
 
 def next_state(server: Server, replies: Sequence[Reply], **changes: Any) -> Server:
-    """The following round's state: `changes`, and dense parameters averaged."""
-    dense = mean_dense(replies, shares(replies))
+    """The following round's state: `changes`, and dense parameters averaged.
+
+    Those are weights and no updates: what shortened a reply's update lessens its voice here.
+    """
+    voices = shares([replace(r, trust=r.trust * r.scale) for r in replies])
+    dense = mean_dense(replies, voices)
     return replace(server, round=server.round + 1, dense=dense, notes={}, **changes)

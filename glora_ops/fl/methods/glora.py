@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ...api import aggregate
+from ...bindings.ops import Aggregate
 from ...errors import GloraWarning, require_all
 from ..messages import Client, Pairs, Reply, Sent
 from ..seeds import number
@@ -49,8 +50,8 @@ class Glora(Method):
     rank: int | None = None
     momentum: float = 0.0
     server_vote: float = 0.5
-    tau_rel: float = 0.1
-    anchor: float = 1.0
+    tau_rel: float = Aggregate.tau_rel
+    anchor: float = Aggregate.anchor
 
     def __post_init__(self) -> None:
         alone = 'mode = "adapter": in delta mode the server keeps all of W_t anyway'
@@ -62,6 +63,10 @@ class Glora(Method):
             (0 <= self.anchor < inf, "anchor", self.anchor, "a finite weight ≥ 0"),
             (self.mode == "adapter" or self.momentum == 0, "momentum", self.momentum, alone),
         )
+
+    def start(self, setup: Setup) -> Server:
+        setup.check_rank("rank", self._server_rank(setup))
+        return super().start(setup)
 
     def broadcast(self, server: Server, client: Client) -> Sent:
         if not server.svd:
@@ -83,6 +88,21 @@ class Glora(Method):
             "ambiguous": len(state.ambiguous),
         }
         return replace(next_state(server, replies, svd=svd), notes=notes)
+
+    def update(self, reply: Reply) -> tuple[Pairs, float]:
+        learnt = reply.factors
+        if self.mode == "delta":
+            learnt = _difference(learnt, reply.sent.factors)
+        return learnt, reply.sent.scaling
+
+    def scaled(self, reply: Reply, factor: float) -> Pairs:
+        if self.mode == "adapter":
+            return super().scaled(reply, factor)
+        sent = reply.sent.factors
+        return {
+            m: (torch.cat([factor * b, (1 - factor) * sent[m][0]], 1), torch.cat([a, sent[m][1]]))
+            for m, (b, a) in reply.factors.items()
+        }
 
     def model(self, server: Server) -> Sent:
         """The whole state, of rank R."""
@@ -106,7 +126,7 @@ class Glora(Method):
                 return updates, w, scalings
             keep = self.momentum
             return [before, *updates], [keep, *((1 - keep) * x for x in w)], [1.0, *scalings]
-        learnt = [_difference(r.factors, r.sent.factors) for r in replies]
+        learnt = [self.update(r)[0] for r in replies]
         if not before:
             return learnt, w, [s] * len(replies)
         # Votes p and scalings 1/p: each term enters the sum with weight one, and the bases by vote.

@@ -53,16 +53,19 @@ class HetLoRA(Method):
         return replace(sent, tail=Tail(keep, self.penalty)) if keep < rank else sent
 
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
-        norms = [_norm(r.factors) for r in replies]
-        total = sum(norms)
-        weights = [n / total for n in norms] if total > 0 else shares(replies)
         ranks = list(server.ranks)
         for reply in replies:
             tail = reply.sent.tail
-            if tail and tail_size(reply.factors, tail) < tail_size(reply.sent.factors, tail):
+            before = reply.scale * tail_size(reply.sent.factors, tail) if tail else 0.0
+            if tail and tail_size(reply.factors, tail) < before:
                 ranks[reply.client.index] = tail.keep
-        factors = mean_factors([r.factors for r in replies], weights)
+        factors = mean_factors([r.factors for r in replies], self.weights(replies))
         return next_state(server, replies, factors=factors, ranks=tuple(ranks))
+
+    def weights(self, replies: Sequence[Reply]) -> list[float]:
+        norms = [_norm(r.factors) * r.trust for r in replies]
+        total = sum(norms)
+        return [n / total for n in norms] if total > 0 else shares(replies)
 
     def _kept(self, rank: int) -> int:
         return max(1, int(self.gamma * rank))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..files import replacing
+from ...runtime.outputs import new_file, ours
 from ..seeds import numpy_stream
 from .base import HeldOut
 
@@ -163,7 +163,7 @@ def base_weights() -> dict[str, Tensor]:
     except (OSError, SafetensorError):
         weights = dict(pretrain(split_digits(0)[0], 0).state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
+    with new_file(path, ours) as partial:
         save_file(weights, partial)
     return weights
 

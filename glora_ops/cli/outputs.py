@@ -1,0 +1,61 @@
+"""The folder that `glora aggregate` writes: what is in it, and what of a folder is not its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..adapters.write import strangers as strangers_in_adapter
+from ..adapters.write import strangers_unmarked
+from ..plots import no_picture
+from ..runtime.tensors import read_mark
+from ..state_file import MARK
+from .facts import STATE_NAME
+from .options import PICTURE_NAME
+
+__all__ = ["strangers"]
+
+UNMARKED = 2  # up to this format of states, readouts and pictures beside them carry no mark
+
+
+def strangers(folder: Path) -> list[str]:
+    """What in a folder `glora aggregate` did not write, or somebody has changed since, by name.
+
+    Readouts and pictures carry a mark. Those of versions that left none are known by the record of
+    the state beside them.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name]
+    about = read_mark(folder / STATE_NAME, MARK)
+    out = []
+    for entry in sorted(folder.iterdir()):
+        if about is None:
+            out.append(entry.name)
+        elif entry.name == PICTURE_NAME:
+            out += [] if _is_before(about) and _drawn(entry) else no_picture(entry)
+        elif re.fullmatch(r"r[1-9]\d*", entry.name) and entry.is_dir():
+            inside = strangers_in_adapter(entry)
+            if inside and _is_before(about) and int(entry.name[1:]) in _ranks(about):
+                inside = strangers_unmarked(entry)
+            out += [f"{entry.name}/{name}" for name in inside]
+        elif entry.name != STATE_NAME:
+            out.append(entry.name)
+    return out
+
+
+def _is_before(about: dict[str, Any]) -> bool:
+    version = about.get("format_version")
+    return isinstance(version, int) and version <= UNMARKED
+
+
+def _ranks(about: dict[str, Any]) -> list[Any]:
+    try:
+        return list(about["record"]["readouts"]["ranks"])
+    except (KeyError, TypeError):
+        return []
+
+
+def _drawn(path: Path) -> bool:
+    """Whether matplotlib wrote it: all that is known of a picture without a mark."""
+    return path.is_file() and not path.is_symlink() and b"Matplotlib" in path.read_bytes()[:1024]
