@@ -154,7 +154,8 @@ def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
 
 
 def _place(entry: Mapping[str, Any]) -> Place:
-    return Place(entry["name"], Path(entry["path"]), named=entry.get("named", False))
+    path = Path(os.path.abspath(entry["path"]))
+    return Place(entry["name"], path, named=entry.get("named", False))
 
 
 def _is_own(entry: Mapping[str, Any]) -> bool:

@@ -37,7 +37,7 @@ WRAPPERS = {
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }
-MAX_STEMS = 512  # that some client lacks; pairs of them are compared
+MAX_STEMS = 128  # that some client lacks; pairs of them are compared
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 Segments = tuple[str, ...]
@@ -181,8 +181,7 @@ def _selects(adapter: Adapter, stem: Stem, rest: str) -> str:
         return "selected"
     if told is None:
         return "not told"
-    excluded = any(("." + name).endswith("." + out) for out in adapter.targets.excluded)
-    return "excluded" if excluded else "left out"
+    return "excluded" if adapter.targets.excludes(name) else "left out"
 
 
 def _wrapped(one: Segments, other: Segments) -> bool:

@@ -61,6 +61,7 @@ _REFUSED = {
     "megatron_config": "Megatron adapters are stored in shards",
 }
 
+MAX_NAMES = 4096  # of saved modules and of parameters: each is looked for in every tensor's name
 NAME_IN_FULL = "name the modules in full instead of by a pattern"
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
@@ -232,7 +233,9 @@ def _text(value: Any) -> bool:
 
 def _names(value: Any) -> bool:
     return value is None or (
-        isinstance(value, list) and all(isinstance(n, str) and n for n in value)
+        isinstance(value, list)
+        and len(value) <= MAX_NAMES
+        and all(isinstance(n, str) and n for n in value)
     )
 
 
@@ -246,6 +249,7 @@ def _numbers(value: Any) -> bool:
 
 
 _PATTERNS = "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20"
+_LIST = f"null or a list of at most {MAX_NAMES} names"
 _VALUES = (
     ("r", "an integer ≥ 1", lambda v: type(v) is int and 1 <= v < 2**31),
     (
@@ -259,8 +263,8 @@ _VALUES = (
     ("fan_in_fan_out", "true or false", _flag),
     ("ensure_weight_tying", "true or false", _flag),
     ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
-    ("modules_to_save", "null or a list of names", _names),
-    ("target_parameters", "null or a list of names", _names),
+    ("modules_to_save", _LIST, _names),
+    ("target_parameters", _LIST, _names),
     ("base_model_name_or_path", "null or a name", _text),
     ("revision", "null or a name", _text),
     ("task_type", "null or a name", _text),

@@ -87,7 +87,7 @@ def owners(
     for target in settings.target_parameters:
         head, _, parameter = target.rpartition(".")
         heads[head.rpartition(".")[2]].append((head, parameter))
-    bare = sorted({parameter for _, parameter in heads.pop("", [])})
+    bare = sorted({parameter for _, parameter in heads.pop("", [])})[: MAX_CANDIDATES + 1]
     for holder, found in levels.items():
         told = heads.get(holder.rpartition(".")[2], ())
         named = sorted({parameter for head, parameter in told if ends_with(holder, head)})

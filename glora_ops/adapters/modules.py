@@ -264,9 +264,7 @@ def _tied(
 
 def saved_by(tensor: str, modules_to_save: Iterable[str]) -> list[str]:
     """The entries of modules_to_save that cover `tensor`; PEFT compares ends of module paths."""
-    path = tensor.split(".")
-    owners = [".".join(path[:i]) for i in range(1, len(path))]
-    return [m for m in modules_to_save if any(owner.endswith(m) for owner in owners)]
+    return [m for m in modules_to_save if m + "." in tensor]
 
 
 def _factor_place(key: str) -> tuple[str, str, int] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 __all__ = ["Targets", "ends_with", "exactly"]
@@ -43,11 +44,31 @@ class Targets:
 
     def selects(self, module: str) -> bool | None:
         """Whether `module` is adapted where the model has it; None where that is not told here."""
-        if any(ends_with(module, name) for name in self.excluded):
+        if self.excludes(module):
             return False
-        if self.plain or not any(ends_with(module, name) for name in self.names):
-            return any(ends_with(module, name) for name in self.names) if self.names else None
+        named = not self._names.isdisjoint(_ends(module))
+        if self.plain or not named:
+            return named if self.names else None
         return None
+
+    def excludes(self, module: str) -> bool:
+        """Whether `excluded` names `module`."""
+        return not self._excluded.isdisjoint(_ends(module))
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    @cached_property
+    def _excluded(self) -> frozenset[str]:
+        return frozenset(self.excluded)
+
+
+def _ends(path: str) -> Iterator[str]:
+    """`path` and its ends after dots: looking these up costs the same however many names are."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 def exactly(modules: Iterable[str]) -> str:
