@@ -124,7 +124,7 @@ class Tensors:
 
 
 def sort_tensors(
-    tensors: Mapping[str, TensorInfo], settings: LoraSettings, client: str, file: str
+    tensors: Mapping[str, TensorInfo], settings: LoraSettings, client: str | None, file: str
 ) -> tuple[Tensors, list[Refusal]]:
     """Sort the tensors of an adapter file into modules and dense weights.
 

@@ -213,10 +213,12 @@ def draw_one_file(rng: random.Random) -> Files:
         tensors = {
             f"{name}.{part}": value
             for name, pair in made.items()
-            for part, value in (
-                ("lora_down.weight", pair[0]), ("lora_up.weight", pair[1]), ("alpha", torch.ones(())),
+            for part, value in zip(
+                ("lora_down.weight", "lora_up.weight", "alpha"),
+                (*pair, torch.ones(())),
+                strict=True,
             )
-        }  # fmt: skip
+        }
         metadata = {"ss_network_dim": "2"}
     else:
         part = "" if kind == "one model" else "unet."
