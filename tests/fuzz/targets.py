@@ -206,18 +206,11 @@ def draw_one_file(rng: random.Random) -> Files:
     a, b = torch.ones(2, 5), torch.ones(4, 2)
     about = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
     if kind == "kohya":
-        made = {
-            "lora_unet_mid_block_to_q": (a, b),
-            "lora_te_text_model_encoder_layers_0_mlp_fc1": (a, b),
-        }
+        parts = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.ones(())}
         tensors = {
-            f"{name}.{part}": value
-            for name, pair in made.items()
-            for part, value in zip(
-                ("lora_down.weight", "lora_up.weight", "alpha"),
-                (*pair, torch.ones(())),
-                strict=True,
-            )
+            f"{name}.{part}": value.clone()
+            for name in ("lora_unet_mid_block_to_q", "lora_te_text_model_encoder_layers_0_mlp_fc1")
+            for part, value in parts.items()
         }
         metadata = {"ss_network_dim": "2"}
     else:
