@@ -25,6 +25,8 @@ __all__ = [
     "without_mean",
 ]
 
+SHOWN = 5  # copies of base weights, each with a sentence
+
 
 def with_dense(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
     """Refusals of the adapters that hold such weights, by place."""
@@ -160,18 +162,20 @@ def unequal(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
 def base_copies(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], list[str]]:
     """The base weights that clients saved and agree on (`check_base_copies`), the first copy.
 
-    With a sentence on each that not all clients saved.
+    With a sentence on each of the first that not all clients saved.
     """
     holders: dict[str, list[Adapter]] = defaultdict(list)
     for adapter in adapters:
         for name in adapter.base_copies:
             holders[name].append(adapter)
     copies = {name: having[0].dense_tensor(name) for name, having in sorted(holders.items())}
+    partial = [name for name in copies if len(holders[name]) < len(adapters)]
     remarks = [
         f"{name}: {len(holders[name])} of {len(adapters)} clients saved a copy of the base weight "
         f"({', '.join(a.name for a in holders[name][:3])}), which is written; whether the others' "
         "base is the same cannot be told"
-        for name in copies
-        if len(holders[name]) < len(adapters)
+        for name in partial[:SHOWN]
     ]
+    if len(partial) > SHOWN:
+        remarks.append(f"so it is with {len(partial) - SHOWN} more copies of base weights")
     return copies, remarks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glora_ops import State
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.places import find_places
 from glora_ops.errors import Refused
@@ -66,6 +69,71 @@ def test_checkpoints_of_one_name_are_merged_updated_and_weighed(tmp_path: Path) 
     assert [c["name"] for c in compared] == [f"run{i}/checkpoint-5" for i in range(3)]
     again = update_adapters(aggregate_adapters(clients[:2], rank=4), add=[clients[1]])
     assert again.clients == ("run0/checkpoint-5", "run1/checkpoint-5")
+
+
+def test_recorded_clients_are_read_by_name_path_or_given_name_only(tmp_path: Path) -> None:
+    """What a state records bears the client's name, or the user gave the name; digests hold."""
+    clients = [llama(tmp_path / name, i) for i, name in enumerate(("run/checkpoint-5", "x", "y"))]
+    out = tmp_path / "out"
+    glora("aggregate", tmp_path / "run", f"bob={clients[1]}", clients[2], "-o", out, "--readout", 4)
+    said = glora("aggregate", "--update", out, "--remove", "y").stderr
+    assert said.splitlines() == [
+        f"reads: in {tmp_path / 'run'}: checkpoint-5 (recorded in STATE)",
+        f"reads: in {tmp_path}: x (recorded in STATE)",
+    ]
+    models.assert_mean(models.llama, out / "r4", clients[:2])
+    state = State.load(out / "server.safetensors")
+    assert state.record is not None
+    assert [entry["named"] for entry in state.record["clients"]] == [False, True]
+    bob = state.record["clients"][1]
+    shutil.copytree(clients[2], tmp_path / "z")
+    bob["path"] = str(tmp_path / "z")
+    with pytest.raises(Refused, match="not what it was when the state was made"):
+        update_adapters(state, remove=["run"])
+    bob["named"] = False
+    with pytest.raises(Refused, match="a folder that is not the client's"):
+        update_adapters(state, remove=["run"])
+    bob |= {"named": True, "name": "b/b"}  # no name that could have been given
+    with pytest.raises(Refused, match="a folder that is not the client's"):
+        update_adapters(state, remove=["run"])
+
+
+def test_inputs_of_every_form_lie_apart_from_the_output(tmp_path: Path) -> None:
+    client = llama(tmp_path / "work/x", 1)
+    listed = tmp_path / "work/clients.txt"
+    listed.write_text(f"{client}\tann\n")
+    before = everything(tmp_path)
+    for given in ([f"ann={client}"], ["--clients", listed]):
+        for out, says in (
+            ("work", "holds what glora did not write"),
+            ("work/x/out", "the output and an input lie in one another"),
+        ):
+            command = ["aggregate", *given, "-o", tmp_path / out, "--overwrite"]
+            assert says in " ".join(glora(*command, code=1).output.split())
+    glora("aggregate", f"ann={client}", "-o", tmp_path / "made")
+    nested = shutil.copytree(client, tmp_path / "made/r2")
+    says = "holds what glora did not write: r2/"
+    command = ["aggregate", f"ann={nested}", "-o", tmp_path / "made", "--overwrite"]
+    assert says in " ".join(glora(*command, code=1).output.split())
+    shutil.rmtree(tmp_path / "made")
+    assert everything(tmp_path) == before
+
+
+def test_a_list_of_clients_is_a_regular_file_of_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
+    (tmp_path / "long").write_bytes(b"a\n" * (2**21 + 1))
+    for name, says in (
+        ("pipe", "a regular file"), ("none", "cannot be read"), ("bytes", "cannot be read"),
+        ("long", "at most 4194304 bytes"),
+    ):  # fmt: skip
+        command = ["aggregate", "--clients", tmp_path / name, "-o", tmp_path / "out"]
+        assert says in " ".join(glora(*command, code=1).output.split())
+    (tmp_path / "many").write_text("a\tb\tc\td\n" * 20_000)
+    refusals = glora_json("aggregate", "--clients", tmp_path / "many", "-o", tmp_path / "out",
+                          code=1)["refused"]  # fmt: skip
+    assert len(refusals) == 5
+    assert refusals[-1]["more"] == 19_995
 
 
 @pytest.mark.parametrize("form", ["tabs", "json"])

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from ..adapters.safetensors_header import read_header
 from ..certificates import CLIENT_STATS, STATS
 from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
-from ..state_file import StateFile, read
+from ..state_file import MARK, MAX_BYTES, StateFile, read
 from .show import clean, console, labelled, number, print_notes, span, table
 
 __all__ = [
@@ -40,13 +41,8 @@ def find_state(path: Path) -> Path | None:
 
 def _is_other_safetensors(path: Path) -> bool:
     """Whether a file is a sound one of safetensors, but no state."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "glora" not in (file.metadata() or {})
-    except SafetensorError:
-        return False
+    header, _ = read_header(path, None, max_bytes=MAX_BYTES)
+    return header is not None and MARK not in header.metadata
 
 
 def state_facts(state: State) -> dict[str, Any]:
