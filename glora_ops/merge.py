@@ -9,13 +9,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .adapters.aligned_names import align_names
 from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
 from .adapters.config import CONFIG_NAME
+from .adapters.places import Place, find_places
 from .adapters.read import (
     EXAMPLES_NAME,
     MAX_BYTES,
@@ -27,7 +28,15 @@ from .adapters.read import (
 from .api import aggregate
 from .arguments import check_settings, check_weights
 from .batches import check_ranks
-from .dense import dense_holders, dense_means, heeded, with_dense, without_mean
+from .dense import (
+    base_copies,
+    dense_holders,
+    dense_means,
+    heeded,
+    unequal,
+    with_dense,
+    without_mean,
+)
 from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
 from .inner_products import check_pairs
 from .isolation import release_freed, workers
@@ -64,7 +73,8 @@ def aggregate_adapters(
     Parameters
     ----------
     folders : sequence of path
-        One per client, each written by ``PeftModel.save_pretrained``.
+        One per client, each written by ``PeftModel.save_pretrained``; ``NAME=PATH`` names the
+        client, which is otherwise called by its folder (and the parents that tell it from others).
     weights : sequence of float, optional
         One per folder. By default the ``num_examples`` in the clients' ``glora.json`` if every
         client has it, otherwise equal; ``settings["weights_from"]`` of the state says which.
@@ -90,8 +100,9 @@ def aggregate_adapters(
     Returns
     -------
     State
-        Whose settings also hold ``weights_from``, ``skipped`` (the reasons) and ``dense_from``
-        (the clients that had a dense tensor, where some had not), and whose ``record`` is what
+        Whose settings also hold ``weights_from``, ``skipped`` (the reasons), ``remarks`` (what was
+        found out about the clients' files) and ``dense_from`` (the clients that had a dense
+        tensor, where some had not), and whose ``record`` is what
         `update_adapters` needs.
 
     Raises
@@ -109,7 +120,7 @@ def aggregate_adapters(
 
 
 def merge(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: Sequence[str | os.PathLike[str] | Place],
     weights: Sequence[float] | None,
     *,
     dense: str = "mean",
@@ -136,6 +147,7 @@ def merge(
         "put the one folder into a list",
     )
     tell: Progress = progress or (lambda step, done, total: None)
+    places = find_places(folders)
 
     # What no client is to blame for cannot be skipped with one.
     common = list(known)
@@ -154,12 +166,12 @@ def merge(
         if settings.get("robust") is not None:
             check_pairs(len(folders))
     with listing(common):
-        check_weights(weights, [Path(os.path.abspath(f)).name for f in folders], settings)
+        check_weights(weights, [place.name for place in places], settings)
 
     refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
-    for i, folder in enumerate(folders):
-        adapter, refusals = inspect_adapter(folder, max_bytes=max_file_bytes)
+    for i, place in enumerate(places):
+        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes)
         if adapter is None and entries and i in entries:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:
@@ -168,7 +180,9 @@ def merge(
             clients[i] = adapter
         tell("headers", i + 1, len(folders))
     if clients:
-        _note(refused, clients, incompatible(list(clients.values()), base))
+        aligned, problems = align_names(list(clients.values()), base)
+        clients = dict(zip(clients, aligned, strict=True))
+        _note(refused, clients, problems + incompatible(aligned, base))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
@@ -189,7 +203,8 @@ def merge(
             if entries and i in entries and not refusals:
                 refused[i] += _changes(adapter, digest, entries[i])
             tell("values", done, len(clients))
-    _note(refused, clients, check_base_copies(list(clients.values())))
+    for differing in (check_base_copies, unequal):
+        _note(refused, clients, differing(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
     # Shortened: they are kept in the state, and clients decide how long their values are.
     skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
@@ -214,9 +229,11 @@ def merge(
     )
     holders = dense_holders(adapters)
     means = dense_means(adapters, holders, heeded(state, voices), tell)
+    copies, uneven = base_copies(adapters)
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,
+        "remarks": [*(f"{a.name}: {remark}" for a in adapters for remark in a.remarks), *uneven],
         "dense_from": {
             name: [names[i] for i in having]
             for name, having in holders.items()
@@ -226,13 +243,18 @@ def merge(
     return replace(
         state,
         settings=state.settings | recorded,
-        dense=means,
+        dense=means | copies,
         layout=adapter_layout(adapters, base),
         record={
             "arguments": {"dense": dense, "base": base}
             | {name: value for name, value in settings.items() if name not in ("warm", "scratch")},
             "clients": [
-                _entry(adapter, digests[i], None if weights is None else float(weights[i]))
+                _entry(
+                    adapter,
+                    places[i].named,
+                    digests[i],
+                    None if weights is None else float(weights[i]),
+                )
                 for i, adapter in clients.items()
             ],
         },
@@ -251,10 +273,11 @@ def _examine(adapter: Adapter) -> tuple[str, list[Refusal]]:
     return digest.hexdigest(), refusals
 
 
-def _entry(adapter: Adapter, digest: str, weight: float | None) -> dict[str, Any]:
+def _entry(adapter: Adapter, named: bool, digest: str, weight: float | None) -> dict[str, Any]:
     """What a state records of a client."""
     return {
         "name": adapter.name,
+        "named": named,
         "path": str(adapter.path),
         "weight": weight,
         "num_examples": adapter.num_examples,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapters.places import Place, find_places, is_name
 from .adapters.read import MAX_BYTES
 from .arguments import kind
 from .errors import Refusal, Refused, listing, require, unfit
@@ -38,7 +39,8 @@ def update_adapters(
     state : State
         Of `aggregate_adapters` or of this function, in memory or loaded.
     add : sequence of path
-        Folders of new clients; one with the name of a client of the state takes its place.
+        Folders of new clients, or ``NAME=PATH``; one with the name of a client of the state takes
+        its place.
     remove : sequence of str
         Names of clients to be withdrawn.
     weights : sequence of float, optional
@@ -71,7 +73,7 @@ def update_adapters(
 def renew(
     state: State,
     *,
-    add: Sequence[str | os.PathLike[str]] = (),
+    add: Sequence[str | os.PathLike[str] | Place] = (),
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     known: Sequence[Refusal] = (),
@@ -94,7 +96,7 @@ def renew(
     for name, value in (("add", add), ("remove", remove)):
         require(not isinstance(value, (str, os.PathLike)), name, kind(value), "a list")
     entries = {entry["name"]: entry for entry in record["clients"]}
-    added = {Path(os.path.abspath(folder)).name: Path(folder) for folder in add}
+    added = {place.name: place for place in find_places(add, known=entries)}
     refusals = [
         *known,
         *(_unknown(name, entries) for name in remove if name not in entries),
@@ -104,9 +106,7 @@ def renew(
         require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
     kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
     refusals += [
-        _elsewhere(name, entry["path"])
-        for name, entry in kept.items()
-        if Path(entry["path"]).name != name
+        _elsewhere(name, entry["path"]) for name, entry in kept.items() if not _is_own(entry)
     ]
     order = [name for name in entries if name in kept or name in added]
     order += [name for name in added if name not in entries]
@@ -128,10 +128,10 @@ def renew(
     if opening is not None:
         opening(
             [entry["path"] for entry in kept.values()],
-            [os.path.abspath(folder) for folder in added.values()],
+            [str(place.path) for place in added.values()],
         )
     return merge(
-        [added[name] if name in added else kept[name]["path"] for name in order],
+        [added[n] if n in added else _place(kept[n]) for n in order],
         voices,
         entries={
             i: kept[name] | {"weights_from": state.settings["weights_from"]}
@@ -153,12 +153,28 @@ def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
     )
 
 
+def _place(entry: Mapping[str, Any]) -> Place:
+    path = Path(os.path.abspath(entry["path"]))
+    return Place(entry["name"], path, named=entry.get("named", False))
+
+
+def _is_own(entry: Mapping[str, Any]) -> bool:
+    """Whether what is recorded is a client's as `find_places` calls it.
+
+    Its path, or the folder around the only adapter in it, ends in the name; or the name was given.
+    """
+    if entry.get("named", False):
+        return is_name(entry["name"])
+    path, called = Path(entry["path"]), Path(entry["name"]).parts
+    return called in (path.parts[-len(called) :], path.parent.parts[-len(called) :])
+
+
 def _elsewhere(name: str, path: str) -> Refusal:
     return Refusal(
         "the state records a folder that is not the client's: clients are called by their folders",
         name,
         found=repr(path),
-        expected=f"a folder called {name!r}",
+        expected=f"a folder called {name!r}, or a name that was given with NAME=DIR",
         remedy="name the client's folder with add (--add DIR), or withdraw it",
     )
 

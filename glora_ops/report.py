@@ -135,6 +135,14 @@ def notes(state: State) -> list[Note]:
                 f"{_some(silent)}: untrained, or alpha is 0"
             )
         )
+    for name in _strangers(state):
+        out.append(
+            Note(
+                f"{name} shares no module with the other clients: if they adapt the same layers, "
+                "under other names, the mean has lost most of every update",
+                warning=True,
+            )
+        )
     for name, ratio in _loud_clients(state):
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
@@ -157,7 +165,7 @@ def notes(state: State) -> list[Note]:
                 f"{_some(partial)}; a client without one {how}"
             )
         )
-    return out
+    return [*out, *map(Note, state.settings.get("remarks", []))]
 
 
 def _count(n: int, noun: str) -> str:
@@ -172,6 +180,14 @@ def _some(names: list[str] | tuple[str, ...]) -> str:
 def _silent_clients(state: State) -> list[str]:
     norms = torch.stack([m.client_stat("norm") for m in state.modules.values()]).sum(0)
     return [name for name, n in zip(state.clients, norms, strict=True) if n == 0]
+
+
+def _strangers(state: State) -> list[str]:
+    """Clients none of whose modules is another's too."""
+    present = torch.stack([m.present for m in state.modules.values()]).to(torch.int64)  # [L, K]
+    shared = (present * (present.sum(1, keepdim=True) > 1)).sum(0)
+    several = len(state.clients) > 1
+    return [n for n, s in zip(state.clients, shared.tolist(), strict=True) if several and s == 0]
 
 
 def _loud_clients(state: State) -> list[tuple[str, float]]:

@@ -91,7 +91,8 @@ class State:
     settings : dict
         How it was made: rank, basis, seed, …; JSON-able.
     dense : dict of str to Tensor
-        Weighted means of full tensors (classifier heads, modules_to_save).
+        Weighted means of full tensors (classifier heads, modules_to_save), and base weights that
+        the clients saved beside adapted embeddings.
     layout : dict or None
         What is needed to write PEFT folders; JSON-able.
     record : dict or None

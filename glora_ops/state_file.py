@@ -23,26 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters.safetensors_header import (
-    DTYPES,
-    MAX_HEADER_BYTES,
-    MAX_NAME,
-    Header,
-    TensorInfo,
-    read_header,
-)
+from .adapters.safetensors_header import DTYPES, MAX_NAME, Header, TensorInfo, read_header
 from .adapters.stored import Stored, signature
 from .errors import Refusal, Refusals, Refused, require, unfit
 from .reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
 
-__all__ = ["FORMAT_VERSION", "MARK", "StateFile", "encode", "read"]
+__all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "encode", "read"]
 
 MARK = "glora"  # key of a state's JSON in the metadata of its file
 FORMAT_VERSION = 3  # 2 had no digests, 1 no record
 MAX_BYTES = 2**40
-STORED = DTYPES | {"BOOL": torch.bool}
-STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
+MAX_HEADER_BYTES = 100_000_000  # which the safetensors library accepts
+MAX_TENSORS = 2**20  # eight a module, and every expert is a module
+ENTRY = 100  # characters of a tensor's entry in the header beside its name and shape, at most
+STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _STATE_FILE = "a server.safetensors"
 _WRITES = "glora aggregate writes one, and State.save"
@@ -114,7 +109,8 @@ def encode(
     _check(written, tensors, None, remedy)
     _refuse(wrong_values(written["modules"], tensors), None, remedy)
     text = json.dumps(written)
-    size = len(json.dumps(text)) + sum(2 * len(json.dumps(key)) + 200 for key in tensors)
+    entries = (len(json.dumps(key)) + len(str(x.shape)) for key, x in tensors.items())
+    size = len(json.dumps(text)) + sum(entry + ENTRY for entry in entries)
     require(size <= MAX_HEADER_BYTES, "state", f"metadata of {size} bytes",
             f"at most {MAX_HEADER_BYTES}", "fewer clients, or shorter names")  # fmt: skip
     return tensors, {MARK: text}
@@ -131,7 +127,10 @@ def read(path: Path) -> StateFile:
     """
     require(path.is_file(), "state", path, "an existing file", _WRITES, file=str(path))
     found = signature(path.stat())
-    header, problems = read_header(path, None, max_bytes=MAX_BYTES, dtypes=STORED)
+    header, problems = read_header(
+        path, None, max_bytes=MAX_BYTES,
+        max_header_bytes=MAX_HEADER_BYTES, max_tensors=MAX_TENSORS,
+    )  # fmt: skip
     if header is None:
         problems = [replace(p, problem=f"no safetensors file: {p.problem}") for p in problems]
         raise _refused(problems, path, f"{_STATE_FILE} is wanted: {_WRITES}")

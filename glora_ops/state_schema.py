@@ -131,6 +131,7 @@ class Settings(Section):
     rank_to_captured: Annotated[dict[Digits, Fraction], Field(max_length=MAX_MANY)] = {}
     weights_from: Literal["given", "num_examples", "equal"] = "equal"
     skipped: Annotated[list[str], FailFast()] = []
+    remarks: Annotated[list[str], FailFast(), Field(max_length=MAX_MANY)] = []
     dense_from: Annotated[dict[Name, Names], Field(max_length=MAX_MANY)] = {}
     robust: Verdict = None  # type: ignore[assignment]  # absent, but never null
 
@@ -138,7 +139,7 @@ class Settings(Section):
 class Layer(Section):
     """What PEFT needs to know of a module."""
 
-    kind: Literal["linear", "conv2d", "embedding"]
+    kind: Literal["linear", "conv2d", "embedding", "parameter", "expert"]
     kernel: Annotated[list[Rank], AfterValidator(_kernel)]
     fan_in_fan_out: bool
 
@@ -152,6 +153,10 @@ class Layout(Section):
     lora_dropout: Fraction
     modules_to_save: Annotated[list[str], FailFast(), Field(max_length=MAX_MANY)]
     modules: Annotated[dict[Name, Layer], Field(max_length=MAX_MANY)]
+    auto_mapping: Annotated[dict[Name, Name], Field(max_length=16)] | None = None
+    exact: bool = False
+    base_copies: Annotated[list[Name], FailFast(), Field(max_length=MAX_MANY)] = []
+    tied: Annotated[dict[Name, Name], Field(max_length=MAX_MANY)] = {}
 
 
 class Arguments(Section):
@@ -180,6 +185,7 @@ class Client(Section):
 
     name: Name
     path: Place
+    named: bool = False  # by whoever merged it, and not by its path
     weight: FiniteFloat | None
     num_examples: Count | None
     bytes: Count

@@ -137,7 +137,7 @@ def test_duplicates(pair: tuple[Path, Path], tmp_path: Path) -> None:
     incompatible(a, b, a, client="a", needles=["given twice", "weight"])
     incompatible(a, b, link, client="link", needles=["given twice", "weight"])
     named_alike = shutil.copytree(b, tmp_path / "deep" / "a")
-    incompatible(a, named_alike, client="a", needles=["same name", "rename"])
+    incompatible(a, named_alike, client="a", needles=["same name", "NAME=PATH"])
     copy = shutil.copytree(a, tmp_path / "copy")
     incompatible(a, b, copy, client="copy", needles=["same bytes", "weight"])
     edit_tensors(copy, lambda t: t[FIRST_B].mul_(2))

@@ -102,6 +102,14 @@ def test_future_keys_without_a_value_are_harmless(client: Path) -> None:
     assert read_adapter(client).modules
 
 
+@pytest.mark.parametrize(
+    "key", ["lorap_emb_lr", "loraplus_lr_ratio", "learning_rate", "lora_dtype"]
+)
+def test_keys_of_trainers_that_cannot_matter_are_harmless(client: Path, key: str) -> None:
+    edit_config(client, **{key: 1e-6})
+    assert read_adapter(client).modules
+
+
 def test_every_peft_default_is_accepted(client: Path) -> None:
     from peft import LoraConfig
 

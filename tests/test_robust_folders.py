@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import layout_models
 import peft_models as models
 import pytest
 import torch
@@ -82,6 +83,41 @@ def test_what_was_left_out_is_said_by_name(six: list[Path], tmp_path: Path) -> N
     assert again.settings["robust"] == state.settings["robust"]
     assert again.settings["robust"]["clip"] == 3
     assert again.report() == state.report()
+
+
+@pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
+def test_experts_and_counters_are_judged_with_the_rest(tmp_path: Path) -> None:
+    """A stack is a batch of modules; of a counter the largest of the clients that are heard."""
+    made = layout_models.adapt(
+        tmp_path / "made", layout_models.mixtral, 1, r=2, target_modules="all-linear",
+        modules_to_save=["lm_head"],
+    )  # fmt: skip
+
+    def change(tensors: dict[str, Tensor], seed: int, factor: float) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        for key, x in tensors.items():
+            if "lora" in key:
+                x += 0.1 * x.std() * torch.randn(x.shape, generator=rng)
+            # Elsewhere than in the experts the odd one is as the others are.
+            x *= factor if "lora_B" in key and "experts" in key else 1.0
+        tensors["base_model.model.lm_head.num_batches_tracked"] = torch.tensor(seed)
+
+    folders = []
+    for seed, name in enumerate(("ann", "bob", "cyd", "dan", "flip")):
+        folders.append(Path(shutil.copytree(made, tmp_path / name)))
+        factor = -1.0 if name == "flip" else 1.0
+        edit_tensors(folders[-1], lambda t, s=seed, f=factor: change(t, s, f))
+    state = glora.aggregate_adapters(folders, rank=16, robust="gate", clip=100.0)
+    assert state.settings["robust"]["left_out"] == ["flip"]
+    assert state.dense["lm_head.num_batches_tracked"].item() == 3
+    plain = glora.aggregate_adapters(folders, rank=4)
+    assert plain.dense["lm_head.num_batches_tracked"].item() == 4
+    assert any(name.endswith("experts.down_proj.3") for name in state.modules)
+    state.write_adapter(tmp_path / "r16", 16)
+    edit_tensors(tmp_path / "r16", lambda t: [t.pop(k) for k in list(t) if "tracked" in k])
+    for folder in folders:
+        edit_tensors(folder, lambda t: [t.pop(k) for k in list(t) if "tracked" in k])
+    layout_models.assert_mean(layout_models.mixtral, tmp_path / "r16", folders[:4])
 
 
 @pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")

@@ -1,5 +1,6 @@
 """PEFT LoRA folders in and out; PEFT itself is not needed."""
 
+from .aligned_names import align_names
 from .compatible import adapter_layout, check_base_copies, check_compatible
 from .modules import DenseTensor, Module
 from .read import Adapter, check_values, inspect_adapter, read_adapter
@@ -10,6 +11,7 @@ __all__ = [
     "DenseTensor",
     "Module",
     "adapter_layout",
+    "align_names",
     "check_base_copies",
     "check_compatible",
     "check_values",

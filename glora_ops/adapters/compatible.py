@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
+from ..reading import open_regular
 from .config import CONFIG_NAME
+from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX
 from .read import TENSORS_NAME, Adapter
 
 __all__ = ["adapter_layout", "check_base_copies", "check_compatible", "incompatible"]
+
+MAX_MAPPED = 16  # entries of auto_mapping; PEFT writes two
 
 
 def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> list[Refusal]:
@@ -57,6 +62,10 @@ def incompatible(adapters: Sequence[Adapter], base: str | None) -> list[tuple[in
         *_other_tasks(adapters),
         *_other_modules(adapters),
         *_other_dense(adapters),
+        *_other_stacks(adapters),
+        *_other_experts(adapters),
+        *_saved_and_adapted(adapters),
+        *_tied_elsewhere(adapters),
     ]
     # A client that is refused anyway must not make a sound one its duplicate.
     odd = {i for i, _ in problems}
@@ -87,7 +96,8 @@ def check_base_copies(adapters: Sequence[Adapter]) -> list[tuple[int, Refusal]]:
                             PREFIX + name,
                             "other values",
                             f"the values of client {adapters[indices[0]].name!r}",
-                            "all clients must start from the same base",
+                            "all clients must start from the same base; a weight that was "
+                            "trained belongs into modules_to_save of their configurations",
                         ),
                     )
                 )
@@ -107,9 +117,11 @@ def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict
     Returns
     -------
     dict
-        ``base_model``, ``revision``, ``task_type``, ``lora_dropout`` (the clients' if they agree,
-        otherwise 0), ``modules_to_save`` and ``modules``: for each module its ``kind``,
-        ``kernel`` ([kh, kw] or []) and ``fan_in_fan_out``.
+        ``base_model``, ``revision``, ``task_type``, ``auto_mapping`` (the clients' if they agree,
+        otherwise None), ``lora_dropout`` (the same, or 0), ``modules_to_save``; ``exact`` (whether
+        some client adapts less than all modules whose names end as its own do), ``base_copies``
+        (names of base weights to be saved as well), ``tied`` (names of copies, by that of which);
+        and ``modules``: for each its ``kind``, ``kernel`` ([kh, kw] or []) and ``fan_in_fan_out``.
     """
     first = adapters[0]
     modules: dict[str, dict[str, Any]] = {}
@@ -126,9 +138,23 @@ def adapter_layout(adapters: Sequence[Adapter], base: str | None = None) -> dict
         "revision": first.revision if base in (None, first.base_model) else None,
         "task_type": next((a.task_type for a in adapters if a.task_type is not None), None),
         "lora_dropout": dropouts.pop() if len(dropouts) == 1 else 0.0,
+        "auto_mapping": _agreed([a.config.get("auto_mapping") for a in adapters]),
         "modules_to_save": sorted({name for a in adapters for name in a.modules_to_save}),
+        "exact": not all(a.targets.plain for a in adapters),
+        "base_copies": sorted({name for a in adapters for name in a.base_copies}),
+        "tied": {copy: one for a in adapters for copy, one in a.tied.items()},
         "modules": dict(sorted(modules.items())),
     }
+
+
+def _agreed(mappings: Sequence[Any]) -> dict[str, str] | None:
+    """What names the base's class for AutoPeftModel, where all clients say the same."""
+    first = mappings[0]
+    if not isinstance(first, dict) or any(mapping != first for mapping in mappings):
+        return None
+    words = (*first, *first.values())
+    sound = all(isinstance(v, str) and v.isprintable() and len(v) <= 1000 for v in words)
+    return dict(first) if sound and len(first) <= MAX_MAPPED else None
 
 
 _VOUCH = "vouch for it with base=NAME (--base NAME)"
@@ -225,8 +251,109 @@ def _other_dense(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
     shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
         for name, tensor in adapter.dense.items():
-            shapes[name].append((i, tensor.shape))
-    return _unequal(adapters, shapes, "the saved weight has another shape", "shape")
+            averaged = "numbers" if tensor.dtype.is_floating_point else str(tensor.dtype)
+            shapes[name].append((i, (tensor.shape, averaged)))
+    return _unequal(adapters, shapes, "the saved weight has another shape or kind", "")
+
+
+def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Stacks of another number of experts; parameters of one module that PEFT nests unknown how."""
+    sizes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    short: dict[str, dict[str, int]] = defaultdict(dict)
+    for i, adapter in enumerate(adapters):
+        for m in adapter.modules.values():
+            if m.kind in PARAMETER_KINDS and m.expert[0] == 0:
+                path = m.parameter
+                sizes[path].append((i, m.expert[1]))
+                holder, _, name = path.rpartition(".")
+                short[holder].setdefault(name, i)
+    yield from _unequal(adapters, sizes, "the stack has another number of experts", "experts =")
+    for holder, names in short.items():
+        if innermost_first(names) is None:
+            i = max(names.values())
+            yield (
+                i,
+                Refusal(
+                    "in which order PEFT nests the parameters of a module is not known",
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    PREFIX + holder,
+                    ", ".join(sorted(names)),
+                    f"one parameter in all clients, or several of {', '.join(ORDER)}",
+                    "aggregate the clients that adapt one of them separately",
+                ),
+            )
+
+
+def _other_experts(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Experts as modules of their own, as transformers 4 has them, beside stacks of experts."""
+    forms: list[tuple[int, str, str]] = []
+    for i, adapter in enumerate(adapters):
+        for name, m in adapter.modules.items():
+            if m.kind == "expert" or re.search(r"(^|\.)experts\.[0-9]+\.", name):
+                forms.append((i, "a stack" if m.kind == "expert" else "modules one by one", name))
+                break
+    usual = _usual([form for _, form, _ in forms] or [None])
+    for i, form, name in forms:
+        if form != usual:
+            yield (
+                i,
+                Refusal(
+                    "the experts are stored in another form",
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    PREFIX + name,
+                    form,
+                    f"{usual} like the other clients",
+                    "save all clients with one version of transformers: load this one with PEFT "
+                    "under the version of the others and save it again",
+                ),
+            )
+
+
+def _saved_and_adapted(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Modules that one client adapts and another saves in full: PEFT can do only one of them."""
+    saving = {entry: i for i, a in reversed(list(enumerate(adapters))) for entry in a.saved}
+    for i, adapter in enumerate(adapters):
+        for entry, by in saving.items():
+            here = (*adapter.modules, *adapter.base_copies)
+            name = next((n for n in here if f".{entry}." in f".{n}."), None)
+            if name is not None:
+                yield (
+                    i,
+                    Refusal(
+                        "the module is adapted or frozen here and saved in full by another client",
+                        adapter.name,
+                        TENSORS_NAME,
+                        PREFIX + name,
+                        "factors or a copy of the base, where client "
+                        f"{adapters[by].name!r} has {entry!r} in modules_to_save",
+                        "one of the two in all clients",
+                        "aggregate the clients that save it separately",
+                    ),
+                )
+
+
+def _tied_elsewhere(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    """Pairs that some clients tie and others adapt one by one: their mean is not tied."""
+    pairs = {pair: i for i, a in reversed(list(enumerate(adapters))) for pair in a.tied.items()}
+    for (copy, one), by in pairs.items():
+        for i, adapter in enumerate(adapters):
+            held = {copy, one} & {*adapter.modules, *adapter.dense}
+            if held and adapter.tied.get(copy) != one:
+                yield (
+                    i,
+                    Refusal(
+                        "ensure_weight_tying ties two modules in another client, not in this one",
+                        adapter.name,
+                        CONFIG_NAME,
+                        None,
+                        f"{', '.join(sorted(held))} by itself, where client "
+                        f"{adapters[by].name!r} ties {copy} to {one}",
+                        "tied in all clients that have them, or in none",
+                        "train all of them with the same ensure_weight_tying",
+                    ),
+                )
 
 
 def _unequal(
@@ -284,7 +411,7 @@ def _duplicates(
         lambda a: a.name,
         everyone,
         "two clients have the same name",
-        "rename the folders: results and messages call clients by them",
+        "give each its own, NAME=PATH: results and messages call clients by it",
     )
     # Whole files are read only where size and both ends of the file agree already.
     alike = defaultdict(list)
@@ -297,7 +424,7 @@ def _duplicates(
 
 def _ends(adapter: Adapter) -> Hashable:
     size = adapter.file.stat().st_size
-    with adapter.file.open("rb") as file:
+    with open_regular(adapter.file) as file:
         head = file.read(2**16)
         file.seek(max(0, size - 2**16))
         return size, head, file.read()
@@ -305,7 +432,7 @@ def _ends(adapter: Adapter) -> Hashable:
 
 def _digest(adapter: Adapter) -> bytes:
     digest = hashlib.sha256()
-    with adapter.file.open("rb") as file:
+    with open_regular(adapter.file) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.digest()

@@ -7,16 +7,27 @@ false or empty; set, it may change what B and A mean, and is refused.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import Refusal, Refusals
 from .files import read_json_object
 from .patterns import GRAMMAR, PatternError, Patterns
+from .targets import Targets
 
-__all__ = ["CONFIG_NAME", "NAME_IN_FULL", "LoraSettings", "PatternTable", "read_settings"]
+__all__ = [
+    "CONFIG_NAME",
+    "NAME_IN_FULL",
+    "LoraSettings",
+    "PatternTable",
+    "StoredTable",
+    "is_alpha",
+    "judge_settings",
+    "read_settings",
+]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -27,13 +38,17 @@ _KNOWN = {
     "alpha_pattern", "fan_in_fan_out", "modules_to_save", "bias", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
     "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config",
+    "corda_config", "lora_ga_config", "target_parameters",
+    "ensure_weight_tying",
+    # Of other trainers.
+    "lora_dtype", "unsloth_fixed", "_from_model_config", "_commit_hash",
 }  # fmt: skip
+# A learning rate decides how B and A were found, not what they mean (LoRA+, ms-swift's lorap_…).
+_LEARNING_RATE = re.compile(r"(^|_)(lr|learning_rate)(_|$)|^lorap(lus)?_")
 
 _REFUSED = {
     "use_dora": "DoRA's update is not linear in B·A",
     "lora_bias": "a bias is trained beside B and A",
-    "target_parameters": "target_parameters stack the experts' factors along the rank axis",
     "trainable_token_indices": "trained token rows are no factor pair",
     "layer_replication": "the adapted model has other layers than the base",
     "alora_invocation_tokens": "aLoRA applies its update to some tokens only",
@@ -44,9 +59,9 @@ _REFUSED = {
     "velora_config": "VeLoRA adapters have not been verified",
     "monteclora_config": "MonteCLoRA perturbs its factors at random",
     "megatron_config": "Megatron adapters are stored in shards",
-    "ensure_weight_tying": "tied adapters would be averaged as if they were independent",
 }
 
+MAX_NAMES = 4096  # of saved modules and of parameters: each is looked for in every tensor's name
 NAME_IN_FULL = "name the modules in full instead of by a pattern"
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
@@ -74,19 +89,32 @@ class PatternTable:
 
 
 @dataclass(frozen=True)
+class StoredTable:
+    """A value for every module, as found beside its factors."""
+
+    values: Mapping[str, float]
+
+    def __getitem__(self, module: str) -> float:
+        return self.values[module]
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """The part of a LoRA configuration that decides what its tensors mean."""
 
-    ranks: PatternTable
-    alphas: PatternTable
-    use_rslora: bool
-    fan_in_fan_out: bool
-    lora_dropout: float
-    modules_to_save: tuple[str, ...]
-    base_model: str | None
-    revision: str | None
-    task_type: str | None
-    raw: dict[str, Any]
+    ranks: PatternTable | StoredTable
+    alphas: PatternTable | StoredTable
+    targets: Targets
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    lora_dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    base_model: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    raw: dict[str, Any] = field(default_factory=dict)
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha/r, or alpha/√r for rsLoRA, with the alpha that holds for `module`."""
@@ -102,15 +130,20 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
     refusals : list of Refusal
         Everything in the configuration that glora refuses; may be non-empty beside settings.
     """
-    raw, unreadable = read_json_object(folder, CONFIG_NAME, client)
-    problems = Refusals(unreadable)
-    if raw is None:
-        return None, problems
+    raw, problems = read_json_object(folder, CONFIG_NAME, client)
+    return (None, problems) if raw is None else judge_settings(raw, client, CONFIG_NAME)
+
+
+def judge_settings(
+    raw: dict[str, Any], client: str | None, file: str
+) -> tuple[LoraSettings | None, list[Refusal]]:
+    """`read_settings` of a configuration that was found in `file`."""
+    problems = Refusals()
 
     def refuse(key: str, why: str, expected: str, remedy: str, found: str = "") -> None:
         name = key if key.isprintable() else repr(key)
         found = f"{name:.80} = {found or repr(raw.get(key))[:80]}"
-        problems.append(Refusal(why, client, CONFIG_NAME, None, found, expected, remedy))
+        problems.append(Refusal(why, client, file, None, found, expected, remedy))
 
     peft_type = raw.get("peft_type")
     if peft_type != "LORA":
@@ -137,7 +170,7 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
             _CONVERT,
         )
     for key in sorted(raw.keys() - _KNOWN - _REFUSED.keys()):
-        if raw[key]:
+        if raw[key] and not _LEARNING_RATE.search(key[:80]):
             refuse(
                 key,
                 "the key is unknown to glora and may change what the factors mean",
@@ -170,6 +203,9 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
             base_model=raw.get("base_model_name_or_path"),
             revision=raw.get("revision"),
             task_type=raw.get("task_type"),
+            targets=Targets.of(raw),
+            target_parameters=tuple(raw.get("target_parameters") or ()),
+            ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
             raw=raw,
         ),
         problems,
@@ -186,8 +222,21 @@ def _alpha(value: float) -> bool:
     return value == 0 or 1e-20 <= abs(value) <= 1e20
 
 
+def is_alpha(value: Any) -> bool:
+    """Whether `value` can be an alpha."""
+    return _finite(value) and _alpha(value)
+
+
 def _text(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.isprintable())
+
+
+def _names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and len(value) <= MAX_NAMES
+        and all(isinstance(n, str) and n for n in value)
+    )
 
 
 def _flag(value: Any) -> bool:
@@ -196,29 +245,26 @@ def _flag(value: Any) -> bool:
 
 def _numbers(value: Any) -> bool:
     """Whether `value` maps patterns to ranks or alphas."""
-    return value is None or (
-        isinstance(value, dict) and all(_finite(v) and _alpha(v) for v in value.values())
-    )
+    return value is None or (isinstance(value, dict) and all(map(is_alpha, value.values())))
 
 
 _PATTERNS = "patterns mapped to finite numbers, 0 or of modulus 1e-20 to 1e20"
+_LIST = f"null or a list of at most {MAX_NAMES} names"
 _VALUES = (
     ("r", "an integer ≥ 1", lambda v: type(v) is int and 1 <= v < 2**31),
     (
         "lora_alpha",
         "a finite number, 0 or of modulus 1e-20 to 1e20",
-        lambda v: _finite(v) and _alpha(v),
+        is_alpha,
     ),
     ("rank_pattern", _PATTERNS, _numbers),
     ("alpha_pattern", _PATTERNS, _numbers),
     ("use_rslora", "true or false", _flag),
     ("fan_in_fan_out", "true or false", _flag),
+    ("ensure_weight_tying", "true or false", _flag),
     ("lora_dropout", "a number from 0 to 1", lambda v: v is None or (_finite(v) and 0 <= v <= 1)),
-    (
-        "modules_to_save",
-        "null or a list of names",
-        lambda v: v is None or (isinstance(v, list) and all(isinstance(n, str) and n for n in v)),
-    ),
+    ("modules_to_save", _LIST, _names),
+    ("target_parameters", _LIST, _names),
     ("base_model_name_or_path", "null or a name", _text),
     ("revision", "null or a name", _text),
     ("task_type", "null or a name", _text),

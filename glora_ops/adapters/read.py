@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor
 from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
 from .config import read_settings
-from .files import find_file, read_json_object
-from .modules import PREFIX, DenseTensor, Module, factor_keys, sort_tensors
+from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
+from .modules import DenseTensor, Module, saved_by, sort_tensors
+from .one_file import read_one_file
+from .places import Place, find_places
 from .safetensors_header import read_header
 from .stored import Stored, signature
+from .targets import Targets
 
 __all__ = [
     "EXAMPLES_NAME",
@@ -52,15 +55,22 @@ class Adapter:
     dense : mapping of str to DenseTensor
         Modules saved in full (``modules_to_save``, classifier heads).
     base_copies : mapping of str to DenseTensor
-        Frozen base weights PEFT saved beside adapted embeddings; not part of the update.
+        Frozen base weights PEFT saved beside adapted or extended embeddings; not part of the
+        update.
+    tied : mapping of str to str
+        Modules and full weights that are another one once more, by that one's name.
     num_examples : int or None
         From ``glora.json``.
     base_model, revision, task_type : str or None
+    targets : Targets
+        Which modules the configuration selects.
     lora_dropout : float
     modules_to_save : tuple of str
         As the configuration names them.
     config : mapping
         ``adapter_config.json`` as it stands.
+    remarks : tuple of str
+        What whoever merges it should know.
     """
 
     name: str
@@ -69,13 +79,16 @@ class Adapter:
     modules: Mapping[str, Module]
     dense: Mapping[str, DenseTensor]
     base_copies: Mapping[str, DenseTensor]
+    tied: Mapping[str, str]
     num_examples: int | None
     base_model: str | None
     revision: str | None
     task_type: str | None
+    targets: Targets
     lora_dropout: float
     modules_to_save: tuple[str, ...]
     config: Mapping[str, Any]
+    remarks: tuple[str, ...] = ()
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """B and A of one module, as stored.
@@ -97,9 +110,18 @@ class Adapter:
             If the file is no longer the one that was inspected.
         """
         m = self.modules[module]
-        a_key, b_key = factor_keys(module, m.kind)
-        b, a = self.stored.read(b_key, a_key)
+        place, experts = m.expert
+        if experts > 1:
+            a = self.stored.read_rows(m.a_key, place * m.rank, m.rank)
+            return self.stored.read_kept(m.b_key)[:, place::experts], a
+        b, a = self.stored.read(m.b_key, m.a_key)
         return b.flatten(1), a.flatten(1)
+
+    @property
+    def saved(self) -> list[str]:
+        """The entries of `modules_to_save` of which something is stored."""
+        used = {entry for name in self.dense for entry in saved_by(name, self.modules_to_save)}
+        return sorted(used)
 
     @property
     def file(self) -> Path:
@@ -108,20 +130,21 @@ class Adapter:
 
     def dense_tensor(self, name: str) -> Tensor:
         """A tensor of `dense` or `base_copies`, as stored."""
-        (tensor,) = self.stored.read(PREFIX + name)
+        (tensor,) = self.stored.read((self.dense.get(name) or self.base_copies[name]).key)
         return tensor
 
 
 def inspect_adapter(
-    folder: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES
+    folder: str | os.PathLike[str] | Place, *, max_bytes: int = MAX_BYTES
 ) -> tuple[Adapter | None, list[Refusal]]:
     """Check a PEFT LoRA folder by its headers and configuration; no tensor is read.
 
     Parameters
     ----------
-    folder : path
+    folder : path or Place
         Holds ``adapter_config.json`` and ``adapter_model.safetensors``, optionally ``glora.json``
-        with ``{"num_examples": n}``.
+        with ``{"num_examples": n}``; or one folder that does. Or a LoRA file of another trainer
+        that says all that is needed (`one_file`).
     max_bytes : int
         Largest tensor file that is accepted.
 
@@ -131,19 +154,16 @@ def inspect_adapter(
     refusals : list of Refusal
         All problems that can be seen without reading tensors.
     """
-    path = Path(os.path.abspath(folder))
-    client = path.name
-    if not path.is_dir():
-        return None, [
-            Refusal(
-                "no such folder",
-                client,
-                found=f"nothing at {str(path)!r}",
-                expected="a folder written by PeftModel.save_pretrained",
-                remedy="check the path",
-            )
-        ]
+    (place,) = find_places([folder])
+    path, client = place.path, place.name
     try:
+        if path.is_file():
+            return _inspect_file(path, client, max_bytes)
+        if path.is_dir():
+            path = only_adapter(path)
+        problem = what_else(path)
+        if problem is not None:
+            return None, [replace(problem, client=client)]
         return _inspect(path, client, max_bytes)
     except OSError as error:
         return None, [
@@ -155,6 +175,41 @@ def inspect_adapter(
                 remedy="check the permissions",
             )
         ]
+
+
+def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, list[Refusal]]:
+    other = what_else(path)
+    if other is not None:
+        return None, [replace(other, client=client)]
+    found = signature(path.stat())
+    header, problems = read_header(path, client, max_bytes=max_bytes)
+    if header is None:
+        return None, problems
+    stored = Stored(path, client, header.tensors, found)
+    read = read_one_file(stored, header.metadata)
+    if read.problems:
+        return None, read.problems
+    return (
+        Adapter(
+            name=client,
+            path=path,
+            stored=stored,
+            modules=read.modules,
+            dense={},
+            base_copies={},
+            tied={},
+            num_examples=None,
+            base_model=None,
+            revision=None,
+            task_type=None,
+            targets=Targets((), (), True),
+            lora_dropout=0.0,
+            modules_to_save=(),
+            config=read.config,
+            remarks=(read.remark,),
+        ),
+        [],
+    )
 
 
 def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, list[Refusal]]:
@@ -182,13 +237,16 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
             modules=sorted_tensors.modules,
             dense=sorted_tensors.dense,
             base_copies=sorted_tensors.base_copies,
+            tied=sorted_tensors.tied,
             num_examples=num_examples,
             base_model=settings.base_model,
             revision=settings.revision,
             task_type=settings.task_type,
+            targets=settings.targets,
             lora_dropout=settings.lora_dropout,
             modules_to_save=settings.modules_to_save,
             config=settings.raw,
+            remarks=unread_weights(path),
         ),
         [],
     )
@@ -218,11 +276,10 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         factors whose squares leave fp64's range.
     """
     extents: dict[str, list[Tensor]] = defaultdict(list)
-    copies = {PREFIX + name for name in adapter.base_copies}
     for key, piece in adapter.stored.scan(digest):
-        if key not in copies:
-            extents[key].append(extent(piece))
-    dense = {PREFIX + name for name in adapter.dense}
+        if piece.is_floating_point() or piece.is_complex():
+            extents[key].append(extent(_real(piece)))
+    dense = {tensor.key for t in (adapter.dense, adapter.base_copies) for tensor in t.values()}
     problems = Refusals()
 
     def refuse(key: str, problem: str, found: str, expected: str) -> None:
@@ -242,15 +299,46 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
             )
         elif beyond is not None:
             refuse(key, *beyond)
+    problems += _untied(adapter)
     return problems
 
 
 _DIVERGED = "the training diverged: leave this client out"
 
 
+def _real(x: Tensor) -> Tensor:
+    """`x` in a dtype that torch compares: float8 has neither minima nor tests."""
+    if x.is_complex():
+        return torch.view_as_real(x).flatten()
+    return x.float() if x.dtype.itemsize == 1 else x
+
+
+def _untied(adapter: Adapter) -> Iterator[Refusal]:
+    """Pairs that ``ensure_weight_tying`` should have kept equal, and did not."""
+    for copy, one in adapter.tied.items():
+        if copy in adapter.dense:
+            equal = torch.equal(adapter.dense_tensor(copy), adapter.dense_tensor(one))
+            key = adapter.dense[copy].key
+        else:
+            (b, a), (one_b, one_a) = adapter.factors(copy), adapter.factors(one)
+            same = adapter.modules[copy].scaling == adapter.modules[one].scaling
+            equal = same and torch.equal(b, one_a.mT) and torch.equal(a, one_b.mT)
+            key = adapter.modules[copy].b_key
+        if not equal:
+            yield Refusal(
+                "ensure_weight_tying is set, but the pair is not tied",
+                adapter.name,
+                TENSORS_NAME,
+                key,
+                f"other values or another scaling than {one!r}",
+                "the same once more",
+                "train with ensure_weight_tying=False, or leave this client out",
+            )
+
+
 def _where_not_finite(adapter: Adapter, key: str) -> str:
     (tensor,) = adapter.stored.read(key)
-    wrong = ~torch.isfinite(tensor)
+    wrong = ~torch.isfinite(tensor if tensor.is_complex() else _real(tensor))
     first = tuple(wrong.nonzero()[0].tolist())
     return f"{int(wrong.sum())} of {tensor.numel()}, the first {tensor[first].item()} at {first}"
 

@@ -7,7 +7,6 @@ tensor's name to its dtype, shape and the half-open range of its bytes; the byte
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from ..errors import Refusal, Refusals
 from ..reading import open_regular, parse_json_object
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "Header", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
@@ -28,6 +27,13 @@ DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    # Of weights saved in full only: counters, masks, quantised layers.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    **{f"I{8 * n}": getattr(torch, f"int{8 * n}") for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": getattr(torch, f"uint{8 * n}") for n in (1, 2, 4, 8)},
+    "BOOL": torch.bool,
 }
 
 
@@ -54,7 +60,8 @@ def read_header(
     client: str | None,
     *,
     max_bytes: int,
-    dtypes: Mapping[str, torch.dtype] = DTYPES,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    max_tensors: int = MAX_TENSORS,
 ) -> tuple[Header | None, list[Refusal]]:
     """Read and check the header of the safetensors file at `path`; no tensor is read.
 
@@ -65,8 +72,8 @@ def read_header(
         Named in the refusals.
     max_bytes : int
         Largest file that is accepted.
-    dtypes : mapping of str to dtype
-        Those that are accepted, by their names in the file.
+    max_header_bytes, max_tensors : int
+        Largest header, and the most tensors in it, that are accepted.
 
     Returns
     -------
@@ -96,12 +103,12 @@ def read_header(
         return None, [refusal("the header does not fit", found, expected, again)]
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
+        if length > min(size - 8, max_header_bytes):
             return None, [
                 refusal(
                     "the header does not fit",
                     f"a header of {length} bytes in a file of {size}",
-                    f"at most {min(size - 8, MAX_HEADER_BYTES)} bytes",
+                    f"at most {min(size - 8, max_header_bytes)} bytes",
                     again,
                 )
             ]
@@ -124,12 +131,12 @@ def read_header(
         problems.append(
             refusal("the metadata are malformed", repr(metadata)[:80], "strings only", again)
         )
-    if len(header) > MAX_TENSORS:
+    if len(header) > max_tensors:
         return None, [
             refusal(
                 "the header names too many tensors",
                 str(len(header)),
-                f"at most {MAX_TENSORS}",
+                f"at most {max_tensors}",
                 again,
             )
         ]
@@ -145,7 +152,7 @@ def read_header(
                 )
             )
             continue
-        info = _tensor_info(entry, dtypes)
+        info = _tensor_info(entry)
         if isinstance(info, TensorInfo):
             tensors[name] = info
         else:
@@ -181,9 +188,7 @@ def read_header(
     return (None, problems) if problems else (Header(tensors, metadata), [])
 
 
-def _tensor_info(
-    entry: Any, dtypes: Mapping[str, torch.dtype]
-) -> TensorInfo | tuple[str, str, str]:
+def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:
     """One entry of the header, or (problem, found, expected)."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return (
@@ -192,20 +197,20 @@ def _tensor_info(
             "dtype, shape and data_offsets",
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in dtypes:
-        return "the dtype is not supported", repr(dtype)[:80], ", ".join(dtypes)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return "the dtype is not supported", repr(dtype)[:80], ", ".join(DTYPES)
     if not _sizes(shape):
         return "the shape is malformed", repr(shape)[:80], "a list of integers ≥ 0"
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "the byte range is malformed", repr(offsets)[:80], "[begin, end], begin ≤ end"
-    needed = math.prod(shape) * dtypes[dtype].itemsize
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         return (
             "the byte range does not hold the shape",
             f"{offsets[1] - offsets[0]} bytes",
             f"{needed} bytes for {dtype} {shape}",
         )
-    return TensorInfo(dtypes[dtype], tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +52,7 @@ class Stored:
     client: str | None
     tensors: Mapping[str, TensorInfo]
     signature: tuple[int, int, int]
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def start(self) -> int:
@@ -70,6 +71,28 @@ class Stored:
             tensors = [self._tensor(file, self.tensors[name]) for name in names]
             self._check(file)
         return tensors
+
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        """`count` rows of a matrix; raises as `read` does."""
+        info = self.tensors[name]
+        row = info.shape[1] * info.dtype.itemsize
+        part = replace(info, shape=(count, info.shape[1]), begin=info.begin + first * row)
+        with self._open() as file:
+            rows = self._tensor(file, part)
+            self._check(file)
+        return rows
+
+    def read_kept(self, name: str) -> Tensor:
+        """The tensor as `read` gives it, kept until another one is asked for in this way.
+
+        For a stack whose parts, asked for one after the other, do not lie together.
+        """
+        kept = self._kept.get(name)
+        if kept is None:
+            (kept,) = self.read(name)
+            self._kept.clear()
+            self._kept[name] = kept
+        return kept
 
     def scan(self, digest: Any = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in pieces of at most `PIECE` bytes, flat and in the file's order.

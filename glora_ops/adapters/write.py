@@ -18,8 +18,10 @@ from ..errors import require
 from ..runtime.outputs import claimed, new_folder
 from ..runtime.tensors import read_mark, save_tensors
 from .config import CONFIG_NAME
+from .experts import PARAMETER_KINDS, nested, parameter_pairs
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME
+from .targets import exactly
 
 __all__ = ["strangers", "strangers_unmarked", "write_adapter"]
 
@@ -73,10 +75,22 @@ def write_adapter(
         "pad the smaller ones with zeros",
     )
     (rank,) = ranks
-    tensors = {}
-    for name, (b, a) in factors.items():
-        entry = layout["modules"].get(name)
-        require(entry is not None, f"factors[{name!r}]", "no entry in the layout", "one")
+    tensors: dict[str, Tensor] = {}
+    entries, tied = layout["modules"], layout.get("tied", {})  # older states have less
+    # Tied once more and exactly: their own solutions agree up to rounding only.
+    factors = {
+        name: (factors[tied[name]][1].mT, factors[tied[name]][0].mT) if name in tied else pair
+        for name, pair in factors.items()
+    }
+    for name in factors:
+        require(name in entries, f"factors[{name!r}]", "no entry in the layout", "one")
+    kinds = {name: entries[name]["kind"] for name in factors}
+    in_modules = {n: pair for n, pair in factors.items() if kinds[n] not in PARAMETER_KINDS}
+    parameters = parameter_pairs({n: factors[n] for n in factors if n not in in_modules}, kinds)
+    for wrapper, (b, a) in nested(parameters).items():
+        tensors |= dict(zip(factor_keys(wrapper, "linear"), (a, b), strict=True))
+    for name, (b, a) in in_modules.items():
+        entry = entries[name]
         a_key, b_key = factor_keys(name, entry["kind"])
         kh, kw = entry["kernel"] or (1, 1)
         require(
@@ -94,28 +108,35 @@ def write_adapter(
     modules_to_save: set[str] = set()
     for name, tensor in (dense or {}).items():
         owners = saved_by(name, layout["modules_to_save"])
-        require(bool(owners), f"dense[{name!r}]", "no owner", "one of modules_to_save")
+        owned = owners or name in layout.get("base_copies", []) or name in tied
+        require(bool(owned), f"dense[{name!r}]", "no owner", "one of modules_to_save")
         modules_to_save.update(owners)
         tensors[PREFIX + name] = tensor.detach().to("cpu", copy=True).contiguous()
     for key, tensor in tensors.items():
-        require(bool(torch.isfinite(tensor).all()), key, "values not finite in its dtype", "finite")
+        finite = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        require(bool(torch.isfinite(finite).all()), key, "values not finite in its dtype", "finite")
 
     config = {
         "peft_type": "LORA",
         "task_type": layout["task_type"],
+        "auto_mapping": layout.get("auto_mapping"),
         "base_model_name_or_path": layout["base_model"],
         "revision": layout["revision"],
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
-        "lora_dropout": layout["lora_dropout"],
+        # PEFT adapts no parameter of a module with dropout.
+        "lora_dropout": 0.0 if parameters else layout["lora_dropout"],
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": any(layout["modules"][name]["fan_in_fan_out"] for name in factors),
-        "target_modules": sorted(factors),
+        "fan_in_fan_out": any(entries[name]["fan_in_fan_out"] for name in factors),
+        "target_modules": sorted(in_modules.keys() - tied),
+        "exclude_modules": exactly(in_modules) if layout.get("exact") and in_modules else None,
+        "ensure_weight_tying": bool(tied),
+        "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
     }
     texts = {

@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, listing
 from .options import PICTURE_NAME, Base, Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, progress
-
-if TYPE_CHECKING:
-    from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate"]
 
@@ -33,11 +30,20 @@ DEFAULT_CLIP = 2.0
 def aggregate(
     context: typer.Context,
     clients: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            metavar="CLIENT_DIR",
-            help="One folder per client, as PeftModel.save_pretrained writes it.",
+            metavar="CLIENT_DIR...",
+            help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names "
+            "the client, which is otherwise called by its folder.",
             show_default=False,
+        ),
+    ] = None,
+    client_list: Annotated[
+        Path | None,
+        typer.Option(
+            "--clients", metavar="FILE",
+            help="Instead of CLIENT_DIR…: one client a line, PATH, NAME and WEIGHT with tabs "
+            'between, or {"path": …, "name": …, "weight": …}; name and weight may be left out.',
         ),
     ] = None,
     out: Annotated[
@@ -75,9 +81,9 @@ def aggregate(
         str | None,
         typer.Option(
             metavar="3,1,…|FILE.json",
-            help='How much each client counts: numbers in order, or a file {"folder name": '
-            "number}. By default num_examples of the clients' glora.json if all have it, "
-            "otherwise equal.",
+            help="How much each client counts: numbers in order, or a file {NAME: number} with "
+            "the clients' names. By default num_examples of the clients' glora.json if all have "
+            "it, otherwise equal.",
         ),
     ] = None,
     normalise: Annotated[
@@ -136,14 +142,16 @@ def aggregate(
         typer.Option(
             metavar="STATE",
             help="Instead of CLIENT_DIR…: the clients, weights and settings of this state, with "
-            "--add and --remove. Without -o the folder of STATE is replaced, its readouts with it.",
+            "--add and --remove. The readouts beside STATE are made anew as well; without -o its "
+            "folder is replaced.",
         ),
     ] = None,
     add: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="DIR",
-            help="With --update: one more client; of a name that STATE has, in its place.",
+            help="With --update: one more client, or NAME=DIR; of a name that STATE has, in its "
+            "place.",
         ),
     ] = None,
     remove: Annotated[
@@ -166,16 +174,16 @@ def aggregate(
     **glora aggregate --update out --add clients/cyd --remove bob**.
     """
     if update is not None:
-        _check_update(context, clients, add, remove)
+        _check_update(context, clients or client_list, add, remove)
     else:
         if add or remove:
             raise typer.BadParameter("only means something with --update", param_hint="--add")
-        if not clients:
-            raise typer.BadParameter("at least one client's folder", param_hint="CLIENT_DIR")
+        if bool(clients) == (client_list is not None):
+            raise typer.BadParameter(
+                "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
+            )
         if out is None:
             raise typer.BadParameter("a new folder for the result", param_hint="--out")
-    clients = clients or []
-    added = add or []
     server_rank = _rank(rank)
     if captured is not None and server_rank != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
@@ -184,16 +192,21 @@ def aggregate(
             "only means something with --robust clip or gate", param_hint="--clip"
         )
     readouts = _readouts(readout)
-    weighed = clients if update is None else added
-    given = None if weights is None or _is_file(weights) else _numbers(weights, len(weighed))
+    if weights is not None and client_list is not None and not _is_file(weights):
+        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
+    named = (clients or []) if update is None else (add or [])
+    given = None if weights is None or _is_file(weights) else _numbers(weights, len(named))
 
     with answering(as_json, writes=True) as outcome, ExitStack() as held:
+        from ..adapters.places import find_places
         from ..merge import merge
         from ..renew import renew
         from ..runtime.outputs import apart, check_free, claimed, new_folder
+        from .client_list import read_client_list
         from .facts import (
             STATE_NAME,
             file_notes,
+            held_energy,
             load_state,
             padding_note,
             print_state,
@@ -201,22 +214,26 @@ def aggregate(
         )
         from .outputs import strangers
 
-        inputs: list[str | Path] = [*weighed]
-        inputs += [weights] if weights is not None and _is_file(weights) else []
+        inputs: list[str | Path] = [weights] if weights is not None and _is_file(weights) else []
         old, file = (None, None) if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
+            made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
             if out is None:
-                out, ranks, was = _in_place(update, old)
-                readouts = sorted({*readouts, *ranks})
-                pad = pad if _is_given(context, "pad") else was
-                overwrite = True
+                out, overwrite = (update if update.is_dir() else update.parent), True
             else:
                 inputs.append(update)
+            readouts = sorted({*readouts, *made["ranks"]})
+            pad = pad if _is_given(context, "pad") else made["pad"]
             inputs += [entry["path"] for entry in (old.record or {"clients": []})["clients"]]
         assert out is not None
 
         refusals = Refusals()
+        weighed = find_places(named, known=() if old is None else old.clients)
+        if client_list is not None:
+            inputs.append(client_list)
+            weighed, given = read_client_list(client_list)
+        inputs += [place.path for place in weighed]
         if plot:
             from ..plots import plot_state, require_matplotlib
 
@@ -232,7 +249,7 @@ def aggregate(
                 settings: Mapping[str, Any] = {
                     "normalise": normalise, "basis": basis, "robust": robust,
                 } if old is None else old.settings  # fmt: skip
-                given = _from_file(Path(weights), weighed, settings)
+                given = _from_file(Path(weights), [client.name for client in weighed], settings)
         reads: list[str] = []
 
         def opening(recorded: Sequence[str], named: Sequence[str]) -> None:
@@ -245,12 +262,12 @@ def aggregate(
             warnings.simplefilter("ignore", GloraWarning)
             if old is not None:
                 state = renew(
-                    old, add=added, remove=remove or [], weights=given, progress=report,
+                    old, add=weighed, remove=remove or [], weights=given, progress=report,
                     known=refusals, readouts=readouts, opening=opening,
                 )  # fmt: skip
             else:
                 state = merge(
-                    clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
+                    weighed, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
                     robust=robust, clip=DEFAULT_CLIP if clip is None else clip,
@@ -276,6 +293,7 @@ def aggregate(
             "out": str(out),
             "state": str(out / STATE_NAME),
             "readouts": {str(r): str(out / f"r{r}") for r in readouts},
+            "energy": {str(r): held_energy(state, r) for r in readouts},
             "plot": str(out / PICTURE_NAME) if plot else None,
         }
         if update is not None:
@@ -298,8 +316,8 @@ _DECIDED = (
 
 def _check_update(
     context: typer.Context,
-    clients: Sequence[Path] | None,
-    add: Sequence[Path] | None,
+    clients: object,
+    add: Sequence[str] | None,
     remove: Sequence[str] | None,
 ) -> None:
     if clients:
@@ -329,12 +347,6 @@ def _print_reads(folders: Sequence[str], why: str) -> None:
     for parent, names in together.items():
         line = clean(f"in {parent}: {', '.join(names)} ({why})")
         console(stderr=True).print(labelled("reads: ", "bold", line), soft_wrap=True)
-
-
-def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:
-    """The folder of a state, the ranks read out there, and how they were padded."""
-    made = (old.record or {}).get("readouts", {"ranks": [], "pad": "zero"})
-    return (update if update.is_dir() else update.parent), made["ranks"], made["pad"]
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -378,8 +390,8 @@ def _numbers(text: str, clients: int) -> list[float]:
     return numbers
 
 
-def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any]) -> list[float]:
-    """Weights by folder name; every name that lacks one or has one for nothing is listed."""
+def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) -> list[float]:
+    """Weights by the clients' names; every name that lacks one or has one for nothing is listed."""
     from ..arguments import check_weights
     from ..reading import parse_json_object, read_bytes
 
@@ -403,7 +415,7 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
                 )
             ]
         ) from None
-    names = dict.fromkeys(Path(os.path.abspath(client)).name for client in clients)
+    names = dict.fromkeys(clients)
     refusals = Refusals(
         Refusal("the client has no weight", name, str(path), None, "no such name", wanted, remedy)
         for name in names
@@ -427,14 +439,17 @@ def _from_file(path: Path, clients: Sequence[Path], settings: Mapping[str, Any])
             check_weights(given, known, settings)
     if refusals:
         raise Refused(refusals)
-    return [float(numbers[Path(os.path.abspath(client)).name]) for client in clients]
+    return [float(numbers[client]) for client in clients]
 
 
 def _print_files(facts: dict[str, Any]) -> None:
     to = console()
     written = [
         (facts["state"], f"the state, rank {facts['rank']}"),
-        *((path, f"PEFT adapter of rank {r}") for r, path in facts["readouts"].items()),
+        *(
+            (path, f"PEFT adapter of rank {r}, {facts['energy'][r]:.2%} of the state's energy")
+            for r, path in facts["readouts"].items()
+        ),
         *([(facts["plot"], "spectra")] if facts["plot"] else []),
     ]
     width = max(len(clean(path)) for path, _ in written)
@@ -443,4 +458,7 @@ def _print_files(facts: dict[str, Any]) -> None:
         line = f"{clean(path):<{width}}  {what}"
         to.print(labelled("written: ", "bold green", line), soft_wrap=True)
     if not facts["readouts"]:
-        to.print(f"next: glora readout {clean(facts['out'])} -r 8 -o ADAPTER_DIR", soft_wrap=True)
+        rank = min(8, facts["rank"])
+        to.print(
+            f"next: glora readout {clean(facts['out'])} -r {rank} -o ADAPTER_DIR", soft_wrap=True
+        )

@@ -51,16 +51,25 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
     with answering(as_json, writes=plot is not None) as outcome:
-        from ..adapters import Adapter, check_compatible, check_values, inspect_adapter
+        from ..adapters import (
+            Adapter,
+            align_names,
+            check_compatible,
+            check_values,
+            inspect_adapter,
+        )
+        from ..adapters.places import find_places
         from .measure import compare_clients
 
+        places = find_places(clients)
         if plot is not None:
             from ..plots import check_picture
 
-            check_picture(plot, clients)
-        inspected = [inspect_adapter(folder) for folder in clients]
-        adapters = [adapter for adapter, _ in inspected if adapter is not None]
+            check_picture(plot, [place.path for place in places])
+        inspected = [inspect_adapter(place) for place in places]
+        adapters, doubts = align_names([a for a, _ in inspected if a is not None], base)
         problems = [problem for _, found in inspected for problem in found]
+        problems += [problem for _, problem in doubts]
         problems += check_compatible(adapters, base) if adapters else []
         if not problems:
             with progress() as report:
@@ -89,7 +98,15 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             "columns": found.columns.tolist(),
             "rows": found.rows.tolist(),
             "cosines": found.cosines.tolist(),
-            "notes": [*_loud(described), *_odd(described)],
+            "notes": [
+                *_loud(described),
+                *_odd(described),
+                *(
+                    {"text": f"{a.name}: {remark}", "warning": False}
+                    for a in adapters
+                    for remark in a.remarks
+                ),
+            ],
             "plot": None if plot is None else str(plot),
         }
         if plot is not None:

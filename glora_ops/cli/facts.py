@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from ..adapters.safetensors_header import read_header
 from ..certificates import CLIENT_STATS, STATS
 from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
-from ..state_file import StateFile, read
+from ..state_file import MARK, MAX_BYTES, StateFile, read
 from .show import clean, console, labelled, number, print_notes, span, table
 
 __all__ = [
     "STATE_NAME",
     "file_notes",
     "find_state",
+    "held_energy",
     "load_state",
     "padding_note",
     "print_clients",
@@ -31,10 +33,16 @@ STATE_NAME = "server.safetensors"
 
 
 def find_state(path: Path) -> Path | None:
-    """The state file that `path` is or holds; None where it can only be an adapter folder."""
+    """The state file that `path` is or holds; None where it can only be an adapter."""
     if path.is_file():
-        return path
+        return None if _is_other_safetensors(path) else path
     return path / STATE_NAME if (path / STATE_NAME).is_file() else None
+
+
+def _is_other_safetensors(path: Path) -> bool:
+    """Whether a file is a sound one of safetensors, but no state."""
+    header, _ = read_header(path, None, max_bytes=MAX_BYTES)
+    return header is not None and MARK not in header.metadata
 
 
 def state_facts(state: State) -> dict[str, Any]:
@@ -63,9 +71,13 @@ def state_facts(state: State) -> dict[str, Any]:
             }
             for name, m in state.modules.items()
         },
-        "dense": sorted(state.dense),
+        "dense": sorted(state.dense.keys() - (state.layout or {}).get("base_copies", [])),
         "rank_to_captured": settings.get("rank_to_captured"),
-        "notes": [*(asdict(note) for note in notes(state)), *_partial_means(state)],
+        "notes": [
+            *(asdict(note) for note in notes(state)),
+            *_partial_means(state),
+            *_unserved(state),
+        ],
     }
 
 
@@ -106,6 +118,28 @@ def _partial_means(state: State) -> list[dict[str, Any]]:
         {"text": f"{name} is the mean over {', '.join(having)} only", "warning": False}
         for name, having in state.settings.get("dense_from", {}).items()
     ]
+
+
+def _unserved(state: State) -> list[dict[str, Any]]:
+    layout = state.layout or {}
+    full = sorted(state.dense.keys() - layout.get("base_copies", []))
+    if not full:
+        return []
+    return [
+        {
+            "text": f"adapters read out hold weights in full ({', '.join(full[:3])}"
+            f"{', …' if len(full) > 3 else ''}): PEFT loads them, vLLM refuses such adapters "
+            "(modules_to_save); serve them merged into the base",
+            "warning": False,
+        }
+    ]
+
+
+def held_energy(state: State, rank: int) -> float:
+    """Fraction of ‖Ŵ‖² over all modules in the leading `rank` directions of each."""
+    total = sum(float(m.s.square().sum()) for m in state.modules.values())
+    kept = sum(float(m.s[:rank].square().sum()) for m in state.modules.values())
+    return kept / total if total else 1.0
 
 
 def padding_note(state: State, rank: int, pad: str) -> list[dict[str, Any]]:
@@ -182,6 +216,8 @@ def print_clients(facts: Mapping[str, Any]) -> None:
         )
     to = console()
     to.print(rows)
+    meaning = "align: how much of the update lies in the state's spaces; share: of its energy"
+    to.print(meaning, style="dim")
     origin = {
         "num_examples": "weights: num_examples of the clients' glora.json",
         "equal": "weights: equal, because not every client has a glora.json with num_examples",
@@ -202,7 +238,7 @@ def _count(n: int, noun: str) -> str:
 
 def load_state(path: Path) -> tuple[State, StateFile]:
     """The state in a file, or in a folder as `glora aggregate` writes it, and the file."""
-    found = find_state(path)
+    found = path if path.is_file() else find_state(path)
     require(
         found is not None,
         "state",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .options import Json, Plot
-from .show import answering, clean, console, finite, print_json, progress, table
+from .show import answering, clean, console, finite, labelled, print_json, progress, table
+
+if TYPE_CHECKING:
+    from ..fl.experiment import Result
 
 __all__ = ["app"]
 
@@ -81,7 +84,7 @@ def run(
     kept = "every finished round is kept: go on with --resume"
     with answering(as_json, writes=False, kept=kept) as outcome:
         from ..fl.config import load_config
-        from ..fl.experiment import Result, run_experiment
+        from ..fl.experiment import run_experiment
         from ..fl.run import EngineFactory, local_engine
         from ..runtime.outputs import apart
 
@@ -106,17 +109,38 @@ def run(
             else:
                 results = experiment(local_engine)
         outcome.wrote(*(result.folder for result in results))
+        silent = [r for r in results if not r.metrics]
         if as_json:
             print_json({"runs": [str(r.folder) for r in results], "results": [
-                {"method": r.method, "seed": r.seed, **r.metrics} for r in results]})  # fmt: skip
-            return
-        names = [name for name in results[0].metrics if "/" not in name]  # no single tasks
+                {"method": r.method, "seed": r.seed,
+                 "status": "done" if r.metrics else "nobody replied",
+                 "failures": list(r.failures), **r.metrics} for r in results]})  # fmt: skip
+        else:
+            _print_results(results)
+            if len(silent) < len(results):
+                next_step = f"next: glora fl report {clean(out / loaded.name)}"
+                console().print(next_step, soft_wrap=True)
+        if silent:
+            raise typer.Exit(1)
+
+
+def _print_results(results: Sequence[Result]) -> None:
+    """The last metrics of the runs that learnt something, and whose replies failed."""
+    learnt = [r for r in results if r.metrics]
+    if learnt:
+        names = [name for name in learnt[0].metrics if "/" not in name]  # no single tasks
         _print_table(
             ("method", "seed", *("\n".join(name.rsplit("_", 1)) for name in names)),
             [(r.method, str(r.seed), *(f"{r.metrics[name]:.4f}" for name in names))
-             for r in results],
+             for r in learnt],
         )  # fmt: skip
-        console().print(f"next: glora fl report {clean(out / loaded.name)}", soft_wrap=True)
+    for r in results:
+        if r.failures:
+            count = f"{len(r.failures)} replies failed, the first: {clean(r.failures[0])}"
+            nobody = "" if r.metrics else "nobody replied in any round, nothing was learnt; "
+            label = ("note: ", "bold") if r.metrics else ("failed: ", "bold red")
+            text = f"{clean(r.method)} seed {r.seed}: {nobody}{count}"
+            console(stderr=not r.metrics).print(labelled(*label, text), soft_wrap=True)
 
 
 @app.command(epilog="Example: **glora fl report runs -o report**")

@@ -10,7 +10,17 @@ import typer
 from rich.text import Text
 
 from .options import Json, Plot
-from .show import answering, clean, console, labelled, number, print_json, span, table
+from .show import (
+    answering,
+    clean,
+    console,
+    labelled,
+    number,
+    print_json,
+    print_notes,
+    span,
+    table,
+)
 
 __all__ = ["EXAMPLE", "inspect"]
 
@@ -105,6 +115,7 @@ def _adapter(path: Path, plot: Path | None) -> dict[str, Any]:
             for name, m in adapter.modules.items()
         },
         "dense": {name: list(tensor.shape) for name, tensor in adapter.dense.items()},
+        "notes": [{"text": remark, "warning": False} for remark in adapter.remarks],
     }
 
 
@@ -141,6 +152,7 @@ def _print_adapter(facts: Mapping[str, Any]) -> None:
     to.print(rows)
     for name, shape in facts["dense"].items():
         to.print(f"saved in full: {clean(name)} {tuple(shape)}")
+    print_notes(facts["notes"])
 
 
 def _print_state_modules(certificates: Mapping[str, Mapping[str, Any]]) -> None:

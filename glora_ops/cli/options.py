@@ -12,10 +12,10 @@ __all__ = ["PICTURE_NAME", "Base", "Clients", "Json", "Overwrite", "Pad", "Plot"
 PICTURE_NAME = "spectra.png"
 
 Clients = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
-        metavar="CLIENT_DIR",
-        help="One folder per client, as PeftModel.save_pretrained writes it.",
+        metavar="CLIENT_DIR...",
+        help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names it.",
     ),
 ]
 Base = Annotated[

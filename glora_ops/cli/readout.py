@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .options import Json, Overwrite, Pad, Seed
 from .show import answering, clean, console, labelled, print_json, print_notes
-
-if TYPE_CHECKING:
-    from ..state import State
 
 __all__ = ["EXAMPLE", "readout"]
 
@@ -38,7 +35,7 @@ def readout(
     """
     with answering(as_json, writes=True) as outcome:
         from ..runtime.outputs import apart
-        from .facts import file_notes, load_state, padding_note
+        from .facts import file_notes, held_energy, load_state, padding_note
 
         apart(out, [state])
         loaded, file = load_state(state)
@@ -49,7 +46,7 @@ def readout(
             "out": str(out),
             "rank": rank,
             "pad": pad,
-            "energy": _energy(loaded, rank),
+            "energy": held_energy(loaded, rank),
             "modules": list(loaded.modules),
             "notes": [*padding_note(loaded, rank, pad), *file_notes(file)],
         }
@@ -62,10 +59,3 @@ def readout(
         )
         console().print(labelled("written: ", "bold green", line), soft_wrap=True)
         print_notes(facts["notes"])
-
-
-def _energy(state: State, rank: int) -> float:
-    """Fraction of ‖Ŵ‖² over all modules in the leading `rank` directions of each."""
-    total = sum(float(m.s.square().sum()) for m in state.modules.values())
-    kept = sum(float(m.s[:rank].square().sum()) for m in state.modules.values())
-    return kept / total if total else 1.0

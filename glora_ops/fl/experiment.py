@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import Refusal, Refused, listing
+from ..errors import Refusal, Refused, listing, require
 from ..runtime.outputs import check_free, write_text
 from .config import Config
+from .records import replied
 from .run import EngineFactory, Plan, local_engine, run
 from .tensorboard import mirror, require_tensorboard
 
@@ -21,12 +22,16 @@ SWEEP = "sweep"
 
 @dataclass(frozen=True)
 class Result:
-    """The last metrics of one run."""
+    """The last metrics of one run; none where no client ever replied and nothing was learnt.
+
+    `failures` are the reasons of the replies that failed, in order.
+    """
 
     method: str
     seed: int
     folder: Path
     metrics: dict[str, float]
+    failures: tuple[str, ...] = ()
 
 
 def run_experiment(
@@ -71,7 +76,9 @@ def run_experiment(
                 lines = run(
                     plan, folder, engine=engine, resume=resume, progress=progress, watch=watch
                 )
-            results.append(Result(label, seed, folder, lines[-1]["metrics"]))
+            failures = tuple(f["reason"] for line in lines for f in line["failures"])
+            metrics = lines[-1]["metrics"] if replied(lines) else {}
+            results.append(Result(label, seed, folder, metrics, failures))
     return results
 
 
@@ -100,8 +107,14 @@ def learning_rate(
             plan, home / SWEEP / label / f"lr{lr:g}", engine=engine, resume=True,
             rounds=config.sweep.rounds or None, progress=progress,
         )  # fmt: skip
-        scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
-    best = max(config.sweep.lrs, key=lambda lr: scores[f"{lr:g}"])
+        if replied(lines):
+            scores[f"{lr:g}"] = lines[-1]["metrics"][plan.task.metric]
+    require(
+        bool(scores), "sweep.lrs", f"{list(config.sweep.lrs)}, at none of which a client replied",
+        "a rate at which training does not diverge", f"see {home / SWEEP / label}",
+    )  # fmt: skip
+    heard = [lr for lr in config.sweep.lrs if f"{lr:g}" in scores]
+    best = max(heard, key=lambda lr: scores[f"{lr:g}"])
     described = {"metric": plan.task.metric, "scores": scores, "chosen": best,
                  "seed": config.sweep.seed}  # fmt: skip
     write_text(outcome, json.dumps(described, indent=1) + "\n", _no_sweep)

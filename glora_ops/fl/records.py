@@ -16,7 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+<<<<<<< HEAD
 from collections.abc import Iterable, Iterator, Mapping
+=======
+from collections.abc import Iterator, Mapping, Sequence
+>>>>>>> adapters
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +41,7 @@ from .messages import Pairs
 from .server import SVD, Server
 from .tasks.base import Answer
 
-__all__ = ["Run", "server_from", "server_tensors"]
+__all__ = ["Run", "replied", "server_from", "server_tensors"]
 
 FORMAT_VERSION = 2  # 1 had no digest
 
@@ -115,6 +119,11 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
         inner = [(f"{name}.{key}" if name else key, key) for key in keys]
         return [x for path, k in inner for x in _differences(before.get(k), now.get(k), path)]
     return [] if before == now else [f"{name} {now} instead of {before}"]
+
+
+def replied(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any client replied in any round; without that the model is the base."""
+    return any(line["clients"] for line in lines)
 
 
 class Run:

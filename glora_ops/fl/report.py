@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import Refusals, Refused, listing, require
 from .forms import read_about, read_sweep
-from .records import Run
+from .records import Run, replied
 
 __all__ = [
     "RunData",
@@ -79,6 +79,11 @@ class RunData:
 
     def total(self, name: str) -> float:
         return float(sum(line[name] for line in self.lines))
+
+    @property
+    def silent(self) -> bool:
+        """Whether it ran to its end without a single reply: its model is the base."""
+        return self.done and not replied(self.lines)
 
     @property
     def failures(self) -> list[Mapping[str, Any]]:
@@ -176,14 +181,16 @@ def summarise(
     -------
     dict
         methods (mean and spread of everything), differences (paired by seed, reference minus
-        other), sweeps, failures, left_out (by robust rules), unfinished.
+        other), sweeps, failures, silent, left_out (by robust rules), unfinished.
     """
     config = runs[0].about["config"]
-    finished = [run for run in runs if run.done]
+    finished = [run for run in runs if run.done and not run.silent]
     _require_one_experiment(runs)
     known = {m: arm for run in finished for m, arm in run.about["config"]["methods"].items()}
     labels = [m for m in known if any(run.method == m for run in finished)]
-    require(bool(labels), "runs", config["name"], "at least one finished run", "run with --resume")
+    silent = [str(run.folder) for run in runs if run.silent]
+    found = ", ".join([config["name"], *(f"nobody replied in {folder}" for folder in silent)])
+    require(bool(labels), "runs", found, "at least one finished run", "run with --resume")
     grouped = {m: {r.seed: r for r in finished if r.method == m} for m in labels}
     kinds = {m: known[m]["kind"] for m in labels}
     if reference is None:
@@ -207,8 +214,10 @@ def summarise(
             if key.split("/")[0] == config["name"]
         },
         "failures": [
-            {"method": run.method, "seed": run.seed, **f} for run in finished for f in run.failures
+            {"method": run.method, "seed": run.seed, **f}
+            for run in runs if run.done for f in run.failures
         ],
+        "silent": silent,
         "left_out": [
             {"method": run.method, "seed": run.seed, "client": name, "rounds": rounds}
             for run in finished for name, rounds in run.left_out.items()
@@ -433,6 +442,9 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     if summary["failures"]:
         parts.append(f"{len(summary['failures'])} replies failed, the first: "
                      f"{summary['failures'][0]['reason']}")  # fmt: skip
+    if summary["silent"]:
+        parts.append("Nobody replied, so that nothing was learnt, and left out: "
+                     + ", ".join(summary["silent"]))  # fmt: skip
     if summary["left_out"]:
         parts.append("Left out by robust rules: " + ", ".join(
             f"{x['client']} ({x['method']}, seed {x['seed']}: {x['rounds']} rounds)"

@@ -52,6 +52,7 @@ def test_every_kind_of_layer_and_a_head(work: Path) -> None:
     names = [f"{name}2" for name in CLIENTS]
     said = glora("aggregate", *names, "-o", "out", "--rank", UNION, "--readout", UNION).stdout
     assert "weighted means of full weights: head.bias, head.weight" in said
+    assert "vLLM refuses such adapters" in said
     assert_mean(work / "out" / f"r{UNION}", [work / n for n in names], [1, 1, 1], mixed)
     refused = glora("aggregate", *names, "-o", "no", "--dense", "refuse", code=1).stderr
     assert refused.count("the adapter holds weights saved in full") == 3
@@ -243,3 +244,15 @@ def test_killed_in_the_middle(work: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert everything(work / "out") == before
+
+
+def test_what_is_suggested_exists_and_what_is_written_says_what_it_holds(work: Path) -> None:
+    said = glora("aggregate", *CLIENTS, "-o", "low", "--rank", 3).output
+    assert "next: glora readout low -r 3 -o ADAPTER_DIR" in said
+    facts = glora_json(
+        "aggregate", *CLIENTS, "-o", "whole", "--rank", UNION, "--readout", f"1,{UNION}"
+    )
+    assert facts["energy"][str(UNION)] == 1
+    assert 0 < facts["energy"]["1"] < 1
+    again = glora_json("readout", "whole", "-r", 1, "-o", "one")
+    assert again["energy"] == facts["energy"]["1"]

@@ -143,6 +143,29 @@ def test_a_sweep_of_another_configuration_is_refused(
     assert not (tmp_path / "runs" / "tiny" / "glora").exists()
 
 
+def test_a_run_in_which_nobody_replied_is_no_result(tmp_path: Path) -> None:
+    """Neither printed, nor reported, nor chosen by a sweep."""
+    diverging = CONFIG.replace("[0.001, 0.01]", "[1e30, 0.01]").replace("lr = 0.004", "lr = 1e30")
+    (tmp_path / "tiny.toml").write_text(diverging)
+    where = tmp_path / "tiny.toml", "--seeds", 1, "-o", tmp_path / "runs"
+    said = call("run", *where, code=1).output
+    assert "fedit seed 0: nobody replied in any round, nothing was learnt; 8 replies failed" in said
+    assert [line.split()[0] for line in said.splitlines() if " 0  " in line] == ["glora"]
+    sweep = json.loads((tmp_path / "runs/tiny/sweep/glora.json").read_text())
+    assert (sweep["chosen"], list(sweep["scores"])) == (0.01, ["0.01"])
+    told = json.loads(call("run", *where, "--resume", "--json", code=1).stdout)["results"]
+    assert [r["status"] for r in told] == ["done", "nobody replied"]
+    assert ["accuracy" in r for r in told] == [True, False]
+    call("report", tmp_path / "runs", "-o", tmp_path / "report")
+    (summary,) = json.loads((tmp_path / "report/report.json").read_text())
+    assert list(summary["methods"]) == ["glora"]
+    page = (tmp_path / "report/report.md").read_text()
+    assert "Nobody replied, so that nothing was learnt, and left out: " in page
+    assert "tiny/fedit/seed0" in page
+    said = call("report", tmp_path / "runs/tiny/fedit", code=1).output
+    assert "nobody replied in" in " ".join(said.split())
+
+
 def test_a_finished_sweep_is_not_repeated(runs: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from mutations import as_json, damaged, mutated, mutated_toml, parted, safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from glora_ops import State, aggregate_adapters
 from glora_ops.adapters import check_values, inspect_adapter
@@ -177,8 +177,56 @@ def draw_weights(rng: random.Random) -> Files:
 def weights(folder: Path) -> str:
     from glora_ops.cli.aggregate import _from_file
 
-    _from_file(folder / "weights.json", [Path(n) for n in ("ann", "bob", "cyd")], {})
+    _from_file(folder / "weights.json", ["ann", "bob", "cyd"], {})
     return "done"
+
+
+def draw_list(rng: random.Random) -> Files:
+    entry = {"path": "ann", "name": "a", "weight": 2}
+    lines = [
+        rng.choice([
+            b"# who", b"", b"ann", b"bob\tb\t3", b"ann\ta b\t1", b"bob\t\tnan", b"x=ann",
+            as_json(entry, rng), as_json(mutated(entry, rng), rng),
+        ])
+        for _ in range(rng.randint(0, 4))
+    ]  # fmt: skip
+    return {"clients.tsv": damaged(b"\n".join(lines), rng, rng.choice((0, 0, 1)))}
+
+
+def client_list(folder: Path) -> str:
+    from glora_ops.cli.client_list import read_client_list
+
+    read_client_list(folder / "clients.tsv")
+    return "done"
+
+
+def draw_one_file(rng: random.Random) -> Files:
+    """A file of diffusers, of several models or of one, or of kohya's trainers."""
+    kind = rng.choice(("diffusers", "one model", "kohya"))
+    a, b = torch.ones(2, 5), torch.ones(4, 2)
+    about = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
+    if kind == "kohya":
+        parts = {"lora_down.weight": a, "lora_up.weight": b, "alpha": torch.ones(())}
+        tensors = {
+            f"{name}.{part}": value.clone()
+            for name in ("lora_unet_mid_block_to_q", "lora_te_text_model_encoder_layers_0_mlp_fc1")
+            for part, value in parts.items()
+        }
+        metadata = {"ss_network_dim": "2"}
+    else:
+        part = "" if kind == "one model" else "unet."
+        names = {"A": a, "B": b}
+        tensors = {f"{part}mid_block.to_q.lora_{side}.weight": x for side, x in names.items()}
+        config = json.dumps({part + key: value for key, value in about.items()})
+        metadata = {"lora_adapter_metadata": config}
+    content = save(tensors, metadata)
+    sound_or_odd = content if rng.random() < 0.1 else odd_file("x.safetensors", content, rng)
+    return {"lora.safetensors": sound_or_odd}
+
+
+def one_file(folder: Path) -> str:
+    found, refusals = inspect_adapter(folder / "lora.safetensors")
+    return judged(refusals if found is None else check_values(found))
 
 
 def state(folder: Path) -> str:
@@ -272,7 +320,7 @@ ARGUMENTS = [
     "--plot", "--overwrite", "--update", "--add", "--remove", "--base", "--no-normalise", "--pad",
     "--on-bad-client", "--dense", "--help", "--version", "consensus", "projector", "update", "zero",
     "trainable", "skip", "auto", "2", "0", "-1", "3,1", "nan", "1e999", "", "p.png", "9" * 30, "é",
-    "--methods", "--seeds", "--resume", "--", "\udcff", "$x$",
+    "--methods", "--seeds", "--resume", "--", "\udcff", "$x$", "x=ann", "x=bob", "--clients",
 ]  # fmt: skip
 COMMANDS = [
     ["aggregate", "ann", "bob", "-o", "out"],
@@ -332,6 +380,8 @@ TARGETS = {
     "adapter": Target(20, odd("client"), adapter),
     "patterns": Target(10, draw_patterns, patterns),
     "weights": Target(8, draw_weights, weights),
+    "list": Target(5, draw_list, client_list),
+    "one file": Target(8, draw_one_file, one_file),
     "state": Target(10, odd("state"), state),
     "config": Target(10, draw_config, config),
     "report": Target(8, odd("run"), report),
