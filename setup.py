@@ -16,6 +16,8 @@ setup(
         "glora_ops.fl.methods",
         "glora_ops.fl.tasks",
         "glora_ops.kernels",
+        "glora_ops.linalg",
+        "glora_ops.solvers",
     ],
     package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
     package_data={"glora_ops": ["py.typed"], "glora_ops.fl": ["configs/*.toml"]},

@@ -27,7 +27,7 @@ from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
 from glora_ops import algorithm
-from glora_ops.ragged import Ragged
+from glora_ops.linalg.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: nothing was timed"

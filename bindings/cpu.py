@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from glora_ops import scratch, tall
-from glora_ops.canonical import Balanced, Forms, canonical_forms
+from glora_ops import scratch
 from glora_ops.isolation import all_threads, keep_freed
-from glora_ops.ragged import Ragged
-from glora_ops.solver import fill
+from glora_ops.linalg import orthonormal
+from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.solvers.base import fill
 
 __all__ = ["CpuVocabulary"]
 
@@ -182,7 +183,7 @@ class CpuVocabulary:
         return scaled[0].contiguous(), scaled[1].mT.contiguous()
 
     def triangular(self, g: Tensor, drop: float) -> Tensor:
-        return tall.triangular(g, drop)
+        return orthonormal.triangular(g, drop)
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT

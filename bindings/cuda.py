@@ -17,10 +17,10 @@ from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
 from torch import Tensor
 
-from glora_ops import tall
-from glora_ops.canonical import Balanced, Forms, canonical_forms
-from glora_ops.ragged import Ragged
-from glora_ops.vocabulary import working
+from glora_ops.linalg import orthonormal
+from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.linalg.vocabulary import working
 
 __all__ = ["CudaVocabulary"]
 
@@ -107,7 +107,7 @@ class CudaVocabulary:
 
     def triangular(self, g: Tensor, drop: float) -> Tensor:
         if g.shape[-1] > triangular.MAX_COLUMNS:
-            return tall.triangular(g, drop)
+            return orthonormal.triangular(g, drop)
         return triangular.launch_triangular(g, drop)
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from glora_ops import algorithm
 from glora_ops.isolation import exact_products, one_thread
-from glora_ops.krylov import Iteration
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.linalg.vocabulary import Vocabulary, working
 from glora_ops.packing import pack
-from glora_ops.ragged import Ragged
-from glora_ops.solver import Coordinates, Side, fill, gram_route_limit
-from glora_ops.vocabulary import Vocabulary, working
+from glora_ops.solvers.base import Coordinates, Side, fill, gram_route_limit
+from glora_ops.solvers.krylov import Iteration
 
 from . import schemas
 

@@ -11,17 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .canonical import factor_coordinates
-from .captured_route import CapturedRoute
 from .certificates import STATS, U32, Cut, certify, information_vote
-from .clients import Clients, canonicalize
-from .dual_route import DualRoute
-from .gram_route import GramRoute, lifted, principal_gram, rounding2, whole_gram
-from .krylov import Iteration
-from .krylov_route import KrylovRoute, principal_krylov
-from .ragged import Ragged
-from .signs import sign_matrix
-from .solver import (
+from .linalg.canonical import factor_coordinates
+from .linalg.clients import Clients, canonicalize
+from .linalg.ragged import Ragged
+from .linalg.random_signs import sign_matrix
+from .linalg.vocabulary import Vocabulary, working
+from .solvers.base import (
     Coordinates,
     Mean,
     Principal,
@@ -32,7 +28,11 @@ from .solver import (
     fill,
     gram_route_limit,
 )
-from .vocabulary import Vocabulary, working
+from .solvers.dual_route import DualRoute
+from .solvers.fixed_steps import CapturedRoute
+from .solvers.gram_route import GramRoute, lifted, principal_gram, rounding2, whole_gram
+from .solvers.krylov import Iteration
+from .solvers.krylov_route import KrylovRoute, principal_krylov
 
 __all__ = [
     "Clients",

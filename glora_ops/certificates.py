@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .solver import Principal
+    from .solvers.base import Principal
 
 __all__ = ["CLIENT_STATS", "STATS", "U32", "Cut", "certify", "information_vote"]
 

@@ -17,7 +17,7 @@ from test_quality import disjoint, frozen, noisy, partly, shared, stored
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_ops import STATS, pack, pack_modules, reference
-from glora_ops.tall import gram_schmidt, triangular
+from glora_ops.linalg.orthonormal import gram_schmidt, triangular
 
 OPS = Ops(CpuVocabulary(), captured=True)
 LOOKS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "unique", "masked_select"}

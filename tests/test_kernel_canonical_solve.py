@@ -12,7 +12,7 @@ from glora_ops.kernels.launching import Call, observed
 from kernel_cases import DEVICE, poisoned
 from spectra import orthogonal
 
-from glora_ops.canonical import balance, canonical_forms
+from glora_ops.linalg.canonical import balance, canonical_forms
 
 U64 = 2.0**-53
 D_OUT, D_IN = 70, 75

@@ -20,8 +20,8 @@ from glora_ops.kernels.sketch import launch_sketch
 from glora_ops.kernels.triangular import launch_triangular
 from kernel_cases import DEVICE, DTYPES, guarded, poisoned
 
-from glora_ops.ragged import Ragged
-from glora_ops.tall import triangular
+from glora_ops.linalg.orthonormal import triangular
+from glora_ops.linalg.ragged import Ragged
 
 U32 = 2.0**-24
 RANKS = [[16], [3, 7, 1, 16, 2], [5, 33, 20]]

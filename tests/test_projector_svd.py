@@ -11,7 +11,7 @@ from strategies import DTYPES, Recipe, build, norm, problems
 from test_projector_matmul import amplified, coordinates, dense
 
 from glora_ops import GloraError, pack
-from glora_ops.solver import gram_route_limit
+from glora_ops.solvers.base import gram_route_limit
 
 U32 = 2.0**-24
 

@@ -12,7 +12,7 @@ import torch
 from strategies import STATS, distance, norm, orthonormal
 
 from glora_ops import algorithm, pack, reference
-from glora_ops.solver import dual_route_limit, gram_route_limit
+from glora_ops.solvers.base import dual_route_limit, gram_route_limit
 
 COUNT, RANK, D = 16, 4, 160
 

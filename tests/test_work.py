@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora_ops  # noqa: F401  # registers the ops
 from glora_ops.isolation import exact_products
-from glora_ops.ragged import Ragged
+from glora_ops.linalg.ragged import Ragged
 
 P = 16
 

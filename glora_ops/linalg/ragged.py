@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import require
+from ..errors import require
 
 __all__ = ["Group", "Ragged"]
 

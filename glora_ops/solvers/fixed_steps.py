@@ -13,11 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..linalg.orthonormal import gram_schmidt
+from ..linalg.random_signs import sign_matrix, start_matrix
+from ..linalg.vocabulary import Vocabulary
+from .base import Coordinates, Mean, Principal, Side, Triplets, fill
 from .krylov import Iteration
-from .signs import sign_matrix, start_matrix
-from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
-from .tall import gram_schmidt
-from .vocabulary import Vocabulary
 
 __all__ = ["CapturedRoute"]
 

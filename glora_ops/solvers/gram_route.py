@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .canonical import U64, Balanced, balance, canonical_forms, singular_values
-from .ragged import Ragged
-from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
-from .tall import orthonormalise
-from .vocabulary import Vocabulary
+from ..linalg.canonical import U64, Balanced, balance, canonical_forms, singular_values
+from ..linalg.orthonormal import orthonormalise
+from ..linalg.ragged import Ragged
+from ..linalg.vocabulary import Vocabulary
+from .base import Coordinates, Mean, Principal, Side, Triplets, fill
 
 __all__ = ["GramRoute", "principal_gram", "whole_gram"]
 

@@ -12,11 +12,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..linalg.orthonormal import orthonormalise, whiten
+from ..linalg.random_signs import sign_matrix, start_matrix
+from ..linalg.vocabulary import Vocabulary, working
+from .base import Coordinates, Mean, Principal, Side, Triplets, fill
 from .krylov import Iteration, Operator, Ritz, block_krylov
-from .signs import sign_matrix, start_matrix
-from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
-from .tall import orthonormalise, whiten
-from .vocabulary import Vocabulary, working
 
 __all__ = ["KrylovRoute", "principal_krylov", "start_block"]
 

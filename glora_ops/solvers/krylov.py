@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tall import Space, whiten
+from ..linalg.orthonormal import Space, whiten
 
 __all__ = ["Iteration", "Operator", "Ritz", "block_krylov"]
 

@@ -15,12 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .clients import Clients
+from ..linalg.clients import Clients
+from ..linalg.orthonormal import orthonormalise, whiten
+from ..linalg.vocabulary import Vocabulary, working
+from .base import Coordinates, Mean, Principal, Side, Triplets, fill
 from .krylov import Operator, Ritz, block_krylov
 from .krylov_route import ANCHORED, SETTLED, KrylovRoute, principal_krylov, start_block
-from .solver import Coordinates, Mean, Principal, Side, Triplets, fill
-from .tall import orthonormalise, whiten
-from .vocabulary import Vocabulary, working
 
 __all__ = ["DualRoute"]
 

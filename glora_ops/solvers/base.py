@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .ragged import Ragged
+from ..linalg.ragged import Ragged
 
 __all__ = [
     "Coordinates",
