@@ -195,7 +195,7 @@ def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
 def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], Any]]:
     """What makes each way's call; nothing is compiled or recorded before it is asked for."""
     glora = torch.ops.glora.aggregate
-    plain = torch.no_grad()(Ops(TorchVocabulary(), captured=True).aggregate)
+    plain = torch.no_grad()(Ops(TorchVocabulary(), fixed_steps=True).aggregate)
 
     def each(aggregate: Callable[..., Any], **settings: Any) -> Callable[[], Any]:
         return lambda: [

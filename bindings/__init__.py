@@ -15,7 +15,7 @@ def _cpu() -> _ops.Ops:
 def _cuda() -> _ops.Ops:
     from .cuda import CudaVocabulary  # imports Triton
 
-    return _ops.Ops(CudaVocabulary(), captured=True)
+    return _ops.Ops(CudaVocabulary(), fixed_steps=True)
 
 
 _ops.register(_cpu, "CPU")

@@ -18,8 +18,8 @@ from glora_ops.solvers.base import fill
 
 __all__ = ["CpuVocabulary"]
 
-# Entries within 2^40 (fp32) or 2^300 (fp64) leave every product in range as they are.
-SAFE = {torch.float32: 2.0**40, torch.float64: 2.0**300}
+# Norms of rows within these leave squares and products of them in fp32's range as they are.
+SMALL, LARGE_ROW = 2.0**-40, 2.0**40
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
 # Multiply-adds from which a product is worth more than one thread.
@@ -30,26 +30,24 @@ def _threads(work: int) -> AbstractContextManager[None]:
     return all_threads() if work >= LARGE else nullcontext()
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """On a cache line: BLAS rounds by the address it is given."""
+    return (
+        x
+        if x.data_ptr() % 64 == 0 and x.is_contiguous()
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
 def _working(x: Tensor) -> Tensor:
-    """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
-    if x.dtype not in SAFE:
-        return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
-    return x if x.data_ptr() % 64 == 0 else x.clone()
-
-
-def _is_safe(x: Tensor) -> bool:
-    with _threads(x.numel()):
-        low, high = torch.aminmax(x)
-    return bool(torch.maximum(-low, high) <= SAFE[x.dtype])
+    if x.dtype in (torch.float32, torch.float64):
+        return _aligned(x)
+    return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """(L, N) int32: binary exponent of each row's largest entry."""
+    """(..., N) int32: binary exponent of each row's largest entry."""
     return torch.frexp(x.abs().amax(-1)).exponent
-
-
-def _power(exponent: Tensor) -> Tensor:
-    return torch.exp2(exponent.double())
 
 
 def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -105,20 +103,23 @@ class CpuVocabulary:
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)
-        if _is_safe(x):
-            return x, torch.ones(x.shape[:-1], dtype=torch.float64)
-        exponent = _exponent(x)
-        return (x * _power(-exponent)[..., None]).to(x.dtype), _power(exponent)
+        length = torch.linalg.vector_norm(x, dim=-1)
+        power = torch.ones(x.shape[:-1], dtype=torch.float64)
+        far = ~((length > SMALL) & (length < LARGE_ROW))
+        if bool(far.any()):
+            exponent = _exponent(x) * far
+            power = torch.exp2(exponent.double())
+            x = torch.ldexp(x, -exponent[..., None])
+        return x, power
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, a = _working(b), _working(a)
-        dtype = torch.promote_types(b.dtype, a.dtype)
-        b, a = b.to(dtype), a.to(dtype)
-        if _is_safe(b) and _is_safe(a):
-            return b, a, torch.ones(b.shape[:-1], dtype=torch.float64)
-        half = (_exponent(b) - _exponent(a)).div(2, rounding_mode="floor")
-        down, up = _power(-half)[..., None], _power(half)
-        return (b * down).to(dtype), (a * up[..., None]).to(dtype), up
+    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if x.dtype != torch.float64:
+            return x.double(), None
+        exponent = _exponent(x)
+        return torch.ldexp(x, -exponent[..., None]), torch.exp2(exponent.double())
+
+    def lengths(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1).double()
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         modules, _, d = rows.shape
@@ -143,15 +144,20 @@ class CpuVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return _linear(rows, omega.mT.to(rows.dtype)).double()
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        modules, n, d = rows.shape
-        out = rows.new_zeros(modules, n, n)
-        turn = ragged.pad(t).mT.to(rows.dtype)
-        for stretch in rows.tensor_split(math.ceil(modules * n * d / STRETCH), -1):
-            q = _turned(stretch, ragged, turn)
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        with _threads(x.numel() * y.shape[-1]):
+            return x @ y
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        return _turned(rows, ragged, ragged.pad(t).mT.to(rows.dtype))
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        modules, n, d = q.shape
+        out = q.new_zeros(modules, n, n)
+        for stretch in q.tensor_split(math.ceil(modules * n * d / STRETCH), -1):
             for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
                 strip = slice(top, top + STRIP)
-                out[:, top:, strip] += _linear(q[:, top:], q[:, strip])
+                out[:, top:, strip] += _linear(stretch[:, top:], stretch[:, strip])
         for top in range(0, n, STRIP):
             strip = slice(top, top + STRIP)
             out[:, strip, top + STRIP :] = out[:, top + STRIP :, strip].mT
@@ -182,17 +188,17 @@ class CpuVocabulary:
         scaled = [fill(x * root[..., None, :], rank) for x in (u, w)]
         return scaled[0].contiguous(), scaled[1].mT.contiguous()
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
-        return orthonormal.triangular(g, drop)
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        return orthonormal.inverse_cholesky(g, drop)
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.qr(y)
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         return _linear(c.mT.to(y.dtype), y).mT
-
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        return w - self.lift(basis.mT, self.times(basis.mT, w))
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         modules, d, k = y.shape
@@ -221,6 +227,9 @@ class CpuVocabulary:
         lam, vec = torch.linalg.eigh(g)
         # LAPACK's columns keep their strides in a flip, and MKL is five times slower on those.
         return lam.flip(-1).clamp_(min=0), vec.flip(-1).contiguous()
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(g).flip(-1).clamp_(min=0)
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, s, yh = torch.linalg.svd(c)

@@ -35,9 +35,12 @@ class CudaVocabulary:
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = torch.promote_types(b.dtype, a.dtype)
-        return b.to(dtype), a.to(dtype), self.rows(b)[1]
+    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+    def lengths(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return torch.linalg.vector_norm(wide, dim=-1).double()
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         if ragged.max_rank <= sketch.MAX_RANK and rows.dtype != torch.float64:
@@ -49,10 +52,15 @@ class CudaVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return launch_times(rows, omega)
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         x = rows.to(working(rows.dtype))
-        q = ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
-        return launch_times(q, q.mT).to(x.dtype)
+        return ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        return launch_times(q, q.mT).to(q.dtype)
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
@@ -99,22 +107,25 @@ class CudaVocabulary:
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         return launch_accumulate(y.mT, c)
 
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        return w - self.lift(basis.mT, self.times(basis.mT, w))
-
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return launch_inner(y, z)
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         if g.shape[-1] > triangular.MAX_COLUMNS:
-            return orthonormal.triangular(g, drop)
+            return orthonormal.inverse_cholesky(g, drop)
         return triangular.launch_triangular(g, drop)
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.qr(y)
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
             lam, vec = torch.linalg.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
         return launch_eigh(g)
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        return self.eigh(g)[0]
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if c.shape[-1] > jacobi.MAX_SIZE:

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from glora_ops import algorithm
 from glora_ops.isolation import exact_products, one_thread
+from glora_ops.linalg.canonical import positive
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import Vocabulary, working
 from glora_ops.packing import pack
-from glora_ops.solvers.base import Coordinates, Side, fill, gram_route_limit
-from glora_ops.solvers.krylov import Iteration
+from glora_ops.solvers.base import Factors, Settings, fill
+from glora_ops.solvers.nspace_exact import exact_limit
+from glora_ops.solvers.operators import Voters
+from glora_ops.solvers.tall import TallSolver
 
 from . import schemas
 
@@ -63,6 +66,54 @@ def _like(batched: bool, *outputs: Tensor) -> Tensors:
     return outputs if batched else tuple(x[0] for x in outputs)
 
 
+def _alive(x: Tensor) -> Tensor:
+    """(L, N) bool: which rows are not zero, whatever the range of squares."""
+    alive = torch.linalg.vector_norm(x, dim=-1) > 0
+    if not bool(alive.all()):
+        alive[~alive] = (x[~alive] != 0).any(-1)
+    return alive
+
+
+def _by_pattern(
+    run: Callable[[slice | Tensor, Tensor | None, Ragged], Tensors],
+    alive: Tensor,
+    ragged: Ragged,
+    few: int,
+) -> Tensors:
+    """Run without dead rows: modules in which the same rows are alive together.
+
+    What a module comes to depends on its own rows alone. More than `few` rows are solved one module
+    at a time: an adaptive iteration stops for each on its own.
+    """
+    modules = len(alive)
+    if bool(alive.all()):
+        parts = [(torch.arange(modules), None, ragged)]
+    else:
+        patterns, which = torch.unique(alive, dim=0, return_inverse=True)
+        parts = []
+        for k, pattern in enumerate(patterns):
+            rows = (
+                pattern.nonzero()[:, 0]
+                if bool(pattern.any())
+                else torch.zeros(1, dtype=torch.int64, device=alive.device)
+            )
+            ends = torch.searchsorted(rows.cpu(), ragged.offsets)
+            parts.append(
+                (which.eq(k).nonzero()[:, 0], rows, Ragged.of(ends, len(rows), alive.device))
+            )
+    outputs, places = [], []
+    for here, rows, kept in parts:
+        step = len(here) if kept.rows <= few else 1
+        for some in here.split(step):
+            whole = len(some) == modules
+            outputs.append(run(slice(None) if whole else some, rows, kept))
+            places.append(some)
+    if len(outputs) == 1:
+        return outputs[0]
+    order = torch.cat(places).argsort()
+    return tuple(torch.cat(x)[order.to(x[0].device)] for x in zip(*outputs, strict=True))
+
+
 def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
     """Run one module at a time and stack: an adaptive iteration stops for each on its own."""
     parts = [run(slice(l, l + 1)) for l in range(modules)]
@@ -74,13 +125,13 @@ class Ops:
 
     Parameters
     ----------
-    captured : bool
-        Whether `aggregate` with a fixed number of power steps takes the captured route.
+    fixed_steps : bool
+        Whether `aggregate` with a fixed number of power steps looks at no value.
     """
 
-    def __init__(self, v: Vocabulary, captured: bool = False) -> None:
+    def __init__(self, v: Vocabulary, fixed_steps: bool = False) -> None:
         self.v = v
-        self.captured = captured
+        self.fixed_steps = fixed_steps
 
     def canonicalize(
         self,
@@ -93,34 +144,22 @@ class Ops:
     ) -> Tensors:
         schemas.check_canonicalize(b, a, offsets, scaling, tau_rel, max_rank)
         ragged = Ragged.of(offsets, b.shape[-2], b.device, max_rank)
-        rows_b, rows_a, scale = self.v.pair(_modules(b), _modules(a))
-        clients = algorithm.canonicalize(
-            self.v,
-            self.v.gram(rows_b, ragged),
-            self.v.gram(rows_a, ragged),
-            ragged,
-            _per_client(scaling, rows_b),
-            tau_rel,
-            _roundoff(b, a),
-        )
-        t_u, t_v = clients.t_u / scale[..., None], clients.t_v * scale[..., None]
-        return _like(b.dim() == 3, t_u, t_v, clients.sigma, clients.f)
+        clients = self._tall(b, a, ragged, scaling, Settings(1, tau_rel=tau_rel)).clients
+        return _like(b.dim() == 3, clients.t_u, clients.t_v, clients.sigma, clients.soft)
 
     def projector_matmul(
         self, x: Tensor, offsets: Tensor, t: Tensor, row_weights: Tensor, omega: Tensor
     ) -> Tensor:
         schemas.check_voters(x, offsets, t, row_weights)
         schemas.check_omega(omega, x)
-        side, voters = self._voters(x, offsets, t, row_weights)
-        return self._matmul(side, voters, omega)
+        return self._matmul(omega, *self._voters(x, offsets, t, row_weights))
 
     def projector_matmul_factors(
         self, x: Tensor, offsets: Tensor, weights: Tensor, omega: Tensor
     ) -> Tensor:
         schemas.check_factor_voters(x, offsets, weights)
         schemas.check_omega(omega, x)
-        side, voters = self._factor_voters(x, offsets, weights)
-        return self._matmul(side, voters, omega)
+        return self._matmul(omega, *self._factor_voters(x, offsets, weights))
 
     def projector_svd(
         self,
@@ -138,9 +177,9 @@ class Ops:
     ) -> Tensors:
         schemas.check_voters(x, offsets, t, row_weights)
         schemas.check_solver(x, rank, oversample, power_iters, tol, extra, warm)
-        side, voters = self._voters(x, offsets, t, row_weights, extra)
-        how = Iteration(oversample, power_iters, tol, seed)
-        return _like(x.dim() == 3, *self._svd(side, voters, rank, how, warm))
+        s = Settings(rank, oversample=oversample, power_iters=power_iters, tol=tol, seed=seed)
+        voters = self._voters(x, offsets, t, row_weights, extra)
+        return _like(x.dim() == 3, *self._svd(*voters, s, warm))
 
     def projector_svd_factors(
         self,
@@ -157,9 +196,9 @@ class Ops:
     ) -> Tensors:
         schemas.check_factor_voters(x, offsets, weights)
         schemas.check_solver(x, rank, oversample, power_iters, tol, extra, warm)
-        side, voters = self._factor_voters(x, offsets, weights, extra)
-        how = Iteration(oversample, power_iters, tol, seed)
-        return _like(x.dim() == 3, *self._svd(side, voters, rank, how, warm))
+        s = Settings(rank, oversample=oversample, power_iters=power_iters, tol=tol, seed=seed)
+        voters = self._factor_voters(x, offsets, weights, extra)
+        return _like(x.dim() == 3, *self._svd(*voters, s, warm))
 
     def core(
         self,
@@ -172,12 +211,11 @@ class Ops:
         scaling: Tensor,
     ) -> Tensor:
         schemas.check_core(u, v, b, a, offsets, weights, scaling)
-        ragged = Ragged.of(offsets, b.shape[-2], b.device)
-        rows_b, rows_a, _ = self.v.pair(_modules(b), _modules(a))
-        coef = ragged.spread(_per_client(weights, rows_b) * _per_client(scaling, rows_b))
+        solver = self._tall(b, a, Ragged.of(offsets, b.shape[-2], b.device), scaling)
         wide = torch.promote_types(u.dtype, v.dtype)  # one launch serves both sides
         u, v = _modules(u).to(wide), _modules(v).to(wide)
-        c, _, _ = algorithm.core(self.v, u, v, rows_b, rows_a, coef)
+        coef = solver.coefficients(_per_client(weights, solver.b))
+        c, _, _ = self.v.core(solver.b, solver.a, u, v, coef)
         return c if b.dim() == 3 else c[0]
 
     def aggregate(
@@ -197,37 +235,52 @@ class Ops:
         warm_u: Tensor | None = None,
         warm_v: Tensor | None = None,
         seed: int = 0,
+        client_statistics: bool = True,
     ) -> Tensors:
         schemas.check_aggregate(b, a, offsets, weights, scaling, warm_u, warm_v)
         schemas.check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
-        ragged = Ragged.of(offsets, b.shape[-2], b.device)
+        s = Settings(
+            rank, basis, tau_rel, anchor, oversample, power_iters, tol, seed, client_statistics
+        )
         rows_b, rows_a = _modules(b), _modules(a)
-        modules = rows_b.shape[0]
-        w, s = _per_client(weights, rows_b), _per_client(scaling, rows_b)
-        start_u, start_v = (None if x is None else _modules(x) for x in (warm_u, warm_v))
-        captured = self.captured and power_iters >= 0
+        ragged = Ragged.of(offsets, b.shape[-2], b.device)
+        w, scale = _per_client(weights, rows_b), _per_client(scaling, rows_b)
+        warm = [None if x is None else _modules(x) for x in (warm_u, warm_v)]
+        fixed = self.fixed_steps and power_iters >= 0
 
-        def run(here: slice) -> Tensors:
-            return algorithm.aggregate(
-                self.v,
-                rows_b[here],
-                rows_a[here],
-                ragged,
-                w[here],
-                s[here],
-                rank,
-                basis,
-                tau_rel,
-                anchor,
-                Iteration(oversample, power_iters, tol, seed),
-                None if start_u is None else start_u[here],
-                None if start_v is None else start_v[here],
-                _roundoff(b, a),
-                captured,
-            )
+        def run(here: slice | Tensor, rows: Tensor | None, ragged: Ragged) -> Tensors:
+            stacks = rows_b[here], rows_a[here]
+            if rows is not None:
+                stacks = stacks[0][:, rows], stacks[1][:, rows]
+            factors = Factors(*stacks, ragged, scale[here], _roundoff(b, a))
+            solver = algorithm.choose(self.v, factors, s, fixed)
+            start = tuple(None if x is None else x[here] for x in warm)
+            return algorithm.aggregate(solver, w[here], s, start)
 
-        together = captured or ragged.rows <= gram_route_limit(rank)
-        return _like(b.dim() == 3, *(run(slice(None)) if together else _by_module(run, modules)))
+        if fixed:
+            return _like(b.dim() == 3, *run(slice(None), None, ragged))
+        return _like(
+            b.dim() == 3,
+            *_by_pattern(run, _alive(rows_b) & _alive(rows_a), ragged, exact_limit(rank)),
+        )
+
+    def client_stats(
+        self,
+        b: Tensor,
+        a: Tensor,
+        offsets: Tensor,
+        weights: Tensor,
+        scaling: Tensor,
+        u: Tensor,
+        s: Tensor,
+        v: Tensor,
+    ) -> Tensor:
+        schemas.check_client_stats(b, a, offsets, weights, scaling, u, s, v)
+        solver = self._tall(b, a, Ragged.of(offsets, b.shape[-2], b.device), scaling)
+        reach = self.v.times(solver.b, _modules(u)), self.v.times(solver.a, _modules(v))
+        coef = solver.coefficients(_per_client(weights, solver.b))
+        told = algorithm.client_stats(solver.clients, reach, _modules(s, 2).double(), coef)
+        return told if b.dim() == 3 else told[0]
 
     def aggregate_list(
         self,
@@ -245,12 +298,13 @@ class Ops:
         warm_u: Tensor | None = None,
         warm_v: Tensor | None = None,
         seed: int = 0,
+        client_statistics: bool = True,
     ) -> Tensors:
         schemas.check_lists(lora_b, lora_a, weights, scaling, warm_u, warm_v)
         packed = pack(list(zip(lora_b, lora_a, strict=True)))
         return self.aggregate(
             packed.b, packed.a, packed.offsets, weights, scaling, rank, basis, tau_rel, anchor,
-            oversample, power_iters, tol, warm_u, warm_v, seed,
+            oversample, power_iters, tol, warm_u, warm_v, seed, client_statistics,
         )  # fmt: skip
 
     def readout(
@@ -274,10 +328,18 @@ class Ops:
 
     # --- shared parts ------------------------------------------------------------------------
 
-    def _side(self, x: Tensor, offsets: Tensor, max_rank: int = -1) -> tuple[Side, Tensor]:
-        rows, scale = self.v.rows(_modules(x))
-        # "left" only names the seeded signs: every single stack draws the same ones.
-        return Side("left", rows, Ragged.of(offsets, x.shape[-2], x.device, max_rank)), scale
+    def _tall(
+        self, b: Tensor, a: Tensor, ragged: Ragged, scaling: Tensor, s: Settings | None = None
+    ) -> TallSolver:
+        b, a, roundoff = _modules(b), _modules(a), _roundoff(b, a)
+        factors = Factors(b, a, ragged, _per_client(scaling, b), roundoff)
+        return TallSolver(self.v, factors, s or Settings(1))
+
+    def _side(
+        self, x: Tensor, offsets: Tensor, max_rank: int = -1
+    ) -> tuple[Tensor, Ragged, Tensor]:
+        rows, power = self.v.rows(_modules(x))
+        return rows, Ragged.of(offsets, x.shape[-2], x.device, max_rank), power
 
     def _voters(
         self,
@@ -286,44 +348,40 @@ class Ops:
         t: Tensor,
         row_weights: Tensor,
         extra: Tensor | None = None,
-    ) -> tuple[Side, Coordinates]:
-        side, scale = self._side(x, offsets, t.shape[-1])
-        t = _modules(t).double() * scale[..., None]
-        return side, Coordinates(t, _modules(row_weights, 2).double(), _extra(extra, side))
+    ) -> tuple[Tensor, Ragged, Voters]:
+        rows, ragged, power = self._side(x, offsets, t.shape[-1])
+        t = _modules(t).double() * power[..., None]
+        votes = _modules(row_weights, 2).double()
+        return rows, ragged, Voters(t, votes, _extra(extra, rows))
 
     def _factor_voters(
         self, x: Tensor, offsets: Tensor, weights: Tensor, extra: Tensor | None = None
-    ) -> tuple[Side, Coordinates]:
-        side, _ = self._side(x, offsets)
-        votes = side.ragged.spread(_per_client(weights, side.rows))
-        t = algorithm.factor_voters(self.v, side)
-        return side, Coordinates(t, votes, _extra(extra, side))
+    ) -> tuple[Tensor, Ragged, Voters]:
+        rows, ragged, _ = self._side(x, offsets)
+        votes = ragged.per_row(_per_client(weights, rows))
+        t = algorithm.factor_voters(self.v, rows, ragged)
+        return rows, ragged, Voters(t, votes, _extra(extra, rows))
 
-    def _matmul(self, side: Side, voters: Coordinates, omega: Tensor) -> Tensor:
-        y = algorithm.projector_matmul(self.v, side, voters, _modules(omega))
+    def _matmul(self, omega: Tensor, rows: Tensor, ragged: Ragged, voters: Voters) -> Tensor:
+        y = algorithm.projector_matmul(self.v, rows, ragged, voters, _modules(omega))
         return y if omega.dim() == 3 else y[0]
 
     def _svd(
-        self, side: Side, voters: Coordinates, rank: int, how: Iteration, warm: Tensor | None
+        self, rows: Tensor, ragged: Ragged, voters: Voters, s: Settings, warm: Tensor | None
     ) -> Tensors:
         start = None if warm is None else _modules(warm)
 
         def run(here: slice) -> Tensors:
-            found = algorithm.projector_svd(
-                self.v,
-                Side(side.name, side.rows[here], side.ragged),
-                Coordinates(voters.t[here], voters.votes[here], voters.extra[here]),
-                rank,
-                how,
-                None if start is None else start[here],
+            mine = Voters(voters.t[here], voters.votes[here], voters.extra[here])
+            basis, values, trace = algorithm.projector_svd(
+                self.v, rows[here], ragged, mine, s, None if start is None else start[here]
             )
-            held = found.eigenvalues[..., :rank].sum(-1)
-            explained = (held / found.trace.where(found.trace > 0, 1.0)).clamp(max=1.0)
-            return found.basis, fill(found.eigenvalues, rank + how.oversample), explained
+            explained = values[..., : s.rank].sum(-1) / positive(trace)
+            return basis, fill(values, s.columns), explained.clamp(max=1.0)
 
-        return _by_module(run, side.rows.shape[0])
+        return _by_module(run, rows.shape[0])
 
 
-def _extra(extra: Tensor | None, side: Side) -> Tensor:
+def _extra(extra: Tensor | None, rows: Tensor) -> Tensor:
     """Further columns in the working precision; none where the caller gave none."""
-    return (side.rows[:, :0].mT if extra is None else _modules(extra)).to(working(side.rows.dtype))
+    return (rows[:, :0].mT if extra is None else _modules(extra)).to(working(rows.dtype))

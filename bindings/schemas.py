@@ -40,14 +40,18 @@ SCHEMAS = {
     "Tensor scaling) -> Tensor",
     "aggregate": "(Tensor b, Tensor a, Tensor offsets, Tensor weights, Tensor scaling, int rank, "
     'str basis="consensus", float tau_rel=0.1, float anchor=1.0, int oversample=16, '
-    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
+    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0, "
+    "bool client_statistics=True) "
     "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
     "Tensor client_stats)",
     "aggregate.list": "(Tensor[] lora_B, Tensor[] lora_A, Tensor weights, Tensor scaling, "
     'int rank, str basis="consensus", float tau_rel=0.1, float anchor=1.0, int oversample=16, '
-    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) "
+    "int power_iters=-1, float tol=1e-3, Tensor? warm_u=None, Tensor? warm_v=None, int seed=0, "
+    "bool client_statistics=True) "
     "-> (Tensor u, Tensor s, Tensor v, Tensor eig_u, Tensor eig_v, Tensor stats, "
     "Tensor client_stats)",
+    "client_stats": "(Tensor b, Tensor a, Tensor offsets, Tensor weights, Tensor scaling, "
+    "Tensor u, Tensor s, Tensor v) -> Tensor",
     "readout": '(Tensor u, Tensor s, Tensor v, int rank, float scaling=1.0, str pad="zero", '
     "int seed=0) -> (Tensor lora_b, Tensor lora_a)",
 }
@@ -144,6 +148,20 @@ def check_core(
         _check_clients(name, x, offsets.shape[0] - 1, b)
 
 
+def check_client_stats(
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+) -> None:
+    check_core(u, v, b, a, offsets, weights, scaling)
+    _check_spectrum(u, s, v)
+
+
 def check_aggregate(
     b: Tensor,
     a: Tensor,
@@ -232,6 +250,11 @@ def check_readout(u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pa
             "floats (d, R) or (L, d, R)",
             "aggregate makes it",
         )
+    _check_spectrum(u, s, v)
+    require(u.dtype == v.dtype, "v", _shape(v), f"{u.dtype}".replace("torch.", "") + ", as u")
+
+
+def _check_spectrum(u: Tensor, s: Tensor, v: Tensor) -> None:
     require(
         s.dtype in FLOATS
         and u.shape[-1] == s.shape[-1] == v.shape[-1]
@@ -240,7 +263,6 @@ def check_readout(u: Tensor, s: Tensor, v: Tensor, rank: int, scaling: float, pa
         _shape(s),
         f"one float per column of u {tuple(u.shape)} and v {tuple(v.shape)}",
     )
-    require(u.dtype == v.dtype, "v", _shape(v), f"{u.dtype}".replace("torch.", "") + ", as u")
 
 
 def _shape(x: Tensor) -> str:
@@ -434,10 +456,11 @@ def _aggregate(
     warm_u: Tensor | None = None,
     warm_v: Tensor | None = None,
     seed: int = 0,
+    client_statistics: bool = True,
 ) -> tuple[Tensor, ...]:
     check_aggregate(b, a, offsets, weights, scaling, warm_u, warm_v)
     check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
-    clients = offsets.shape[0] - 1
+    clients = client_statistics * (offsets.shape[0] - 1)
     dtype = result_dtype(b, a)
     return _results(b, b.shape[:-2], b.shape[-1], a.shape[-1], clients, rank, oversample, dtype)
 
@@ -458,12 +481,14 @@ def _aggregate_list(
     warm_u: Tensor | None = None,
     warm_v: Tensor | None = None,
     seed: int = 0,
+    client_statistics: bool = True,
 ) -> tuple[Tensor, ...]:
     check_lists(lora_b, lora_a, weights, scaling, warm_u, warm_v)
     check_settings(rank, basis, tau_rel, anchor, oversample, power_iters, tol)
     d_out, d_in = lora_b[0].shape[0], lora_a[0].shape[1]
     dtype = result_dtype(*lora_b, *lora_a)
-    return _results(lora_b[0], (), d_out, d_in, len(lora_b), rank, oversample, dtype)
+    clients = client_statistics * len(lora_b)
+    return _results(lora_b[0], (), d_out, d_in, clients, rank, oversample, dtype)
 
 
 def _results(
@@ -488,6 +513,22 @@ def _results(
         empty(len(STATS)),
         empty(clients, len(CLIENT_STATS)),
     )
+
+
+@_fake("client_stats")
+def _client_stats(
+    b: Tensor,
+    a: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    scaling: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+) -> Tensor:
+    check_client_stats(b, a, offsets, weights, scaling, u, s, v)
+    shape = (*b.shape[:-2], offsets.shape[0] - 1, len(CLIENT_STATS))
+    return b.new_empty(shape, dtype=torch.float64)
 
 
 @_fake("readout")

@@ -48,6 +48,7 @@ def aggregate(
     max_bytes: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    client_statistics: bool = True,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
 
@@ -97,6 +98,9 @@ def aggregate(
         and for bf16 and fp16 once more in fp32.
     progress : callable (done, total), optional
         Called in the calling thread after every batch of modules.
+    client_statistics : bool
+        False leaves out what is told of each client (norm, alignments, share), which a large
+        ``basis="update"`` needs for nothing else; the state then says so where it is asked.
 
     Returns
     -------
@@ -160,7 +164,7 @@ def aggregate(
         done = solve(
             sources, modules, factor_weights, scale, missing, max_bytes,
             None if scratch is None else os.fspath(scratch), report, warm, device,
-            rank=server_rank, **solver,
+            rank=server_rank, client_statistics=bool(client_statistics), **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import integer, number
-from .certificates import CLIENT_STATS, STATS
+from .certificates import CLIENT_STATS, FROM_CLIENTS, STATS
 from .errors import require, unfit
 
 __all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
@@ -27,6 +27,7 @@ Factors = tuple[Tensor, Tensor]
 _STATE_FILE = "a server.safetensors"
 _WRITES = "glora aggregate writes one, and State.save"
 
+_REMEDY = "aggregate again, or call torch.ops.glora.client_stats with the factors"
 #: Name of the module of a state that was made from bare factor pairs.
 UNNAMED = ""
 
@@ -46,7 +47,7 @@ class ModuleState:
     stats : Tensor (16,) fp64
         `glora_ops.certificates.STATS`.
     client_stats : Tensor (K, 4) fp64
-        `glora_ops.certificates.CLIENT_STATS`.
+        `glora_ops.certificates.CLIENT_STATS`; (0, 4) of a state made without them.
     present : Tensor (K,) bool
         Which clients had the module.
 
@@ -66,11 +67,21 @@ class ModuleState:
 
     def stat(self, name: str) -> float:
         """One certificate by its name in `STATS`."""
+        require(
+            self.tells_of_clients or name not in FROM_CLIENTS or not self.stats.isnan().any(),
+            name, "none", "a state made with client_statistics", _REMEDY,
+        )  # fmt: skip
         return float(self.stats[STATS.index(name)])
 
     def client_stat(self, name: str) -> Tensor:
         """(K,): one column of `client_stats` by its name in `CLIENT_STATS`."""
+        require(self.tells_of_clients, name, "none", "a state made with client_statistics", _REMEDY)
         return self.client_stats[:, CLIENT_STATS.index(name)]
+
+    @property
+    def tells_of_clients(self) -> bool:
+        """Whether per-client statistics were computed."""
+        return len(self.client_stats) > 0
 
     @property
     def update(self) -> Factors:
@@ -350,12 +361,15 @@ def _fits(m: ModuleState, clients: int) -> bool:
         and m.u.dtype == m.v.dtype
         and all(x.is_floating_point() for x in (m.u, m.s, m.v))
         and m.stats.shape == (len(STATS),)
-        and m.client_stats.shape == (clients, len(CLIENT_STATS))
+        and m.client_stats.shape in ((clients, len(CLIENT_STATS)), (0, len(CLIENT_STATS)))
         and m.present.shape == (clients,)
         and m.eig_u.dim() == m.eig_v.dim() == 1
         and min(m.eig_u.numel(), m.eig_v.numel()) >= rank
         and all(bool(x.isfinite().all()) for x in (m.u, m.s, m.v, m.client_stats))
-        and not bool(m.stats.isnan().any())
+        and not any(
+            bool(x.isnan()) and (m.tells_of_clients or name not in FROM_CLIENTS)
+            for name, x in zip(STATS, m.stats, strict=True)
+        )
         and bool((m.s >= 0).all())
     )
 

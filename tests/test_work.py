@@ -149,7 +149,7 @@ def test_eigenproblems_of_the_gram_route(basis: str) -> None:
         v = counted(basis, clients, 8, 256, 16, modules)
         calls.add((len(v.eigenproblems), len(v.singular)))
         assert max(orders(v)) <= clients * 8 + 16
-        assert {shape[0] for shape in v.eigenproblems} == {modules}
+        assert all(modules in shape[:2] for shape in v.eigenproblems)
         assert v.singular == [(modules, 16, 16)]
     ((eigenproblems, _),) = calls
     assert eigenproblems <= (4 if basis == "update" else 8)

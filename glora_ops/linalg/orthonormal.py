@@ -1,136 +1,39 @@
-"""Orthonormal bases of tall matrices through small Gram matrices, rank-safe."""
+"""Orthonormal bases of tall matrices through small Gram matrices, without looking at a value."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .vocabulary import Vocabulary
 
-__all__ = ["Space", "gram_schmidt", "orthonormalise", "triangular", "whiten"]
+__all__ = ["cholesky_qr", "inverse_cholesky", "straightened"]
+
+# What is left of a column's squared length below which it depends on earlier ones: 1e-6 of it.
+DEPENDENT = 1e-12
 
 
-# Squared length over its own rounding from which one pass leaves a direction orthogonal to 1e-4.
-CLEAR = 256.0
-# Squares of the columns over those of a direction they add up to, from which an fp32 sum is not
-# orthonormal enough; the 1.5th power of it is too much for an fp64 sum, whose Gram matrix rounds.
-CANCELS = 1e6
+def cholesky_qr(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
+    """An orthonormal basis in column order, by a fixed number of CholeskyQR passes.
 
-
-class Space(Protocol):
-    """Where blocks of columns live: tall vectors (a `Vocabulary`), or coordinates with a metric."""
-
-    def inner(self, y: Tensor, z: Tensor) -> Tensor:
-        """(L, k, m) fp64: inner products of the columns."""
-        ...
-
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        """y c for a small fp64 c (L, k, m)."""
-        ...
-
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        """w less its component in the span of an orthonormal basis."""
-        ...
-
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenpairs of a small PSD matrix, as the vocabulary's."""
-        ...
-
-
-def orthonormalise(space: Space, y: Tensor) -> Tensor:
-    """Gram–Schmidt in column order by CholeskyQR with fp64 Gram matrices.
-
-    Leading columns are not touched by later ones; zero columns stay zero, and a column that
-    depends on earlier ones to 1e-6 becomes zero. Rounds are repeated until the columns were
-    within 1e-2 of orthogonal before the last; where the Cholesky factorisation fails, `whiten`
-    takes over.
-    """
-    for _ in range(4):
-        gram = space.inner(y, y)
-        norm2 = gram.diagonal(dim1=-2, dim2=-1)
-        alive = norm2 > 0
-        scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
-        unit = scale[..., :, None] * gram * scale[..., None, :] + torch.diag_embed(~alive * 1.0)
-        r, info = torch.linalg.cholesky_ex(unit, upper=True)
-        if bool(info.any()):
-            return whiten(space, y, 1e-12, again=False)
-        dependent = r.diagonal(dim1=-2, dim2=-1) < 1e-6
-        if bool(dependent.any()):
-            y = y * ~dependent[..., None, :]
-            continue
-        identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
-        inverse = torch.linalg.solve_triangular(r, identity, upper=True)
-        y = space.combine(y, scale[..., :, None] * inverse)
-        if bool(((unit - identity).abs() < 1e-2).all()):
-            break
-    return y
-
-
-def whiten(
-    space: Space,
-    y: Tensor,
-    drop: float,
-    reference: Tensor | None = None,
-    noise: Tensor | None = None,
-    basis: Tensor | None = None,
-    again: bool = True,
-) -> Tensor:
-    """An orthonormal basis of y's range, directions below √drop of the largest left out (zero).
-
-    What an ill-conditioned y would lose to its own rounding is summed in fp64; a second pass
-    repairs what that cannot, and what noise and a basis did.
-
-    Parameters
-    ----------
-    y : Tensor (L, d, k)
-    drop : float
-        Relative to the largest eigenvalue of yᵀy, or to what `reference`, a squared length for
-        every column (L, k), gives a direction where that is larger.
-    noise : Tensor (L,), optional
-        Squared length that rounding may give to unit coordinates; directions below it go too.
-    basis : Tensor (L, d, m), optional
-        What y has been made orthogonal to: a second pass does so again, and leaves out what that
-        takes more than half of.
-    again : bool
-        Whether a second pass may follow.
-    """
-    gram = space.inner(y, y)
-    lam, vec = space.eigh(gram)
-    top = lam[..., :1]
-    if reference is not None:
-        top = torch.maximum(top, (vec.square() * reference[..., None]).sum(-2))
-    rounding = 0 * lam if noise is None else noise[..., None] * (vec * (y.mT @ y @ vec)).sum(-2)
-    kept = (lam > drop * top) & (lam > rounding)
-    scale = torch.where(kept, lam, 1.0).rsqrt() * kept
-    columns = gram.diagonal(dim1=-2, dim2=-1)[..., None]
-    cancels = ((vec.square() * columns).sum(-2) * scale.square()).amax(-1)
-    poor = bool((cancels > CANCELS).any())
-    q = space.combine(y.double() if poor else y, vec * scale[..., None, :]).to(y.dtype)
-    limit = CANCELS**1.5 if basis is None and noise is None else CANCELS
-    unsure = (cancels > limit) | (kept & (lam < CLEAR * rounding)).any(-1)
-    if not again or not bool(unsure.any()):
-        return q
-    if basis is not None:
-        q = space.without(basis, q)
-        q = q * (space.inner(q, q).diagonal(dim1=-2, dim2=-1) > 0.25)[..., None, :]
-    return orthonormalise(space, q)
-
-
-def gram_schmidt(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
-    """Gram–Schmidt in column order without looking at a value: a fixed number of passes.
-
-    Zero columns stay zero, and a column that depends on earlier ones to 1e-6 becomes zero. One
-    pass loses orthogonality by the roundoff times y's condition; two repair it.
+    Leading columns are not touched by later ones. Zero columns stay zero, and a column that
+    depends on earlier ones to 1e-6 becomes zero. One pass loses orthogonality by the roundoff
+    times y's condition; two repair it (Yamamoto, Nakatsukasa, Yanagisawa and Fukaya 2015).
     """
     for _ in range(passes):
-        y = v.combine(y, v.triangular(v.inner(y, y), 1e-12))
+        y = v.combine(y, v.inverse_cholesky(v.inner(y, y), DEPENDENT))
     return y
 
 
-def triangular(g: Tensor, drop: float) -> Tensor:
-    """W (…, n, n) upper triangular with Wᵀ g W = 1, column by column, in place.
+def straightened(v: Vocabulary, y: Tensor) -> Tensor:
+    """Nearly orthonormal columns made so in their order, by Householder, and none turned back."""
+    q, r = v.qr(y)
+    q = q * torch.where(r.diagonal(0, -2, -1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
+    return torch.nn.functional.pad(q, (0, y.shape[-1] - q.shape[-1]))
+
+
+def inverse_cholesky(g: Tensor, drop: float) -> Tensor:
+    """W (…, n, n) upper triangular with Wᵀ g W = 1, column by column: R⁻¹ of g = RᵀR, rank-safe.
 
     Parameters
     ----------

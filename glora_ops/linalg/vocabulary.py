@@ -33,8 +33,12 @@ class Vocabulary(Protocol):
         """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
         ...
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of both factors and the scale: b = scale · rows_b, a = rows_a / scale."""
+    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows for fp64 products, and as `rows` their scale where it is not one."""
+        ...
+
+    def lengths(self, x: Tensor) -> Tensor:
+        """(L, N) fp64: norms of the rows, a row of any size but zero above zero."""
         ...
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
@@ -45,8 +49,16 @@ class Vocabulary(Protocol):
         """(L, N, k) fp64: x Ω in the working precision."""
         ...
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        """(L, N, N): QᵀQ of all clients' Q_i = x_iᵀ T_i in the working precision; t (L, N, r)."""
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """(L, n, m): x y of two matrices of one dtype, in it."""
+        ...
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
+        ...
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        """(L, N, N): q qᵀ in the working precision."""
         ...
 
     def sketch(
@@ -77,8 +89,12 @@ class Vocabulary(Protocol):
         """u diag(root) and (w diag(root))ᵀ, contiguous, cut or filled with zeros to `rank`."""
         ...
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
-        """Upper triangular W with y W orthonormal for g = yᵀy, as `tall.triangular`."""
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        """Upper triangular W with y W orthonormal for g = yᵀy, as `orthonormal` has it."""
+        ...
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Householder's Q (L, d, k) and R, of min(d, k) columns and rows."""
         ...
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
@@ -89,16 +105,16 @@ class Vocabulary(Protocol):
         """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
         ...
 
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        """(L, d, k): w less its component in the span of an orthonormal basis (L, d, m)."""
-        ...
-
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""
         ...
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices."""
+        ...
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        """The same without the vectors."""
         ...
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,4 @@
-"""What the algorithm asks of a solver, and which of the three routes answers.
-
-`GramRoute` solves N × N eigenproblems in fp64 and is exact. `DualRoute` iterates in N-space, on
-Gram matrices of the clients' orthonormal bases; `KrylovRoute` iterates on tall blocks and never
-forms anything N × N. `gram_route_limit` and `dual_route_limit` pick by the number of rows.
-"""
+"""What every solver takes and gives."""
 
 from __future__ import annotations
 
@@ -13,97 +8,59 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.clients import Clients
 from ..linalg.ragged import Ragged
 
-__all__ = [
-    "Coordinates",
-    "Mean",
-    "Principal",
-    "Route",
-    "Side",
-    "Triplets",
-    "dual_route_limit",
-    "fill",
-    "gram_route_limit",
-]
+__all__ = ["Factors", "Found", "Principal", "Settings", "Solver", "Triplets", "fill"]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of the clients' factors: a row stack and where each client's rows are.
+class Settings:
+    """What a caller may choose; the op's arguments of the same names."""
+
+    rank: int
+    basis: str = "consensus"
+    tau_rel: float = 0.1
+    anchor: float = 1.0
+    oversample: int = 16
+    power_iters: int = -1
+    tol: float = 1e-3
+    seed: int = 0
+    client_statistics: bool = True
+
+    @property
+    def columns(self) -> int:
+        """R + p: the width of an iterated block, and how many eigenvalues are reported."""
+        return self.rank + self.oversample
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The clients' factors: row stacks of L modules, and where each client's rows are.
 
     Attributes
     ----------
-    name : str
-        ``"left"`` for b (columns of the update), ``"right"`` for a.
-    rows : Tensor (L, N, d)
+    b, a : Tensor (L, N, d_out), (L, N, d_in)
+    ragged : Ragged
+    scaling : Tensor (L, K) fp64
+    roundoff : float
+        Of the dtype they are stored in.
     """
 
-    name: str
-    rows: Tensor
+    b: Tensor
+    a: Tensor
     ragged: Ragged
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """The voters: M = [x_iᵀ T_i √c_i, extra], whose M Mᵀ is the mean projector.
-
-    Attributes
-    ----------
-    t : Tensor (L, N, r_max) fp64
-    votes : Tensor (L, N) fp64
-        c_ij = w_i f_ij, at row j of client i.
-    extra : Tensor (L, d, e)
-        Further columns of M (the anchor); e may be 0.
-    """
-
-    t: Tensor
-    votes: Tensor
-    extra: Tensor
-
-    def fold(self, ragged: Ragged, z: Tensor) -> Tensor:
-        """(L, N, k) → (L, N, k): √c_i T_iᵀ z_i per client."""
-        folded = ragged.unpad(ragged.pad(self.t).mT @ ragged.pad(z))
-        return self.votes.sqrt()[..., None] * folded
-
-    def unfold(self, ragged: Ragged, z: Tensor) -> Tensor:
-        """(L, N, k) → (L, N, k): T_i √c_i z_i per client."""
-        return ragged.unpad(ragged.pad(self.t) @ ragged.pad(self.votes.sqrt()[..., None] * z))
-
-    def trace(self, ragged: Ragged) -> Tensor:
-        """(L,): tr M Mᵀ, dropped directions left out."""
-        alive = ragged.unpad((ragged.pad(self.t) != 0).any(-2)[..., None])[..., 0]
-        return (self.votes * alive).sum(-1) + self.extra.double().square().sum((-2, -1))
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean Σ_i p_i ΔW_i of the clients' updates.
-
-    Attributes
-    ----------
-    share : Tensor (L, N) fp64
-        p_i at each row of client i.
-    coef : Tensor (L, N) fp64
-        p_i s_i: the mean is Σ_j coef_j b_j a_jᵀ over the factor rows.
-    """
-
-    share: Tensor
-    coef: Tensor
-
-    @classmethod
-    def of(cls, ragged: Ragged, p: Tensor, scaling: Tensor) -> Mean:
-        """From p and scaling (L, K)."""
-        return cls(ragged.spread(p), ragged.spread(p * scaling))
+    scaling: Tensor
+    roundoff: float
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Leading singular triplets of a mean.
+    """Leading singular triplets of a mean, x and y in the solver's own coordinates.
 
     Attributes
     ----------
-    x, y : Tensor (L, d_out, R), (L, d_in, R)
+    x, y : Tensor (L, ·, R)
         Orthonormal, or zero where the rank ends.
     sigma : Tensor (L, ≥ R + 1) fp64
         Leading singular values, more than R of them where they exist, zero beyond the rank.
@@ -122,70 +79,112 @@ class Triplets:
 
 @dataclass(frozen=True)
 class Principal:
-    """Leading eigenpairs of a mean projector M Mᵀ.
+    """Leading eigenpairs of the mean projector of one side.
 
     Attributes
     ----------
     basis : Tensor (L, d, R)
-    eigenvalues : Tensor (L, m) fp64
-        Descending, m as many as the route knows.
-    energies : Tensor (L, m) fp64
-        ‖u_kᵀW̄‖² of each eigenvector (‖W̄u_k‖² on the right).
+    values, energies : Tensor (L, m) fp64
+        Descending eigenvalues, and ‖u_kᵀW̄‖² of each eigenvector (‖W̄u_k‖² on the right).
     trace : Tensor (L,) fp64
-        tr M Mᵀ.
     steps : int
     """
 
     basis: Tensor
-    eigenvalues: Tensor
+    values: Tensor
     energies: Tensor
     trace: Tensor
     steps: int
 
 
-class Route(Protocol):
-    """A way to find consensus bases and leading triplets."""
+@dataclass(frozen=True)
+class Found:
+    """Ŵ = u diag(s) vᵀ, and what its certificates are made of.
 
-    def spectrum(self, mean: Mean, rank: int, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        """σ (L, R + 1) and Frobenius norm (L,) of a mean, for certificates.
+    Attributes
+    ----------
+    u, v : Tensor (L, d, R)
+        Orthonormal, or zero where the rank ends; signs as they came.
+    s : Tensor (L, R) fp64
+        Singular values of the core (7.1), descending.
+    reach : tuple of Tensor (L, N, R) fp64, optional
+        Rows of b u and of a v, in the units of the clients' coordinates; None where nobody asks.
+    sigma, norm : Tensor (L, ≥ R + 1), (L,) fp64
+        Leading singular values and Frobenius norm of W̄.
+    values, energies : Tensor (2, L, m) fp64
+        Eigenvalues of the two mean projectors, and ‖u_kᵀW̄‖² of their eigenvectors; for `update`
+        twice the singular values of W̄.
+    steps : int
+    randomized : bool
+    """
 
-        known: right singular vectors of a similar mean, as `triplets` gave them.
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    reach: tuple[Tensor, Tensor] | None
+    sigma: Tensor
+    norm: Tensor
+    values: Tensor
+    energies: Tensor
+    steps: int
+    randomized: bool
+
+
+class Solver(Protocol):
+    """A way to find consensus bases, leading triplets and the core between them.
+
+    Attributes
+    ----------
+    roundoff : float
+        Of the stored factors.
+    unit : float
+        Of the working precision.
+    """
+
+    roundoff: float
+    unit: float
+
+    @property
+    def clients(self) -> Clients:
+        """Canonical forms (3.2) of the clients, in the solver's own coordinates."""
+        ...
+
+    @property
+    def sizes(self) -> Tensor:
+        """(L, K): |s_i|‖B_i‖_F‖A_i‖_F after balancing (3.1)."""
+        ...
+
+    def coefficients(self, p: Tensor) -> Tensor:
+        """(L, N): the mean with weights p (L, K) is the sum of these times the rows of `reach`."""
+        ...
+
+    def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
+        """Leading triplets of the mean Σ p_i ΔW_i, columns for `consensus` to count as votes."""
+        ...
+
+    def update(self, p: Tensor, warm: Tensor | None) -> Found:
+        """Ŵ in the leading singular spaces of W̄ = Σ p_i ΔW_i (8.3)."""
+        ...
+
+    def consensus(
+        self,
+        votes: Tensor,
+        anchor: tuple[Triplets, Tensor] | None,
+        p: Tensor,
+        warm: tuple[Tensor | None, Tensor | None],
+    ) -> Found:
+        """Ŵ in the leading eigenspaces of the mean projectors (5.1) with the anchor's vote (6.3).
+
+        Parameters
+        ----------
+        votes : Tensor (L, K)
+            p_i of the votes; f is soft, or hard for `projector`.
+        anchor : pair of Triplets and Tensor (L, R)
+            And the vote η g_k of each triplet.
+        p : Tensor (L, K)
+            Weights of W̄.
         """
         ...
-
-    def update(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
-        """Leading triplets of a mean."""
-        ...
-
-    def triplets(self, mean: Mean, rank: int, warm: Tensor | None) -> Triplets:
-        """The same, x and y in the route's own coordinates: `extra` columns of its `principal`."""
-        ...
-
-    def principal(
-        self,
-        side: Side,
-        other: Side,
-        voters: Coordinates,
-        rank: int,
-        mean: Mean,
-        warm: Tensor | None,
-    ) -> Principal:
-        """Leading eigenpairs of the mean projector of one side, and the mean's energy in each."""
-        ...
-
-
-def gram_route_limit(rank: int) -> int:
-    """Largest N for which N × N eigenproblems cost no more than iterations (measured, CPU)."""
-    return max(128, 3 * (rank + 16))
-
-
-def dual_route_limit(rank: int, d_out: int, d_in: int) -> int:
-    """Largest N for which N × N Gram matrices cost less than the passes they save.
-
-    Gram matrices of both sides cost as much as N/(2(R + 16)) pairs of passes over the stacks;
-    the four problems of a consensus take about ten. A stack wider than long has nothing to gain.
-    """
-    return min(20 * (rank + 16), d_out, d_in)
 
 
 def fill(x: Tensor, columns: int) -> Tensor:
