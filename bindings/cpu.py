@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -67,9 +66,7 @@ ONEDNN = _onednn()
 ONEDNN_FROM = 2**21
 
 
-# Numbers of the stretch of a stack that is projected at a time, and rows of a strip of x xᵀ:
-# wide enough for full speed, narrow enough to stay in cache and to skip half of the square.
-STRETCH = 2**20
+# Rows of a strip of x xᵀ: wide enough for full speed, narrow enough to skip half of the square.
 STRIP = 128
 
 
@@ -152,12 +149,11 @@ class CpuVocabulary:
         return _turned(rows, ragged, ragged.pad(t).mT.to(rows.dtype))
 
     def overlaps(self, q: Tensor) -> Tensor:
-        modules, n, d = q.shape
-        out = q.new_zeros(modules, n, n)
-        for stretch in q.tensor_split(math.ceil(modules * n * d / STRETCH), -1):
-            for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
-                strip = slice(top, top + STRIP)
-                out[:, top:, strip] += _linear(stretch[:, top:], stretch[:, strip])
+        modules, n, _ = q.shape
+        out = q.new_empty(modules, n, n)
+        for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
+            strip = slice(top, top + STRIP)
+            out[:, top:, strip] = _linear(q[:, top:], q[:, strip])
         for top in range(0, n, STRIP):
             strip = slice(top, top + STRIP)
             out[:, strip, top + STRIP :] = out[:, top + STRIP :, strip].mT

@@ -60,7 +60,7 @@ class FixedStepSolver(TallSolver):
             self.a, sign_matrix(self.settings.seed, "probe", d, PROBES, dtype, device)[None]
         )
 
-    @property
+    @cached_property
     def client_grams(self) -> list[Tensor]:
         return self._first[0]
 

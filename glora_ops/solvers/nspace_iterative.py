@@ -25,6 +25,8 @@ __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 RESOLVED = 1e-5
 # A sum over pairs of clients this small against the clients' own energy may be rounding.
 NOISE = 2.0**-16
+# What is to come of a mean, over what is found, from which N-space is nearer than more steps.
+FLAT = 1e-2
 # Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
 LONG = 2.0**8
 
@@ -78,9 +80,9 @@ class IterativeSolver(TallSolver):
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
         """One whole step on tall blocks; a spectrum too flat for that is finished in N-space."""
-        rule = StopRule(self.settings, True, self.unit, most=1)
+        rule = StopRule(self.settings, True, self.unit, patience=FLAT)
         ritz = self._iterate(p, warm, rule)
-        if rule.satisfied or self.settings.power_iters >= 0:
+        if not rule.flat:
             return self._update(self._triplets(ritz))
         lead = self._leading(p, self._pull(1, ritz.images.block))
         values, steps = lead.sigma, lead.steps + ritz.steps
@@ -121,7 +123,7 @@ class IterativeSolver(TallSolver):
         trace = trace + (ref * v.product(grams, ref)).sum((-2, -1))
         rule = StopRule(settings, False, self.unit, SETTLED, energies)
         start = torch.cat([known, first], -1)
-        ritz = subspace_iteration(v, operator, start, rule, lambda r, seen: trace.double())
+        ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace.double())
         values, vectors = (fill(x, settings.columns) for x in (ritz.theta, ritz.vectors))
         held, x = energies(ritz.x, vectors), v.product(ritz.x, vectors.to(dtype))
         mean, sides = self.mean(p), []

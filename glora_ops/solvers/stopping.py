@@ -75,6 +75,11 @@ class StopRule:
         sine of settled · tol². What U and V capture together is of first order in the sine.
     weigh : callable (vectors) → (L, R), optional
         The energies by which that mean weighs the vectors; by default their own.
+    most : int
+        Whole steps at most, of an adaptive run.
+    patience : float
+        Fraction of what is found that may be still to come after a whole step; with more, the
+        spectrum is `flat`, and the run ends there.
     """
 
     def __init__(
@@ -85,9 +90,11 @@ class StopRule:
         settled: float | None = None,
         weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
         most: int = MOST,
+        patience: float = math.inf,
     ) -> None:
         self.rank, self.tol = settings.rank, settings.tol
         self.settled, self.weigh, self.half = settled, weigh, half
+        self.patience, self.flat = patience, False
         self.adaptive = settings.power_iters < 0
         self.limit = (1 + half) * (most if self.adaptive else settings.power_iters)
         self.power = 1.0 if half else 2.0
@@ -97,8 +104,8 @@ class StopRule:
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1
-        self.satisfied = self.adaptive and self._enough(x, theta, vectors, total)
-        return self.satisfied or self.asked == self.limit
+        enough = self.adaptive and self._enough(x, theta, vectors, total)
+        return enough or self.flat or self.asked == self.limit
 
     def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         lead = theta[..., : self.rank]
@@ -116,7 +123,9 @@ class StopRule:
         apart = positive(lead - shift)
         rate = ((bulk - shift) / apart).clamp(min=0, max=SLOWEST) ** self.power
         ahead = gains * rate / (1 - rate)  # (12.5)
-        if not self._little(torch.minimum(ahead.sum(-1), outside), found, total):
+        to_come = torch.minimum(ahead.sum(-1), outside)
+        if not self._little(to_come, found, total):
+            self.flat = self.asked > self.half and bool((to_come > self.patience * found).any())
             return False
         if self.settled is None:
             return True
@@ -152,7 +161,8 @@ def subspace_iteration(
     start : Tensor (L, n, k)
         O times something intrinsic, so that iterates depend on O alone.
     total : callable (R, seen) → (L,)
-        The operator's trace, called once: R of the first block's QR, and the trace in its span.
+        The operator's trace; called once, with R of the first block's QR and the trace in its
+        span.
     """
     x, r = v.qr(start)
     trace = None

@@ -31,8 +31,6 @@ FLAT = 1e-12
 CHEAP = 2**28
 # Singular values over the largest below which their squares in fp64 leave vectors askew.
 WEAK = 1e-5
-# Roundoffs of the sum of the rows' own squares below which a sum over pairs of rows says nothing.
-LOST = 4
 
 
 class TallSolver:
@@ -51,7 +49,7 @@ class TallSolver:
         self.dtype = working(dtype)
         self.unit = torch.finfo(self.dtype).eps / 2
 
-    @property
+    @cached_property
     def client_grams(self) -> list[Tensor]:
         """(L, K, r, r) of b and of a, as they are scaled."""
         return [self.v.gram(rows, self.ragged) for rows in (self.b, self.a)]
@@ -133,8 +131,9 @@ class TallSolver:
     def _spectrum(self, p: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
         """σ and norm of W̄ for certificates: one step tells enough where steps are dear."""
         most = MOST if self._is_cheap else 1
-        ritz = self._iterate(p, known, StopRule(self.settings, True, self.unit, most=most))
-        return fill(ritz.theta, self.settings.rank + 1).sqrt(), ritz.total.sqrt()
+        rule = StopRule(self.settings, True, self.unit, most=most)
+        lead = self._triplets(self._iterate(p, known, rule))
+        return lead.sigma, lead.norm
 
     def between(
         self, sides: tuple[Principal, Principal], p: Tensor, sigma: Tensor, norm: Tensor
@@ -158,11 +157,12 @@ class TallSolver:
         mean, settings = self.mean(p), self.settings
         first = start_block(self.a, "right", settings, warm)
         random = first.shape[-1] - (0 if warm is None else int((warm != 0).any(-2).sum()))
-
-        dim = min(self.b.shape[-1], self.a.shape[-1])
+        whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
         def total(r: Tensor, seen: Tensor) -> Tensor:
-            return seen + self._outside(mean.coef, seen, left_out(r, random, dim))
+            if self._is_cheap:
+                return torch.maximum(self._norm2(mean.coef), seen)
+            return seen if whole else seen + left_out(r, random)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
 
@@ -170,15 +170,10 @@ class TallSolver:
     def _is_cheap(self) -> bool:
         return self.b.shape[-2] ** 2 * (self.b.shape[-1] + self.a.shape[-1]) <= CHEAP
 
-    def _outside(self, coef: Tensor, seen: Tensor, estimate: Tensor) -> Tensor:
-        """‖W‖² less what is seen of it: exact where that is cheap and not lost in rounding."""
-        if not self._is_cheap:
-            return estimate
-        both = self.v.product(self.b, self.b.mT).double() * self.v.product(self.a, self.a.mT)
-        both = coef[..., :, None] * both * coef[..., None, :]
-        outside = both.sum((-2, -1)) - seen
-        rounding = LOST * self.unit * both.diagonal(0, -2, -1).sum(-1)
-        return torch.where(outside > rounding, outside, estimate)
+    def _norm2(self, coef: Tensor) -> Tensor:
+        """‖W‖² from both N × N Gram matrices."""
+        both = self.v.overlaps(self.b).double() * self.v.overlaps(self.a)
+        return (coef[..., :, None] * both * coef[..., None, :]).sum((-2, -1))
 
     def _triplets(self, ritz: Ritz) -> Triplets:
         """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""
@@ -195,14 +190,12 @@ class TallSolver:
         return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
 
 
-def left_out(r: Tensor, columns: int, dim: int) -> Tensor:
+def left_out(r: Tensor, columns: int) -> Tensor:
     """‖(I − QQᵀ)W‖² from the last `columns`, random ones, of W Ω = Q R, each left out in turn.
 
-    mean_j 1/‖row_j R⁻¹‖² (Epperly and Tropp 2024, equation 3.5): what a basis of one column less
-    misses of the column it lacks.
+    mean_j 1/‖row_j R⁻¹‖² (Epperly and Tropp 2024, section 2.3): what a basis of one column less
+    misses of the column it lacks; no further product (12.8).
     """
-    if r.shape[-1] >= dim:  # the whole space
-        return torch.zeros_like(r[..., 0, 0], dtype=torch.float64)
     r = r.double()
     diagonal = r.diagonal(0, -2, -1)
     least = 2.0**-53 * diagonal.abs().amax(-1, keepdim=True).clamp(min=1e-300)
@@ -258,7 +251,7 @@ def principal(
     start = operator.apply(v.qr(operator.apply_t(first))[0])
     trace = voters.trace(ragged)
     rule = StopRule(settings, False, torch.finfo(start.dtype).eps / 2, SETTLED, energies)
-    ritz = subspace_iteration(v, operator, start, rule, lambda r, seen: trace)
+    ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
     values = fill(ritz.theta * (ritz.theta > FLAT * ritz.theta[..., :1]), count)
     vectors = fill(ritz.vectors, count) * (values > 0)[..., None, :]
     basis = v.combine(ritz.x, vectors[..., : settings.rank])
