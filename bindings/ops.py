@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -74,44 +74,13 @@ def _alive(x: Tensor) -> Tensor:
     return alive
 
 
-def _by_pattern(
-    run: Callable[[slice | Tensor, Tensor | None, Ragged], Tensors],
-    alive: Tensor,
-    ragged: Ragged,
-    few: int,
-) -> Tensors:
-    """Run without dead rows: modules in which the same rows are alive together.
-
-    What a module comes to depends on its own rows alone. More than `few` rows are solved one module
-    at a time: an adaptive iteration stops for each on its own.
-    """
-    modules = len(alive)
-    if bool(alive.all()):
-        parts = [(torch.arange(modules), None, ragged)]
-    else:
-        patterns, which = torch.unique(alive, dim=0, return_inverse=True)
-        parts = []
-        for k, pattern in enumerate(patterns):
-            rows = (
-                pattern.nonzero()[:, 0]
-                if bool(pattern.any())
-                else torch.zeros(1, dtype=torch.int64, device=alive.device)
-            )
-            ends = torch.searchsorted(rows.cpu(), ragged.offsets)
-            parts.append(
-                (which.eq(k).nonzero()[:, 0], rows, Ragged.of(ends, len(rows), alive.device))
-            )
-    outputs, places = [], []
-    for here, rows, kept in parts:
-        step = len(here) if kept.rows <= few else 1
-        for some in here.split(step):
-            whole = len(some) == modules
-            outputs.append(run(slice(None) if whole else some, rows, kept))
-            places.append(some)
-    if len(outputs) == 1:
-        return outputs[0]
-    order = torch.cat(places).argsort()
-    return tuple(torch.cat(x)[order.to(x[0].device)] for x in zip(*outputs, strict=True))
+def _patterns(b: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Modules in which the same pairs of rows are alive, and those pairs: (m,), (n,) int64."""
+    alive = _alive(b) & _alive(a)
+    patterns, which = torch.unique(alive, dim=0, return_inverse=True)
+    for k, pattern in enumerate(patterns):
+        pattern[0] |= ~pattern.any()  # a module without any keeps one that is zero
+        yield which.eq(k).nonzero()[:, 0], pattern.nonzero()[:, 0]
 
 
 def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
@@ -248,21 +217,33 @@ class Ops:
         warm = [None if x is None else _modules(x) for x in (warm_u, warm_v)]
         fixed = self.fixed_steps and power_iters >= 0
 
-        def run(here: slice | Tensor, rows: Tensor | None, ragged: Ragged) -> Tensors:
-            stacks = rows_b[here], rows_a[here]
-            if rows is not None:
-                stacks = stacks[0][:, rows], stacks[1][:, rows]
-            factors = Factors(*stacks, ragged, scale[here], _roundoff(b, a))
+        def run(here: slice | Tensor, rows: slice | Tensor, ragged: Ragged) -> Tensors:
+            left, right = (x[here][:, rows] for x in (rows_b, rows_a))
+            factors = Factors(left, right, ragged, scale[here], _roundoff(b, a))
             solver = algorithm.choose(self.v, factors, s, fixed)
-            start = tuple(None if x is None else x[here] for x in warm)
-            return algorithm.aggregate(solver, w[here], s, start)
+            start_u, start_v = (None if x is None else x[here] for x in warm)
+            return algorithm.aggregate(solver, w[here], s, (start_u, start_v))
 
-        if fixed:
-            return _like(b.dim() == 3, *run(slice(None), None, ragged))
-        return _like(
-            b.dim() == 3,
-            *_by_pattern(run, _alive(rows_b) & _alive(rows_a), ragged, exact_limit(rank)),
+        whole = slice(None)
+        if fixed or ragged.rows <= exact_limit(rank):
+            return _like(b.dim() == 3, *run(whole, whole, ragged))
+        # Dead rows do not count; a module comes to what its own rows say, and adaptive iterations
+        # stop for each on its own.
+        places: list[Tensor] = []
+        outputs: list[Tensors] = []
+        for here, rows in _patterns(rows_b, rows_a):
+            kept = ragged
+            if len(rows) < ragged.rows:
+                ends = torch.searchsorted(rows.cpu(), offsets)
+                kept = Ragged.of(ends, len(rows), b.device)
+            for some in here.split(len(here) if kept.rows <= exact_limit(rank) else 1):
+                outputs.append(run(some, rows if kept is not ragged else whole, kept))
+                places.append(some)
+        back = torch.cat(places).argsort()
+        joined = (
+            torch.cat(x)[back] if len(outputs) > 1 else x[0] for x in zip(*outputs, strict=True)
         )
+        return _like(b.dim() == 3, *joined)
 
     def client_stats(
         self,

@@ -62,35 +62,33 @@ def aggregate(
     # Powers of two keep W̄ near one inside, whatever its size; they return at the end.
     unit = torch.exp2(torch.frexp(scale).exponent.double())
     scale, p = scale / unit, weights / unit[..., None]
-    told, cut = {}, Cut.none(scale)
-
     if s.basis == "update":
         found = solver.update(p, warm[1])  # (8.3)
-        cut = Cut.of_mean(found.sigma, s.rank, ROUNDING * scale)
+        cuts = Cut.of_mean(found.sigma, s.rank, ROUNDING * scale), Cut.none(found.values[..., 0])
         eig = found.values * unit[..., None]
     else:
+        clients = solver.clients  # (3.2), (4.1)
         votes = weights / positive(weights.sum(-1, keepdim=True))
-        clients, lead, noise = solver.clients, None, 0 * scale  # (3.2), (4.1)
-        if s.basis == "consensus":
-            noise = information_vote(votes, clients)
-            if s.anchor > 0:
-                lead, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
-                cut = Cut.of_mean(lead[0].sigma, s.rank, floor)
-        found = solver.consensus(votes, lead, p, warm)  # (5.1), (6.3), (7.1)
-        cut, eig = cut.with_projectors(found, s.rank, noise), found.values
-
-    if s.client_statistics or s.basis != "update":
-        told = of_clients(solver.clients, weights, s.tau_rel)
-    top = torch.linalg.vector_norm(found.s, dim=-1, keepdim=True)
-    real = found.s * (found.s > ROUNDING * top)
-    stats = certify(cut, found, s.rank, scale, unit, told, solver.unit)
+        noise, voter, cut = information_vote(votes, clients), None, Cut.none(scale)
+        if s.basis == "projector":
+            noise = 0 * noise
+        elif s.anchor > 0:
+            lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
+            voter, cut = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
+        found = solver.consensus(votes, voter, p, warm)  # (5.1), (6.3), (7.1)
+        cuts, eig = (cut, Cut.of_projectors(found, s.rank, noise)), found.values
+    real = found.s * (found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True))
+    known = s.client_statistics or s.basis != "update"
+    told = of_clients(solver.clients, weights, s.tau_rel) if known else {}
+    stats = certify(cuts, found, real, scale, unit, solver.unit, told)
     each = scale.new_empty(len(scale), 0, 4)
     if s.client_statistics:
-        present = (found.norm > ROUNDING * scale)[..., None]
         reach = found.reach
         if s.basis == "update":  # where Ŵ ends, so do its bases
-            reach = tuple(z * (real > 0)[..., None, :] for z in reach)
-        each = client_stats(solver.clients, reach, found.s * present, solver.coefficients(p))
+            ends = real.sign()[..., None, :]
+            reach = reach[0] * ends, reach[1] * ends
+        held = found.s * (found.norm > ROUNDING * scale)[..., None]
+        each = client_stats(solver.clients, reach, held, solver.coefficients(p))
     u, w = _signed(found.u, found.v, real)
     eig = fill(eig, s.columns)
     return u, real * unit[..., None], w, eig[0].clone(), eig[1].clone(), stats, each
@@ -98,7 +96,7 @@ def aggregate(
 
 def anchor(
     solver: Solver, votes: Tensor, s: Settings, warm: Tensor | None
-) -> tuple[tuple[Triplets, Tensor], Tensor]:
+) -> tuple[Triplets, Tensor, Tensor]:
     """Leading triplets of W̃ with their votes η g_k, and the rounding among its σ̃.
 
     W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄) (6.1), g_k = σ̃_k²/(σ̃_k² + c²), c the largest of σ̃_R,
@@ -107,7 +105,7 @@ def anchor(
     clients = solver.clients
     norm = clients.norm
     mean_norm = (votes * norm).sum(-1, keepdim=True)
-    voice = votes * (norm > 0) * (1 / positive(norm) + ANCHOR_EPSILON / positive(mean_norm))
+    voice = votes * norm.sign() * (1 / positive(norm) + ANCHOR_EPSILON / positive(mean_norm))
     lead = solver.triplets(voice, warm)
     size = voice * clients.size
     floor = ROUNDING * size.sum(-1, keepdim=True)
@@ -116,14 +114,14 @@ def anchor(
     c = torch.maximum(torch.maximum(head[..., -1:], 0.01 * head[..., :1]), noise)
     energy = head.square()
     g = (head > floor) * energy / positive(energy + c.square())
-    return (lead, s.anchor * g), floor[..., 0]
+    return lead, s.anchor * g, floor[..., 0]
 
 
 def _signed(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Zero columns where s is zero; otherwise the largest entry of each left vector positive."""
     peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0) * (s > 0)[..., None, :]
-    return u * sign.to(u.dtype), v * sign.to(v.dtype)
+    sign = peak.sign() * s.sign()[..., None, :].to(u.dtype)
+    return u * sign, v * sign
 
 
 def factor_voters(v: Vocabulary, rows: Tensor, ragged: Ragged) -> Tensor:

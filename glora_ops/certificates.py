@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ CLIENT_STATS = (
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
 RESOLVED = 1e-12
+TINY = 1e-300
 FLAG_KAPPA = 1e-2
 FLAG_GAP = 1e-3
 
@@ -75,98 +76,84 @@ def information_vote(votes: Tensor, clients: Clients) -> Tensor:
     votes : Tensor (L, K)
         Normalised weights of the clients.
     """
-    noise2 = clients.noise.square()
-    return 4 * (votes * noise2 / positive(noise2 + clients.tau.square())).amax(-1)
+    relative = (clients.noise / positive(clients.tau)).square()
+    return 4 * (votes * relative / (relative + 1)).amax(-1)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How well defined the choice of directions is, per module: gaps and sensitivities (L,).
+    """How well defined the choice of directions is: relative gap and sensitivity, (…, L) each."""
 
-    Attributes
-    ----------
-    gap_p : Tensor (2, L)
-        Of both mean projectors.
-    gap_w : Tensor (L,)
-    kappa_p, kappa_w : Tensor (L,)
-    """
+    gap: Tensor
+    kappa: Tensor
 
-    gap_p: Tensor
-    gap_w: Tensor
-    kappa_p: Tensor
-    kappa_w: Tensor
+    @classmethod
+    def none(cls, like: Tensor) -> Cut:
+        """Where nothing of the kind is cut."""
+        return cls(torch.ones_like(like), torch.zeros_like(like))
 
     @classmethod
     def of_mean(cls, sigma: Tensor, rank: int, floor: Tensor) -> Cut:
         """The cut of a mean update's singular values (L, ≥ R + 1), rounding below floor (11.3)."""
         gap = cut_gap(sigma, rank, floor)
-        kappa = (sigma[..., rank - 1] > floor) / gap.clamp(min=1e-16)
-        return cls(torch.ones_like(gap).expand(2, -1), gap, torch.zeros_like(gap), kappa)
+        return cls(gap, (sigma[..., rank - 1] > floor) / gap.clamp(min=1e-16))
 
     @classmethod
-    def none(cls, like: Tensor) -> Cut:
-        """Where nothing of the kind is cut."""
-        one, zero = torch.ones_like(like), torch.zeros_like(like)
-        return cls(one.expand(2, -1), one, zero, zero)
-
-    def with_projectors(self, found: Found, rank: int, noise: Tensor) -> Cut:
-        """With the cuts of the two mean projectors; eigenvalues up to noise count as zero."""
+    def of_projectors(cls, found: Found, rank: int, noise: Tensor) -> Cut:
+        """(2, L): of the two mean projectors; eigenvalues up to noise count as zero."""
         floor = torch.maximum(noise, RESOLVED * found.values[..., 0])
-        return replace(
-            self,
-            gap_p=cut_gap(found.values, rank, floor),
-            kappa_p=ambiguity(found.values, found.energies, rank, found.norm).amax(0),
-        )
-
-    def ambiguous(self, roundoff: float) -> Tensor:
-        """(L,) bool: rounding could move the result, or a relative gap has all but closed."""
-        gap = torch.minimum(self.gap_p.amin(0), self.gap_w)
-        kappa = torch.maximum(self.kappa_p, self.kappa_w)
-        return (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP)
+        kappa = ambiguity(found.values, found.energies, rank, found.norm)
+        return cls(cut_gap(found.values, rank, floor), kappa)
 
 
 def certify(
-    cut: Cut,
+    cuts: tuple[Cut, Cut],
     found: Found,
-    rank: int,
+    real: Tensor,
     scale: Tensor,
     unit: Tensor,
-    clients: dict[str, Tensor],
     roundoff: float,
+    clients: dict[str, Tensor],
 ) -> Tensor:
     """`stats` (L, 16).
 
     Parameters
     ----------
+    cuts : pair of Cut
+        Of a mean update (L,) and of the mean projectors (2, L).
+    real : Tensor (L, R)
+        Singular values of Ŵ, zero where they are rounding.
     scale, unit : Tensor (L,)
         S and the norm are in units of `unit`; a mean below S's rounding has nothing to hold.
-    clients : dict of Tensor (L,)
-        What only canonical forms tell, by name; NaN for what is missing.
     roundoff : float
         Of the working precision.
+    clients : dict of Tensor (L,)
+        What only canonical forms tell, by name; NaN for what is missing.
     """
-    norm = found.norm
-    present = norm > ROUNDING * scale
-    cut = replace(cut, kappa_p=cut.kappa_p * present)
-    energies = torch.stack([found.s, found.sigma[..., :rank]]).square().sum(-1)
-    held, best = torch.where(present, energies / positive(norm.square()), 1.0).clamp(max=1.0)
-    real = found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True)
-    unknown = torch.full_like(norm, torch.nan)
+    mean, projectors = cuts
+    present = found.norm > ROUNDING * scale
+    kappa_p = projectors.kappa.amax(0) * present
+    gap = torch.minimum(projectors.gap.amin(0), mean.gap)
+    kappa = torch.maximum(kappa_p, mean.kappa)
+    energies = torch.stack([found.s, found.sigma[..., : found.s.shape[-1]]]).square().sum(-1)
+    # A mean that cancels to rounding is held whole.
+    held, best = ((energies + TINY) / (found.norm.square() * present + TINY)).clamp(max=1.0)
     values = {
         "captured": held,
         "attainable": torch.maximum(best, held),
-        "norm": norm * unit,
-        "gap_u": cut.gap_p[0],
-        "gap_v": cut.gap_p[1],
-        "gap_w": cut.gap_w,
-        "kappa_p": cut.kappa_p,
-        "kappa_w": cut.kappa_w,
-        "ambiguous": cut.ambiguous(roundoff),
-        "effective_rank": real.sum(-1),
+        "norm": found.norm * unit,
+        "gap_u": projectors.gap[0],
+        "gap_v": projectors.gap[1],
+        "gap_w": mean.gap,
+        "kappa_p": kappa_p,
+        "kappa_w": mean.kappa,
+        "ambiguous": (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP),
+        "effective_rank": real.sign().sum(-1),
         "storage_scale": scale * unit,
-        "power_iters": torch.full_like(norm, found.steps),
-        "krylov": torch.full_like(norm, found.randomized),
+        "power_iters": torch.full_like(scale, found.steps),
+        "krylov": torch.full_like(scale, found.randomized),
     } | clients
+    unknown = torch.full_like(scale, torch.nan)
     return torch.stack([values.get(name, unknown).double() for name in STATS], -1)
 
 
@@ -193,22 +180,22 @@ def client_stats(clients: Clients, reach: tuple[Tensor, Tensor], s: Tensor, coef
         W̄ is the sum of these times the rows' products.
     """
     ragged, hard = clients.ragged, clients.hard
-    t, z = torch.stack([clients.t_u, clients.t_v]), torch.stack(reach)
-    held = ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1) * hard
+    t, z = torch.cat([clients.t_u, clients.t_v]), torch.cat(reach)
+    held = ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1)
+    left, right = held.chunk(2)
     share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
-    u, v, directions, share = ragged.segment_sum(torch.stack([*held, hard, share]))
-    directions = positive(directions)
-    energy = positive(s.square().sum(-1, keepdim=True))
-    return torch.stack([clients.norm, u / directions, v / directions, share / energy], -1)
+    sums = ragged.segment_sum(torch.stack([left * hard, right * hard, share, hard]))
+    energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])
+    over = torch.stack([sums[3], sums[3], energy])
+    return torch.cat([clients.norm[None], sums[:3] / positive(over)]).movedim(0, -1)
 
 
 def cut_gap(values: Tensor, rank: int, floor: Tensor) -> Tensor:
     """(…): (x_R − x_{R+1})/x_R of descending values (…, m); 1 where nothing above floor is cut."""
     if values.shape[-1] <= rank:
         return torch.ones_like(floor)
-    inside, outside = values[..., rank - 1], values[..., rank]
-    cut = (inside > floor) & (outside > floor)
-    return torch.where(cut, (inside - outside) / positive(inside), 1.0)
+    outside = values[..., rank] * (values[..., rank] > floor)
+    return 1 - outside / positive(values[..., rank - 1])
 
 
 def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) -> Tensor:
@@ -219,10 +206,10 @@ def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) ->
     distance counts as 32·u32 at least, where a perturbation of that size has swapped the two
     directions and cannot do more.
     """
-    energies = energies * (eigenvalues > RESOLVED * eigenvalues[..., :1])
     counts = (eigenvalues > RESOLVED * eigenvalues[..., :1]).double()
+    energies = energies * counts
     inside, outside = eigenvalues[..., :rank, None], eigenvalues[..., None, rank:]
     apart = (inside - outside).clamp(min=32 * U32).square().reciprocal()
     both = energies[..., :rank, None] * counts[..., None, rank:]
     both = both + counts[..., :rank, None] * energies[..., None, rank:]
-    return ((both * apart).sum((-2, -1)) / norm.square().clamp(min=1e-300)).sqrt()
+    return ((both * apart).sum((-2, -1)) / positive(norm.square())).sqrt()

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "kernels"},
     {"isolation", "linalg", "packing", "scratch", "values"},
-    {"certificates"},
     {"solvers"},
+    {"certificates"},
     {"algorithm"},
     {"bindings"},
     {"adapters", "alignment", "arguments", "report"},

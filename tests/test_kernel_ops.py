@@ -32,7 +32,7 @@ class Quick(CudaVocabulary):
 
 # torch's own, beside the kernels of a captured `aggregate`: the README's.
 OPERATIONS = {"consensus": 457, "projector": 364, "update": 247}
-OPS, WHOLE = Ops(Quick(), fixed_steps=True), Ops(CudaVocabulary(), captured=True)
+OPS, WHOLE = Ops(Quick(), fixed_steps=True), Ops(CudaVocabulary(), fixed_steps=True)
 CPU = Ops(CpuVocabulary(), fixed_steps=True)
 HARD = [
     Recipe(seed=2, cut="N", ranks=(1, 4), widen=1, dead=True, scaling="negative"),

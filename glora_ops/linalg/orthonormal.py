@@ -28,7 +28,7 @@ def cholesky_qr(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
 def straightened(v: Vocabulary, y: Tensor) -> Tensor:
     """Nearly orthonormal columns made so in their order, by Householder, and none turned back."""
     q, r = v.qr(y)
-    q = q * torch.where(r.diagonal(0, -2, -1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
+    q = q * r.diagonal(0, -2, -1).sign()[..., None, :]
     return torch.nn.functional.pad(q, (0, y.shape[-1] - q.shape[-1]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg.clients import Clients
 from ..linalg.ragged import Ragged
 
-__all__ = ["Factors", "Found", "Principal", "Settings", "Solver", "Triplets", "fill"]
+__all__ = ["Factors", "Found", "Principal", "Settings", "Solver", "Triplets", "fill", "row_votes"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ class Found:
         Orthonormal, or zero where the rank ends; signs as they came.
     s : Tensor (L, R) fp64
         Singular values of the core (7.1), descending.
-    reach : tuple of Tensor (L, N, R) fp64, optional
-        Rows of b u and of a v, in the units of the clients' coordinates; None where nobody asks.
+    reach : tuple of Tensor (L, N, R) fp64
+        Rows of b u and of a v, in the units of the clients' coordinates; of no use, and of no
+        columns, where nobody asks for client statistics.
     sigma, norm : Tensor (L, ≥ R + 1), (L,) fp64
         Leading singular values and Frobenius norm of W̄.
     values, energies : Tensor (2, L, m) fp64
@@ -121,7 +122,7 @@ class Found:
     u: Tensor
     s: Tensor
     v: Tensor
-    reach: tuple[Tensor, Tensor] | None
+    reach: tuple[Tensor, Tensor]
     sigma: Tensor
     norm: Tensor
     values: Tensor
@@ -147,24 +148,19 @@ class Solver(Protocol):
     @property
     def clients(self) -> Clients:
         """Canonical forms (3.2) of the clients, in the solver's own coordinates."""
-        ...
 
     @property
     def sizes(self) -> Tensor:
         """(L, K): |s_i|‖B_i‖_F‖A_i‖_F after balancing (3.1)."""
-        ...
 
     def coefficients(self, p: Tensor) -> Tensor:
         """(L, N): the mean with weights p (L, K) is the sum of these times the rows of `reach`."""
-        ...
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
         """Leading triplets of the mean Σ p_i ΔW_i, columns for `consensus` to count as votes."""
-        ...
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
         """Ŵ in the leading singular spaces of W̄ = Σ p_i ΔW_i (8.3)."""
-        ...
 
     def consensus(
         self,
@@ -184,7 +180,12 @@ class Solver(Protocol):
         p : Tensor (L, K)
             Weights of W̄.
         """
-        ...
+
+
+def row_votes(clients: Clients, votes: Tensor, s: Settings) -> Tensor:
+    """(L, N): p_i f_ij of every direction, f soft (4.1) or, for `projector`, hard (8.2)."""
+    f = clients.hard if s.basis == "projector" else clients.soft
+    return clients.ragged.per_row(votes) * f
 
 
 def fill(x: Tensor, columns: int) -> Tensor:

@@ -87,7 +87,7 @@ class FixedStepSolver(TallSolver):
         theta, vectors = v.eigh(images.energy)
         missed = image - v.combine(basis, v.inner(basis, image))
         total = theta.sum(-1) + energies(missed).sum(-1) / PROBES
-        return Ritz(mean.next, basis, images, theta, vectors, total, steps)
+        return Ritz(basis, images, theta, vectors, total, 2 * steps, steps)
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
         ritz, rank = self._ritz(p, warm, self.steps), self.settings.rank
@@ -101,11 +101,11 @@ class FixedStepSolver(TallSolver):
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
         lead = self.triplets(p, warm)
-        sides = (
+        left, right = (
             Principal(basis, lead.sigma, lead.sigma, lead.norm, lead.steps)
             for basis in (lead.x, lead.y)
         )
-        return self.between(tuple(sides), p, lead.sigma, lead.norm)
+        return self.between((left, right), p, lead.sigma, lead.norm)
 
     def _spectrum(self, p: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
         """σ from the first block alone, never larger than the truth, and the norm."""
@@ -113,7 +113,7 @@ class FixedStepSolver(TallSolver):
         return fill(ritz.theta, self.settings.rank + 1).sqrt(), ritz.total.sqrt()
 
     def _principal(
-        self, side: int, voters: Voters, mean: MeanUpdate, warm: Tensor | None
+        self, side: int, voters: Voters, mean: MeanUpdate, *known: Tensor | None
     ) -> Principal:
         """Subspace iteration on M Mᵀ, M = [xᵀ T √c, extra], from the anchor and M Mᵀ Ω.
 
@@ -123,12 +123,12 @@ class FixedStepSolver(TallSolver):
         operator = MeanProjector(v, rows, self.ragged, voters)
         omega = self._omega(("left", "right")[side], rows).expand(rows.shape[0], -1, -1)
         y = operator.apply(cholesky_qr(v, operator.folded(self._first[1][side], omega)))
-        known = min(extra.shape[-1], y.shape[-1])
-        rest, spare = y.split([y.shape[-1] - known, known], -1)
-        anchor = extra[..., :known]
+        voting = min(extra.shape[-1], y.shape[-1])
+        rest, spare = y.split([y.shape[-1] - voting, voting], -1)
+        anchor = extra[..., :voting]
         empty = (anchor == 0).all(-2, keepdim=True)
         starts = [torch.where(empty, spare, anchor), rest]
-        y = torch.cat(starts if warm is None else [*starts, warm.to(y.dtype)], -1)
+        y = torch.cat([*starts, *(x.to(y.dtype) for x in known if x is not None)], -1)
         for _ in range(self.steps):
             y = cholesky_qr(v, y)
             y = operator.apply(cholesky_qr(v, operator.apply_t(y)))

@@ -16,8 +16,8 @@ from ..linalg.canonical import U64, positive
 from ..linalg.clients import Clients, balanced_sizes
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged
-from ..linalg.vocabulary import Vocabulary
-from .base import Factors, Found, Settings, Triplets, fill
+from ..linalg.vocabulary import Vocabulary, working
+from .base import Factors, Found, Settings, Triplets, fill, row_votes
 from .operators import Voters
 
 __all__ = ["ExactSolver", "exact_limit", "principal_of_rows"]
@@ -49,23 +49,24 @@ class ExactSolver:
     def __init__(self, v: Vocabulary, factors: Factors, settings: Settings) -> None:
         self.v, self.ragged, self.scaling = v, factors.ragged, factors.scaling
         self.settings, self.roundoff = settings, factors.roundoff
-        self.dtype = torch.promote_types(
-            torch.promote_types(factors.b.dtype, factors.a.dtype), torch.float32
-        )
+        self.dtype = working(torch.promote_types(factors.b.dtype, factors.a.dtype))
         self.unit = torch.finfo(self.dtype).eps / 2
         self.rows, power = zip(*(v.precise(x) for x in (factors.b, factors.a)), strict=True)
-        gram = torch.stack([v.inner(x.mT, x.mT) for x in self.rows])
+        gram = torch.cat([v.inner(x.mT, x.mT) for x in self.rows])
         length = _diagonal(gram).sqrt()
-        alive = (length > 0).all(0)
-        self.inverse = alive / positive(length)
-        self.gram = self.inverse[..., :, None] * gram * self.inverse[..., None, :]
+        both = length[: len(gram) // 2] * length[len(gram) // 2 :]
+        # Unit rows, or zero where a pair is dead: its partner counts no more than it does.
+        self.inverse = (both > 0).repeat(2, 1) / positive(length)
+        self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
         self.lower = cholesky(self.gram)
-        self.length = length if power[0] is None else length * torch.stack(power)
-        self.weight = self.length[0] * self.length[1] * alive
+        if power[0] is not None:
+            length, both = length * torch.cat(power), both * power[0] * power[1]
+        self.length, self.weight = length, both
 
     @cached_property
     def sizes(self) -> Tensor:
-        return self.scaling.abs() * balanced_sizes(*self.length.square(), self.ragged)
+        norm2 = self.length.square().chunk(2)
+        return self.scaling.abs() * balanced_sizes(norm2[0], norm2[1], self.ragged)
 
     def coefficients(self, p: Tensor) -> Tensor:
         return self.weight * self.ragged.per_row(p * self.scaling)
@@ -73,61 +74,44 @@ class ExactSolver:
     @cached_property
     def clients(self) -> Clients:
         """T_U = n L_A Y/σ and T_V = n G_B T_U/σ from Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A)."""
-        blocks = self.ragged.diagonal_blocks(self.gram)
-        lower = cholesky(blocks[1])
-        n = self.ragged.pad((self.weight * self.ragged.per_row(self.scaling.abs()))[..., None])
-        other, seen = n * lower, n * blocks[0]
-        floor = 16 * blocks.shape[-1] * U64 * self.sizes.square()
-        sigma2, y = self.v.eigh(other.mT @ blocks[0] @ other)
+        pad, unpad = self.ragged.pad, self.ragged.unpad
+        gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
+        n = pad((self.weight * self.ragged.per_row(self.scaling.abs()))[..., None])
+        other = n * cholesky(gram_a)
+        sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
+        floor = 16 * self.ragged.max_rank * U64 * self.sizes.square()
         kept = sigma2 > floor[..., None]
-        sigma = (sigma2 * kept).sqrt()
+        sigma = sigma2.sqrt() * kept
         inverse = (kept / positive(sigma))[..., None, :]
         t_u = other @ y * inverse
-        sign = torch.where(self.scaling < 0, -1.0, 1.0)[..., None, None]
-        t_v = seen @ t_u * (sign * inverse)
+        t_v = n * (gram_b @ t_u) * inverse * self.scaling.sign()[..., None, None]
         noise = 0.5 * self.roundoff * self.sizes
-        return Clients(
-            self.ragged,
-            self.ragged.unpad(t_u),
-            self.ragged.unpad(t_v),
-            self.ragged.unpad(sigma[..., None])[..., 0],
-            self.sizes,
-            noise,
-            torch.maximum(self.settings.tau_rel * sigma[..., 0], noise),
-        )
-
-    def _voters(self, votes: Tensor) -> Tensor:
-        """(2, L, N, N): rows √(p_i f_i) T_iᵀ L of every client; their Gram matrix is (5.1)."""
-        clients, ragged = self.clients, self.ragged
-        hard = self.settings.basis == "projector"
-        row_votes = ragged.per_row(votes) * (clients.hard if hard else clients.soft)
-        t = ragged.pad(torch.stack([clients.t_u, clients.t_v]))
-        root = ragged.pad(row_votes.sqrt()[..., None])
-        return ragged.unpad(root * (t.mT @ ragged.pad(self.lower)))
+        tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
+        flat = unpad(sigma[..., None])[..., 0]
+        return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, self.sizes, noise, tau)
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
-        return self.lower[0].mT @ (self.coefficients(p)[..., None] * self.lower[1])
+        left, right = self.lower.chunk(2)
+        return torch.bmm(left.mT, self.coefficients(p)[..., None] * right)
 
     def triplets(self, p: Tensor, warm: Tensor | None = None) -> Triplets:
         m, rank = self._frame(p), self.settings.rank
-        theta, x = self.v.eigh(m @ m.mT)
+        theta, x = self.v.eigh(torch.bmm(m, m.mT))
         noise = 16 * theta.shape[-1] * U64 * theta[..., :1]
-        sigma = (theta * (theta > noise)).sqrt()
+        sigma = theta.sqrt() * (theta > noise)
         head = sigma[..., None, :rank]
-        x = x[..., :rank] * (head > 0)
-        y = straightened(self.v, m.mT @ x / positive(head)) * (head > 0)
-        norm = torch.linalg.matrix_norm(m)
-        return Triplets(
-            fill(x, rank), fill(y, rank), fill(sigma, max(rank + 1, sigma.shape[-1])), norm, 0
-        )
+        x = x[..., :rank] * head.sign()
+        y = straightened(self.v, torch.bmm(m.mT, x) / positive(head)) * head.sign()
+        sigma = fill(sigma, max(rank + 1, sigma.shape[-1]))
+        return Triplets(fill(x, rank), fill(y, rank), sigma, torch.linalg.matrix_norm(m), 0)
 
     def update(self, p: Tensor, warm: Tensor | None = None) -> Found:
         lead = self.triplets(p)
-        core = torch.diag_embed(lead.sigma[..., : self.settings.rank])
-        values = torch.stack([lead.sigma, lead.sigma])
-        x = torch.stack([lead.x, lead.y])
-        return self._found(x, core, p, lead.sigma, lead.norm, values, values)
+        s = lead.sigma[..., : self.settings.rank]
+        values = lead.sigma.expand(2, -1, -1)
+        x = torch.cat([lead.x, lead.y])
+        return self._found(x, None, s, p, lead.sigma, lead.norm, values, values)
 
     def consensus(
         self,
@@ -136,75 +120,66 @@ class ExactSolver:
         p: Tensor,
         warm: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Found:
-        rank, m = self.settings.rank, self._frame(p)
-        rows = self._voters(votes)
+        rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
+        # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
+        root = ragged.pad(row_votes(self.clients, votes, self.settings).sqrt()[..., None])
+        t = ragged.pad(torch.cat([self.clients.t_u, self.clients.t_v]))
+        rows = ragged.unpad(root.repeat(2, 1, 1, 1) * (t.mT @ ragged.pad(self.lower)))
         if anchor is not None:
             lead, vote = anchor
-            column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
+            column = torch.cat([lead.x, lead.y]) * vote.sqrt().repeat(2, 1)[..., None, :]
             rows = torch.cat([rows, column.mT], -2)
-        values, x = self.v.eigh(rows.mT @ rows)
-        floor = 16 * values.shape[-1] * U64 * values[..., :1]
-        values = values * (values > floor)
-        images = torch.stack([m.mT, m]) @ x
-        bases = fill(x * (values > 0)[..., None, :], rank)
-        return self._found(
-            bases,
-            bases[0].mT @ m @ bases[1],
-            p,
-            fill(self.v.eigenvalues(m @ m.mT).sqrt(), rank + 1),
-            torch.linalg.matrix_norm(m),
-            values,
-            images.square().sum(-2),
-        )
+        values, x = self.v.eigh(torch.bmm(rows.mT, rows))
+        values = values * (values > 16 * values.shape[-1] * U64 * values[..., :1])
+        images = torch.bmm(torch.cat([m.mT, m]), x)
+        bases = fill(x * values.sign()[..., None, :], rank)
+        left, right = bases.chunk(2)
+        x, s, y = self.v.svd(torch.bmm(torch.bmm(left.mT, m), right))
+        sigma = fill(self.v.eigenvalues(torch.bmm(m, m.mT)).sqrt(), rank + 1)
+        values, energies = (e.unflatten(0, (2, -1)) for e in (values, images.square().sum(-2)))
+        turn, norm = torch.cat([x, y]), torch.linalg.matrix_norm(m)
+        return self._found(bases, turn, s, p, sigma, norm, values, energies)
 
     def _found(
         self,
         x: Tensor,
-        core: Tensor,
+        turn: Tensor | None,
+        s: Tensor,
         p: Tensor,
         sigma: Tensor,
         norm: Tensor,
         values: Tensor,
         energies: Tensor,
     ) -> Found:
-        """From bases (2, L, N, R) in the frames and the core between them into the long spaces."""
-        left, s, right = self.v.svd(core)
-        turn = torch.stack([left, right])
-        z = self._coordinates(x)
-        reach = self.lower @ x
-        tilted = SHIFT * x.shape[-2] * z.square().sum(-2) > TILT
-        u, v = self._lift(z @ turn)
-        reach = reach @ turn
-        tilted = tilted.any(-1).any(0)
+        """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
+        z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
+        tilted = (torch.linalg.vector_norm(z, dim=-2) > (TILT / SHIFT / x.shape[-2]) ** 0.5).any(-1)
+        x, lifted = (x, z) if turn is None else (torch.bmm(x, turn), torch.bmm(z, turn))
+        u, v = self._lift(lifted)
+        reach = torch.bmm(self.lower, x).chunk(2)
         if bool(tilted.any()):
-            at = tilted.nonzero()[:, 0]
-            straight = self._straight(at, z[:, at], p)
-            for whole, part in zip((u, s, v, reach[0], reach[1]), straight, strict=True):
+            at = tilted.view(2, -1).any(0).nonzero()[:, 0]
+            straight = self._straight(at, z.unflatten(0, (2, -1))[:, at], p)
+            s = s.clone()
+            for whole, part in zip((u, s, v, *reach), straight, strict=True):
                 whole[at] = part
-        dtype = self.dtype
-        return Found(
-            u.to(dtype), s, v.to(dtype), (reach[0], reach[1]), sigma, norm, values, energies, 0,
-            False,
-        )  # fmt: skip
-
-    def _coordinates(self, x: Tensor) -> Tensor:
-        """(2, L, N, R): coefficients of the unit rows, Q_B x = B̂ᵀ L⁻ᵀ x."""
-        return torch.linalg.solve_triangular(self.lower.mT, x, upper=True)
+        u, v = u.to(self.dtype), v.to(self.dtype)
+        return Found(u, s, v, (reach[0], reach[1]), sigma, norm, values, energies, 0, False)
 
     def _lift(self, z: Tensor) -> list[Tensor]:
-        scaled = self.inverse[..., None] * z
+        scaled = (self.inverse[..., None] * z).chunk(2)
         return [self.v.inner(rows, part) for rows, part in zip(self.rows, scaled, strict=True)]
 
     def _straight(self, at: Tensor, z: Tensor, p: Tensor) -> tuple[Tensor, ...]:
         """u, s, v and reach of some modules from bases made orthonormal in the long spaces."""
         bases, seen = [], []
-        for rows, inverse, part in zip(self.rows, self.inverse[:, at], z, strict=True):
-            y = self.v.inner(rows[at], inverse[..., None] * part)
+        inverses = self.inverse.unflatten(0, (2, -1))[:, at, :, None]
+        for rows, inverse, part in zip(self.rows, inverses, z, strict=True):
+            y = self.v.inner(rows[at], inverse * part)
             y = y * (y.square().sum(-2, keepdim=True) > SHORT)
             bases.append(cholesky_qr(self.v, y, passes=2))
-            seen.append(inverse[..., None] * self.v.inner(rows[at].mT, bases[-1]))
-        core = seen[0].mT @ (self.coefficients(p)[at, :, None] * seen[1])
-        left, s, right = self.v.svd(core)
+            seen.append(inverse * self.v.inner(rows[at].mT, bases[-1]))
+        left, s, right = self.v.svd(seen[0].mT @ (self.coefficients(p)[at, :, None] * seen[1]))
         return bases[0] @ left, s, bases[1] @ right, seen[0] @ left, seen[1] @ right
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from .base import Found, Principal, Triplets, fill
+from .base import Found, Principal, Triplets, fill, row_votes
 from .operators import NSpaceProjector, NSpaceUpdate, Voters
 from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
 from .tall import SIDES, TallSolver, start_block
@@ -100,12 +100,13 @@ class IterativeSolver(TallSolver):
         warm: tuple[Tensor | None, Tensor | None],
     ) -> Found:
         settings, rank, v, dtype = self.settings, self.settings.rank, self.v, self.dtype
-        row_votes, grams, strength = self.votes(votes), self.grams, self._strength(p)
+        grams, strength = self.grams, self._strength(p)
+        voices = row_votes(self.clients, votes, settings)
         ref = grams[..., :0]
         if anchor is not None:
             lead, vote = anchor
             ref = torch.cat([lead.x, lead.y]) * vote.sqrt()[..., None, :].to(dtype)
-        operator = NSpaceProjector(v, grams, row_votes, ref)
+        operator = NSpaceProjector(v, grams, voices, ref)
 
         def energies(x: Tensor, vectors: Tensor) -> Tensor:
             crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
@@ -119,7 +120,7 @@ class IterativeSolver(TallSolver):
         ]
         width = min(x.shape[-1] for x in pulled)
         first = operator.apply(torch.cat([x[..., :width] for x in pulled]))
-        trace = (row_votes * grams.diagonal(0, -2, -1)).sum(-1)
+        trace = (voices * grams.diagonal(0, -2, -1)).sum(-1)
         trace = trace + (ref * v.product(grams, ref)).sum((-2, -1))
         rule = StopRule(settings, False, self.unit, SETTLED, energies)
         start = torch.cat([known, first], -1)
@@ -134,7 +135,7 @@ class IterativeSolver(TallSolver):
             if clear == rank:
                 sides.append(Principal(basis, values[here], held[here], trace, ritz.steps))
                 continue
-            voters = Voters(t, row_votes, self._lift(side, ref[here]))
+            voters = Voters(t, voices, self._lift(side, ref[here]))
             sides.append(self._principal(side, voters, w, basis))
         seen = x[:1] if anchor is not None else strength * pulled[1]
         spectrum = self._coordinates(p, seen, StopRule(settings, False, self.unit))

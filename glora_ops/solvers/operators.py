@@ -57,9 +57,9 @@ class Operator(Protocol):
     @property
     def next(self) -> Operator:
         """What the images are to be given to."""
-        ...
 
-    def images(self, x: Tensor) -> Images: ...
+    def images(self, x: Tensor) -> Images:
+        """Of a block (L, n, k)."""
 
 
 @dataclass(frozen=True)

@@ -40,24 +40,22 @@ class Ritz:
 
     Attributes
     ----------
-    operator : Operator
-        The one that made the images.
     x : Tensor (L, n, k)
     images : Images
     theta, vectors : Tensor (L, k), (L, k, k) fp64
         Ritz values, and the coefficients in x of vectors of unit length.
     total : Tensor (L,) fp64
         Trace of the operator, as far as it is known.
-    steps : int
-        Whole power steps taken.
+    blocks, steps : int
+        Blocks after the first; whole power steps taken.
     """
 
-    operator: Operator
     x: Tensor
     images: Images
     theta: Tensor
     vectors: Tensor
     total: Tensor
+    blocks: int
     steps: int
 
 
@@ -179,7 +177,7 @@ def subspace_iteration(
         x, _ = v.qr(block)
         operator = operator.next
     steps = -(-rule.asked // (1 + operator.half))
-    return Ritz(operator, x, images, theta, vectors, trace, steps)
+    return Ritz(x, images, theta, vectors, trace, rule.asked, steps)
 
 
 def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import start_matrix
 from ..linalg.vocabulary import Vocabulary, working
-from .base import Factors, Found, Principal, Settings, Triplets, fill
+from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
 
@@ -57,10 +57,9 @@ class TallSolver:
     @cached_property
     def clients(self) -> Clients:
         powers = [self.ragged.pad(x[..., None]) for x in (self.power_b, self.power_a)]
-        grams = [x * g * x.mT for x, g in zip(powers, self.client_grams, strict=True)]
-        found = canonicalize(
-            self.v, *grams, self.ragged, self.scaling, self.settings.tau_rel, self.roundoff
-        )
+        gram_b, gram_a = (x * g * x.mT for x, g in zip(powers, self.client_grams, strict=True))
+        tau_rel, ragged = self.settings.tau_rel, self.ragged
+        found = canonicalize(self.v, gram_b, gram_a, ragged, self.scaling, tau_rel, self.roundoff)
         t_u, t_v = self.power_b[..., None] * found.t_u, self.power_a[..., None] * found.t_v
         return replace(found, t_u=t_u, t_v=t_v)
 
@@ -72,11 +71,6 @@ class TallSolver:
 
     def coefficients(self, p: Tensor) -> Tensor:
         return self.ragged.per_row(p * self.scaling) * self.power_b * self.power_a
-
-    def votes(self, votes: Tensor) -> Tensor:
-        """(L, N): p_i f_ij of every direction."""
-        hard = self.settings.basis == "projector"
-        return self.ragged.per_row(votes) * (self.clients.hard if hard else self.clients.soft)
 
     def mean(self, p: Tensor) -> MeanUpdate:
         return MeanUpdate(self.v, self.b, self.a, self.coefficients(p))
@@ -91,7 +85,7 @@ class TallSolver:
 
     def _update(self, lead: Triplets) -> Found:
         """W̄ᵀU = V Σ is known already: no core to be made (7.2)."""
-        reach = None
+        reach = lead.x[:, :0], lead.y[:, :0]
         if self.settings.client_statistics:
             reach = self.v.times(self.b, lead.x), self.v.times(self.a, lead.y)
         sigma = torch.stack([lead.sigma, lead.sigma])
@@ -112,10 +106,10 @@ class TallSolver:
             lead, vote = anchor
             column = vote.sqrt()[..., None, :].to(self.dtype)
             extra = [lead.x * column, lead.y * column]
-        row_votes, mean = self.votes(votes), self.mean(p)
+        mean, voices = self.mean(p), row_votes(self.clients, votes, self.settings)
         known = None if anchor is None else extra[1]
-        left = Voters(self.clients.t_u, row_votes, extra[0])
-        right = Voters(self.clients.t_v, row_votes, extra[1])
+        left = Voters(self.clients.t_u, voices, extra[0])
+        right = Voters(self.clients.t_v, voices, extra[1])
         sides = (
             self._principal(0, left, mean.next, warm[0]),
             self._principal(1, right, mean, warm[1]),
@@ -186,7 +180,7 @@ class TallSolver:
         if bool((lead < WEAK * lead[..., :1]).any()):
             seen = straightened(v, seen) * (lead > 0)
         seen = seen.to(self.dtype)
-        x, y = (on, seen) if ritz.operator.a is self.b else (seen, on)
+        x, y = (seen, on) if ritz.blocks % 2 else (on, seen)
         return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
 
 
