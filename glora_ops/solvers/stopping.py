@@ -30,6 +30,8 @@ SLOWEST = 0.9
 SETTLED, ANCHORED = 2.0, 8.0
 # Ritz values of fp32 products move by this many roundoffs of the largest for no reason.
 JITTER = 4.0
+# A Ritz value, a square, below this fraction of the top is the rounding of fp32 blocks.
+EMPTY = 1e-13
 # Squared length, over the longest, of coordinates below which they hold no vector.
 DROP = 1e-5
 
@@ -102,8 +104,10 @@ class StopRule:
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1
+        if self.asked == self.limit or bool((theta[..., -1] <= EMPTY * theta[..., 0]).all()):
+            return True  # a block wider than the range of the operator holds all of it
         enough = self.adaptive and self._enough(x, theta, vectors, total)
-        return enough or self.flat or self.asked == self.limit
+        return enough or self.flat
 
     def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         lead = theta[..., : self.rank]
