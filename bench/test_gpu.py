@@ -68,8 +68,9 @@ class TorchVocabulary(CpuVocabulary):
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.float(), torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
 
-    def pair(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return b.float(), a.float(), self.rows(b)[1]
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _, scale = self.rows(b)
+        return b.float(), a.float(), scale, scale.new_ones(len(b), ragged.clients)
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         blocks = ragged.pad(rows).double()

@@ -2,21 +2,22 @@
 
 from functools import cache
 
-from . import ops as _ops
 from .cpu import CpuVocabulary
+from .library import register
+from .ops import Ops
 
 
 @cache
-def _cpu() -> _ops.Ops:
-    return _ops.Ops(CpuVocabulary())
+def _cpu() -> Ops:
+    return Ops(CpuVocabulary())
 
 
 @cache
-def _cuda() -> _ops.Ops:
+def _cuda() -> Ops:
     from .cuda import CudaVocabulary  # imports Triton
 
-    return _ops.Ops(CudaVocabulary(), fixed_steps=True)
+    return Ops(CudaVocabulary(), fixed_steps=True)
 
 
-_ops.register(_cpu, "CPU")
-_ops.register(_cuda, "CUDA")
+register(_cpu, "CPU")
+register(_cuda, "CUDA")

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from glora_ops import scratch
 from glora_ops.isolation import all_threads, keep_freed
-from glora_ops.linalg import orthonormal
+from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.solvers.base import fill
 
 __all__ = ["CpuVocabulary"]
 
-# Norms of rows within these leave squares and products of them in fp32's range as they are.
-SMALL, LARGE_ROW = 2.0**-40, 2.0**40
+# Rows as long as 2^±30 (fp32) or 2^±100 (fp64) leave every product, and every product of two
+# products, in range as they are.
+SAFE = {torch.float32: 2.0**30, torch.float64: 2.0**100}
+# More than any binary exponent of a product of two numbers, and its inverse.
+FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
 # Multiply-adds from which a product is worth more than one thread.
@@ -29,24 +32,26 @@ def _threads(work: int) -> AbstractContextManager[None]:
     return all_threads() if work >= LARGE else nullcontext()
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """On a cache line: BLAS rounds by the address it is given."""
-    return (
-        x
-        if x.data_ptr() % 64 == 0 and x.is_contiguous()
-        else x.clone(memory_format=torch.contiguous_format)
-    )
-
-
 def _working(x: Tensor) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64):
-        return _aligned(x)
-    return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
+    """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
+    if x.dtype not in SAFE:
+        return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
+    return x if x.data_ptr() % 64 == 0 else x.clone()
+
+
+def _is_safe(x: Tensor) -> bool:
+    """Whether every row is; a zero row asks for a closer look."""
+    length, safe = torch.linalg.vector_norm(x, dim=-1), SAFE[x.dtype]
+    return bool(((length > 1 / safe) & (length < safe)).all())
 
 
 def _exponent(x: Tensor) -> Tensor:
-    """(..., N) int32: binary exponent of each row's largest entry."""
+    """(L, N) int32: binary exponent of each row's largest entry, 0 of a row of zeros."""
     return torch.frexp(x.abs().amax(-1)).exponent
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return torch.exp2(exponent.double())
 
 
 def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -97,24 +102,36 @@ def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
 
 
 class CpuVocabulary:
-    """Implements `glora_ops.vocabulary.Vocabulary`."""
+    """Implements `glora_ops.linalg.vocabulary.Vocabulary`."""
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)
-        length = torch.linalg.vector_norm(x, dim=-1)
-        power = torch.ones(x.shape[:-1], dtype=torch.float64)
-        far = ~((length > SMALL) & (length < LARGE_ROW))
-        if bool(far.any()):
-            exponent = _exponent(x) * far
-            power = torch.exp2(exponent.double())
-            x = torch.ldexp(x, -exponent[..., None])
-        return x, power
-
-    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if x.dtype != torch.float64:
-            return x.double(), None
+        if _is_safe(x):
+            return x, torch.ones(x.shape[:-1], dtype=torch.float64)
         exponent = _exponent(x)
-        return torch.ldexp(x, -exponent[..., None]), torch.exp2(exponent.double())
+        return (x * _power(-exponent)[..., None]).to(x.dtype), _power(exponent)
+
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        b, a = _working(b), _working(a)
+        dtype = torch.promote_types(b.dtype, a.dtype)
+        b, a = b.to(dtype), a.to(dtype)
+        one = torch.ones(len(b), ragged.clients, dtype=torch.float64)
+        if _is_safe(b) and _is_safe(a):
+            return b, a, torch.ones(b.shape[:-1], dtype=torch.float64), one
+        alive = (b != 0).any(-1) & (a != 0).any(-1)
+        of_b, of_a = _exponent(b), _exponent(a)
+        # The loudest pair of every client ends near one; places without a pair do not count. An
+        # even exponent is shared out evenly, so that balancing rounds as it would have.
+        product = ragged.pad(torch.where(alive, of_b + of_a + FAR, 0)[..., None]).amax((-2, -1))
+        size = torch.where(product > 0, (product - FAR).div(2, rounding_mode="floor") * 2, 0)
+        half = (of_b - of_a + ragged.per_row(size)).div(2, rounding_mode="floor")
+        down = _power(-half) * alive
+        up = _power(half - ragged.per_row(size)) * alive
+        b, a = ((x * by[..., None]).to(dtype) for x, by in ((b, down), (a, up)))
+        return b, a, torch.where(alive, _power(half), 1.0), one * _power(size)
+
+    def precise(self, x: Tensor) -> Tensor:
+        return x.double()
 
     def lengths(self, x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=-1).double()
@@ -219,13 +236,13 @@ class CpuVocabulary:
         return out
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        lam, vec = torch.linalg.eigh(g)
+        lam, vec = eigen.eigh(g)
         # LAPACK's columns would keep their strides in a flip, and MKL is slower on those.
         return lam.flip(-1).clamp_(min=0), vec.mT.flip(-2).mT
 
     def eigenvalues(self, g: Tensor) -> Tensor:
-        return torch.linalg.eigvalsh(g).flip(-1).clamp_(min=0)
+        return eigen.eigvalsh(g).flip(-1).clamp_(min=0)
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, s, yh = torch.linalg.svd(c)
+        x, s, yh = eigen.svd(c)
         return x, s, yh.mT

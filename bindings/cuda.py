@@ -17,7 +17,7 @@ from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
 from torch import Tensor
 
-from glora_ops.linalg import orthonormal
+from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import working
@@ -26,7 +26,7 @@ __all__ = ["CudaVocabulary"]
 
 
 class CudaVocabulary:
-    """Implements `glora_ops.vocabulary.Vocabulary`; factors stay in the dtype they came in.
+    """Implements `glora_ops.linalg.vocabulary.Vocabulary`; factors stay in the dtype they came in.
 
     Stacks are neither scaled nor looked at: Gram matrices are fp64, and in fp32 or bf16 entries
     from 2⁻¹⁰⁰ to 2¹⁰⁰ leave every product in range, gauges by powers of two included.
@@ -35,8 +35,13 @@ class CudaVocabulary:
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
 
-    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return x, None
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(b.dtype, a.dtype)
+        _, scale = self.rows(b)
+        return b.to(dtype), a.to(dtype), scale, scale.new_ones(len(b), ragged.clients)
+
+    def precise(self, x: Tensor) -> Tensor:
+        return x
 
     def lengths(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -120,7 +125,7 @@ class CudaVocabulary:
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
-            lam, vec = torch.linalg.eigh(g)
+            lam, vec = eigen.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
         return launch_eigh(g)
 
@@ -129,6 +134,6 @@ class CudaVocabulary:
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if c.shape[-1] > jacobi.MAX_SIZE:
-            x, s, yh = torch.linalg.svd(c)
+            x, s, yh = eigen.svd(c)
             return x, s, yh.mT
         return launch_svd(c)

@@ -79,7 +79,8 @@ def aggregate(
         cuts, eig = (cut, Cut.of_projectors(found, s.rank, noise)), found.values
     real = found.s * (found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True))
     known = s.client_statistics or s.basis != "update"
-    told = of_clients(solver.clients, weights, s.tau_rel) if known else {}
+    softened = None if s.basis == "projector" else s.tau_rel
+    told = of_clients(solver.clients, weights, softened) if known else {}
     stats = certify(cuts, found, real, scale, unit, solver.unit, told)
     each = scale.new_empty(len(scale), 0, 4)
     if s.client_statistics:
@@ -168,19 +169,20 @@ def readout(
     root = torch.where(real, s.double() / scaling, 0.0).sqrt().to(u.dtype)
     b, a = words.readout(u, v, root, rank)
     if pad == "trainable":
-        columns = a.mT
-        orthonormal = fill(v * real[..., None, :].to(v.dtype), rank)
-        empty = ~fill((real.to(v.dtype))[..., None, :], rank)[..., 0, :].bool()
-        fresh = sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
-        for j in range(rank):  # in order, so that a wider readout extends a narrower one
-            column = drawn = fresh[:, j].expand(*v.shape[:-2], -1)[..., None]
+        room = min(rank, s.shape[-1] + v.shape[-2])  # no direction is free from there on
+        columns, drawn = a.mT, sign_matrix(seed, "pad", v.shape[-2], rank, v.dtype, v.device)
+        orthonormal = fill(v * real[..., None, :].to(v.dtype), room)
+        empty = ~fill((real.to(v.dtype))[..., None, :], room)[..., 0, :].bool()
+        for j in range(room):  # in order, so that a wider readout extends a narrower one
+            column = fresh = drawn[:, j].expand(*v.shape[:-2], -1)[..., None]
+            before = orthonormal[..., :j]
             for _ in range(2):
-                rest = orthonormal @ (orthonormal.mT @ column)
-                column = column - rest
+                column = column - before @ (before.mT @ column)
             free = torch.linalg.vector_norm(column, dim=-2, keepdim=True) > 1e-3
-            column = torch.nn.functional.normalize(torch.where(free, column, drawn), dim=-2)
+            column = torch.nn.functional.normalize(torch.where(free, column, fresh), dim=-2)
             orthonormal[..., j] = torch.where(
                 empty[..., j, None], column[..., 0], orthonormal[..., j]
             )
             columns[..., j] = torch.where(empty[..., j, None], column[..., 0], columns[..., j])
+        columns[..., room:] = torch.nn.functional.normalize(drawn[:, room:], dim=-2)
     return b, a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, solve
-from .errors import GloraWarning, Refusal, Refused, require, unfit
+from .batches import Source, check_ranks, directions, solve
+from .bindings.ops import Aggregate
+from .errors import GloraWarning, Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .report import notes
 from .state import UNNAMED, Factors, State
@@ -34,17 +33,17 @@ def aggregate(
     rank: int | str | None = None,
     *,
     captured: float = 0.9,
-    basis: str = "consensus",
+    basis: str = Aggregate.basis,
     missing: str = "zero",
     normalise: bool = True,
     names: Sequence[str] | None = None,
-    tau_rel: float = 0.1,
-    anchor: float = 1.0,
-    oversample: int = 16,
-    power_iters: int = -1,
-    tol: float = 1e-3,
+    tau_rel: float = Aggregate.tau_rel,
+    anchor: float = Aggregate.anchor,
+    oversample: int = Aggregate.oversample,
+    power_iters: int = Aggregate.power_iters,
+    tol: float = Aggregate.tol,
     warm: State | None = None,
-    seed: int = 0,
+    seed: int = Aggregate.seed,
     max_bytes: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -66,7 +65,9 @@ def aggregate(
     scalings : sequence of float, or of mappings from module name to float, optional
         alpha/r of each client (alpha/√r for rsLoRA), 0 or of modulus 1e-30 to 1e30; 1 by default.
     rank : int, "auto" or None
-        Server rank R. None: twice the largest client rank. "auto": the smallest rank that holds
+        Server rank R, at most 1024 or 16 times the directions that there can be in a module (Σ r_i,
+        d_out or d_in), whichever is more: what lies beyond them is zero, and costs no work. None:
+        twice the largest client rank. "auto": the smallest rank that holds
         the fraction `captured` of the mean update's energy; the ranks tried are recorded in
         ``state.settings["rank_to_captured"]``.
     captured : float
@@ -135,7 +136,7 @@ def aggregate(
     settings = check_settings(
         {
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
-            "normalise": bool(normalise), "tau_rel": tau_rel, "anchor": anchor,
+            "normalise": normalise, "tau_rel": tau_rel, "anchor": anchor,
             "oversample": oversample, "power_iters": power_iters, "tol": tol, "seed": seed,
             "max_bytes": max_bytes,
         }
@@ -155,6 +156,7 @@ def aggregate(
     scale = _scalings(scalings, sources, names)
     device = _device(sources, names)
     _check_values(sources, names)
+    check_ranks(sources, settings)
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
@@ -177,7 +179,7 @@ def aggregate(
         state = run(wanted or 2 * largest, progress)
     for note in notes(state):
         if note.warning:
-            warnings.warn(note.text, GloraWarning, stacklevel=2)
+            warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
     return state
 
 
@@ -390,11 +392,7 @@ def _smallest_rank(
     progress: Progress | None,
 ) -> State:
     """Double the rank until the target is held, then bisect; the table of tries is recorded."""
-    rows: dict[str, int] = defaultdict(int)
-    for source in sources:
-        for name, pair in source.modules.items():
-            rows[name] += pair.rank
-    ceiling = max(rows.values())
+    ceiling = directions(sources)
     target = min(captured, 1 - 1e-6)  # what fp32 factors can certify
     tried: dict[int, State] = {}
 

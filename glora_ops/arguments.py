@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .bindings.schemas import BASES
+from .bindings.checks import BASES, MOST_STEPS, NUMBERS
 from .errors import Refusal, Refused, require, unfit
 
 __all__ = [
-    "LEAST", "MOST", "check_settings", "check_weights", "integer", "kind", "number", "sequence",
-    "usable",
+    "LEAST", "MOST", "PADDING", "SMALL", "check_padding", "check_settings", "check_weights",
+    "integer", "kind", "number", "sequence", "usable",
 ]  # fmt: skip
 
 MISSING = ("zero", "renormalise")
 #: Moduli of weights and scalings: what they multiply is squared in fp64.
 LEAST, MOST = 1e-30, 1e30
+#: Ranks up to SMALL are padded whatever the data; larger ones up to PADDING times the directions
+#: that there can be. Beyond that a result would be zeros but for a sixteenth at most.
+SMALL, PADDING = 1024, 16
 
 
 def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +43,8 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = number(out[name])
             require(value is not None and holds(value), name, repr(out[name]), expected)
             out[name] = value
+    if "normalise" in out:
+        out["normalise"] = bool(out["normalise"])
     for name, choices in (("basis", BASES), ("missing", MISSING)):
         if name in out:
             require(out[name] in choices, name, repr(out[name]), f"one of {choices}")
@@ -49,10 +54,20 @@ def check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 _INTEGERS = {"rank": 1, "oversample": 1, "power_iters": -1, "seed": -(2**63), "max_bytes": 1}
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "captured": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
-    "tau_rel": (lambda x: 0 <= x < math.inf, "a finite fraction ≥ 0"),
-    "anchor": (lambda x: 0 <= x < math.inf, "a finite weight ≥ 0"),
-    "tol": (lambda x: 0 < x < math.inf, "a positive fraction"),
+    **{name: NUMBERS[name] for name in ("tau_rel", "anchor", "tol")},
 }
+
+
+def check_padding(name: str, rank: int, directions: int, whose: str) -> None:
+    """Refuse a rank whose result would be larger than the data by nothing but zeros."""
+    require(
+        rank <= max(SMALL, PADDING * directions),
+        name,
+        rank,
+        f"at most {max(SMALL, PADDING * directions)}, the larger of {SMALL} and {PADDING} times "
+        f"the {directions} directions of {whose}",
+        "all that lies beyond them is zero",
+    )
 
 
 def integer(name: str, value: Any, least: int = -(2**63), also: str = "") -> int:
@@ -61,7 +76,7 @@ def integer(name: str, value: Any, least: int = -(2**63), also: str = "") -> int
     if hasattr(value, "__index__") and not isinstance(value, bool):
         with suppress(TypeError):  # a tensor of several numbers has the attribute too
             index = operator.index(value)
-    most = 2**31 if name in ("rank", "oversample", "power_iters") else 2**63
+    most = {"rank": 2**31, "oversample": 2**31, "power_iters": MOST_STEPS + 1}.get(name, 2**63)
     require(
         index is not None and least <= index < most,
         name,

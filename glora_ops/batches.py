@@ -19,12 +19,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .arguments import check_padding
 from .errors import require
 from .isolation import workers
 from .scratch import empty, in_folder
 from .state import Factors, ModuleState, State
 
-__all__ = ["Batch", "Pair", "Source", "plan", "solve"]
+__all__ = ["Batch", "Pair", "Source", "check_ranks", "directions", "plan", "solve"]
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
 #: cache. A module may be larger alone.
@@ -92,6 +93,32 @@ class Batch:
 
     def _bytes(self, b: int, a: int) -> int:
         return len(self.modules) * sum(self.rows) * (self.d_out * b + self.d_in * a)
+
+
+def directions(sources: Sequence[Source]) -> int:
+    """The most directions that the clients can have together in any module."""
+    rows: dict[str, int] = defaultdict(int)
+    longest: dict[str, int] = {}
+    for source in sources:
+        for name, pair in source.modules.items():
+            rows[name] += pair.rank
+            longest[name] = max(pair.d_out, pair.d_in)
+    return max(min(rows[name], longest[name]) for name in rows)
+
+
+def check_ranks(
+    sources: Sequence[Source], settings: Mapping[str, Any], readouts: Sequence[int] = ()
+) -> None:
+    """Refuse ranks, of the state and of adapters to be read out, that would be mostly padding."""
+    most = directions(sources)
+    for name in ("rank", "oversample"):
+        if isinstance(settings.get(name), int):
+            check_padding(name, settings[name], most, "all clients together")
+    rank = settings.get("rank")
+    if rank is None:
+        rank = 2 * max(pair.rank for source in sources for pair in source.modules.values())
+    for readout in readouts:
+        check_padding("readout", readout, most if rank == "auto" else rank, "the state")
 
 
 def plan(sources: Sequence[Source], modules: Sequence[str], limit: int) -> list[Batch]:

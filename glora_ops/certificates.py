@@ -41,7 +41,8 @@ STATS = (
     "kappa_w",  # σ_R/(σ_R − σ_{R+1}) of the anchor's mean (consensus) or of W̄ (update)
     "ambiguous",  # 1 where the cut falls into a tie: the state is then one of several equals
     "rho_max",  # largest ‖B_i‖_F‖A_i‖_F/σ₁: how badly the worst client is stored
-    "info_limited",  # clients whose vote is softened by their storage precision, not by tau_rel
+    "info_limited",  # clients whose storage precision, not tau_rel, softens their vote; projector:
+    # clients with directions below their storage limit, which have no vote there
     "effective_rank",  # singular values of the state above rounding
     "storage_scale",  # S = Σ w_i|s_i|‖B_i‖_F‖A_i‖_F, the unit of rounding errors
     "power_iters",  # power iterations taken (0 on the exact route)
@@ -157,14 +158,19 @@ def certify(
     return torch.stack([values.get(name, unknown).double() for name in STATS], -1)
 
 
-def of_clients(clients: Clients, weights: Tensor, tau_rel: float) -> dict[str, Tensor]:
-    """Entries of `stats` that only canonical forms tell, (L,) each."""
+def of_clients(clients: Clients, weights: Tensor, tau_rel: float | None) -> dict[str, Tensor]:
+    """Entries of `stats` that only canonical forms tell, (L,) each; tau_rel None for hard votes."""
     loudest = clients.loudest
+    if tau_rel is None:  # directions that exist in what is stored, and have no vote
+        stored = clients.sigma > ROUNDING * clients.ragged.per_row(clients.size)
+        limited = clients.ragged.segment_sum(stored * (1 - clients.hard)) > 0
+    else:
+        limited = clients.noise > tau_rel * loudest
     heard = (weights != 0) & (loudest > 0)
     return {
         "voices": heard.sum(-1),
         "rho_max": (heard * clients.size / positive(loudest)).amax(-1),
-        "info_limited": (heard & (clients.noise > tau_rel * loudest)).sum(-1),
+        "info_limited": (heard & limited).sum(-1),
     }
 
 

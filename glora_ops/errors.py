@@ -11,11 +11,17 @@ __all__ = [
     "GloraWarning",
     "Refusal",
     "Refused",
+    "clean",
     "listing",
     "require",
     "require_all",
     "unfit",
 ]
+
+
+def clean(text: object) -> str:
+    """`text` without control characters: names come from clients and could drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
 
 
 class GloraError(ValueError):
@@ -28,7 +34,7 @@ class GloraError(ValueError):
     """
 
     def __init__(self, message: str, refusal: Refusal | None = None) -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
 
 

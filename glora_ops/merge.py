@@ -26,8 +26,9 @@ from .adapters.read import (
 )
 from .api import aggregate
 from .arguments import check_settings, check_weights
+from .batches import check_ranks
 from .dense import dense_holders, dense_means, with_dense, without_mean
-from .errors import GloraWarning, Refusal, Refused, listing, require
+from .errors import GloraWarning, Refusal, Refused, clean, listing, require
 from .isolation import release_freed, workers
 from .state import State
 
@@ -116,10 +117,12 @@ def merge(
     progress: Progress | None = None,
     known: Sequence[Refusal] = (),
     entries: Mapping[int, Mapping[str, Any]] | None = None,
+    readouts: Sequence[int] = (),
     **settings: Any,
 ) -> State:
     """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
 
+    `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
     is not the same any more is refused.
     """
@@ -170,6 +173,7 @@ def merge(
             check_weights(voices, [adapter.name for adapter in good.values()], settings)
         common += without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
+    check_ranks(list(clients.values()), settings, readouts)
 
     digests: dict[int, str] = {}
     with workers(torch.get_num_threads()) as pool:
@@ -182,9 +186,10 @@ def merge(
             tell("values", done, len(clients))
     _note(refused, clients, check_base_copies(list(clients.values())))
     clients = _settle(clients, refused, on_bad_client, [])
-    skipped = [str(refusal) for refusals in refused.values() for refusal in refusals]
+    # Shortened: they are kept in the state, and clients decide how long their values are.
+    skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
     if skipped:
-        warnings.warn("left out:\n" + "\n".join(skipped), GloraWarning, stacklevel=3)
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
 
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import require
 
-__all__ = ["Packed", "pack", "pack_modules"]
+__all__ = ["FLOATS", "Packed", "check_pair", "pack", "pack_modules", "shown"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -79,7 +79,7 @@ def pack_modules(modules: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Packed:
     require(len(modules) >= 1, "modules", len(modules), "at least one module")
     clients = len(modules[0])
     require(clients >= 1, "clients", clients, "at least one client")
-    d_out, d_in = modules[0][0][0].shape[0], modules[0][0][1].shape[-1]
+    first = modules[0][0]
     for l, pairs in enumerate(modules):
         require(
             len(pairs) == clients,
@@ -89,7 +89,8 @@ def pack_modules(modules: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Packed:
             "give an absent client a pair of zeros",
         )
         for i, (b, a) in enumerate(pairs):
-            _check_pair(f"module {l}, client {i}", b, a, d_out, d_in)
+            check_pair(f"module {l}, client {i}", b, a, *first)
+    d_out, d_in = first[0].shape[0], first[1].shape[1]
     ranks = tuple(tuple(b.shape[1] for b, _ in pairs) for pairs in modules)
     rows = [max(per_module) for per_module in zip(*ranks, strict=True)]
     offsets = torch.tensor([0, *rows]).cumsum(0)
@@ -113,18 +114,28 @@ def pack_modules(modules: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Packed:
     return Packed(stack_b, stack_a, offsets, ranks)
 
 
-def _check_pair(where: str, b: Tensor, a: Tensor, d_out: int, d_in: int) -> None:
-    found = f"B {b.dtype} {tuple(b.shape)} and A {a.dtype} {tuple(a.shape)}"
-    require(b.dtype in FLOATS and a.dtype in FLOATS, where, found, "fp32, bf16, fp16 or fp64")
+def check_pair(where: str, b: Tensor, a: Tensor, first_b: Tensor, first_a: Tensor) -> None:
+    """Raise `GloraError` unless b and a are factors, of the dimensions that the first ones have."""
+    found = f"lora_B {shown(b)} and lora_A {shown(a)}"
     require(
-        b.dim() == 2 and a.dim() == 2 and b.shape[1] == a.shape[0] >= 1,
+        b.dtype in FLOATS
+        and a.dtype in FLOATS
+        and b.dim() == a.dim() == 2
+        and b.shape[1] == a.shape[0]
+        and min(*b.shape, *a.shape) >= 1,
         where,
         found,
-        "matrices (d_out, r) and (r, d_in) with one r ≥ 1",
+        "PEFT's layouts (d_out, r) and (r, d_in) with one r ≥ 1, in fp32, bf16, fp16 or fp64",
     )
+    d_out, d_in = first_b.shape[0], first_a.shape[-1]
     require(
         b.shape[0] == d_out and a.shape[1] == d_in,
         where,
         found,
         f"d_out = {d_out} and d_in = {d_in}, as the first client's",
     )
+
+
+def shown(x: Tensor) -> str:
+    """A tensor, for a message."""
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

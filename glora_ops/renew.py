@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def update_adapters(
     The result is to the last bit that of a fresh run over the resulting clients with the settings
     of the first. Every client's file is read again: the bases depend on all clients together, and
     only their factors tell how. What need not be given again are the folders, the weights and the
-    settings.
+    settings. Nothing is read but the folders in `add` and those that ``state.record`` names.
 
     Parameters
     ----------
@@ -75,9 +75,14 @@ def renew(
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     known: Sequence[Refusal] = (),
+    opening: Callable[[Sequence[str], Sequence[str]], None] | None = None,
     **how: Any,
 ) -> State:
-    """`update_adapters`, listing what its caller refuses already, `known`, with the rest."""
+    """`update_adapters`, listing what its caller refuses already, `known`, with the rest.
+
+    `opening` is called with the folders of recorded and of added clients, absolute, before any of
+    them is looked at.
+    """
     record = state.record
     if record is None:
         raise unfit(
@@ -98,6 +103,11 @@ def renew(
     with listing(refusals):
         require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
     kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
+    refusals += [
+        _elsewhere(name, entry["path"])
+        for name, entry in kept.items()
+        if Path(entry["path"]).name != name
+    ]
     order = [name for name in entries if name in kept or name in added]
     order += [name for name in added if name not in entries]
     voices = None
@@ -115,6 +125,11 @@ def renew(
             )
     if refusals:
         raise Refused(refusals)
+    if opening is not None:
+        opening(
+            [entry["path"] for entry in kept.values()],
+            [os.path.abspath(folder) for folder in added.values()],
+        )
     return merge(
         [added[name] if name in added else kept[name]["path"] for name in order],
         voices,
@@ -135,6 +150,16 @@ def _unknown(name: str, entries: Mapping[str, Any]) -> Refusal:
         found=repr(name),
         expected=f"one of {', '.join(entries)}",
         remedy="glora inspect shows the clients of a state",
+    )
+
+
+def _elsewhere(name: str, path: str) -> Refusal:
+    return Refusal(
+        "the state records a folder that is not the client's: clients are called by their folders",
+        name,
+        found=repr(path),
+        expected=f"a folder called {name!r}",
+        remedy="name the client's folder with add (--add DIR), or withdraw it",
     )
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .errors import clean
+
 if TYPE_CHECKING:
     from .state import State
 
@@ -75,7 +77,12 @@ def lines(state: State) -> list[Line]:
                 "storage limit",
                 _count(limited, "client"),
                 "clients whose weak directions are below the precision they were stored in, so "
-                "that their vote is softened further",
+                "that "
+                + (
+                    "these have no vote"
+                    if state.settings["basis"] == "projector"
+                    else "their vote is softened further"
+                ),
             )
         )
     return out
@@ -101,6 +108,16 @@ def notes(state: State) -> list[Note]:
                 f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
                 "basis serves directions that cancel or carry little; a larger rank or "
                 'basis "update" holds more',
+                warning=True,
+            )
+        )
+    unheard = [name for name, m in state.modules.items() if m.stat("info_limited")]
+    if unheard and state.settings["basis"] == "projector":
+        out.append(
+            Note(
+                f"in {len(unheard)} of {len(state.modules)} modules{_some(unheard)} clients have "
+                "directions below the precision they were stored in, which have no vote: the state "
+                'does not hold them at any rank; the basis "consensus" or "update" does',
                 warning=True,
             )
         )
@@ -176,4 +193,4 @@ def describe(state: State) -> str:
     table = lines(state)
     width = max(len(l.name) for l in table)
     body = [f"  {l.name:<{width}}  {l.value:>10}  {l.meaning}" for l in table]
-    return "\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))])
+    return clean("\n".join([header, *body, *(f"  note: {n.text}" for n in notes(state))]))

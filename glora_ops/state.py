@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .arguments import integer, number
+from .arguments import check_padding, integer, number
+from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, FROM_CLIENTS, STATS
-from .errors import require, unfit
+from .errors import GloraWarning, clean, require, unfit
+from .state_file import StateFile, encode, read
 
-__all__ = ["FORMAT_VERSION", "Factors", "ModuleState", "State"]
+__all__ = ["Factors", "ModuleState", "State"]
 
-FORMAT_VERSION = 2  # 1 had no record
 Factors = tuple[Tensor, Tensor]
-
-_STATE_FILE = "a server.safetensors"
-_WRITES = "glora aggregate writes one, and State.save"
 
 _REMEDY = "aggregate again, or call torch.ops.glora.client_stats with the factors"
 #: Name of the module of a state that was made from bare factor pairs.
@@ -87,9 +85,6 @@ class ModuleState:
     def update(self) -> Factors:
         """Ŵ as factors (u·diag(s) (d_out, R), vᵀ (R, d_in)); never a dense matrix."""
         return self.u * self.s.to(self.u.dtype), self.v.mT
-
-
-_TENSORS = tuple(ModuleState.__dataclass_fields__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,14 +151,18 @@ class State:
         return sum(m.stat(name) * m.stat("norm") ** 2 for m in self.modules.values()) / total
 
     def readout(
-        self, rank: int, scaling: float = 1.0, pad: str = "zero", seed: int = 0
+        self,
+        rank: int,
+        scaling: float = Readout.scaling,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
     ) -> Factors | dict[str, Factors]:
         """An adapter of any rank: slices of the stored singular value decomposition.
 
         Parameters
         ----------
         rank : int
-            Rank of the adapter, ≥ 1; above R it is padded.
+            Rank of the adapter, ≥ 1; above R it is padded, up to 16 R, or 1024 if that is more.
         scaling : float
             alpha/r of the receiving adapter, > 0: s·B·A is the update.
         pad : {"zero", "trainable"}
@@ -182,8 +181,19 @@ class State:
 
     def _readouts(self, rank: int, scaling: float, pad: str, seed: int) -> dict[str, Factors]:
         rank, seed, factor = integer("rank", rank, 1), integer("seed", seed), number(scaling)
-        require(factor is not None, "scaling", repr(scaling), "alpha/r, a number above zero")
+        if factor is None:
+            raise unfit("scaling", repr(scaling), "alpha/r, a number above zero")
+        check_padding("rank", rank, self.rank, "the state")
         require(isinstance(pad, str), "pad", repr(pad), "'zero' or 'trainable'")
+        for name, m in self.modules.items():
+            root = math.sqrt(max(m.stat("norm"), 0.0) / factor) if factor > 0 else 0.0  # ≥ √S₁
+            require(
+                root <= torch.finfo(m.u.dtype).max,
+                "scaling",
+                factor,
+                f"one at which factors of {name or 'the update'!r}, {root:.2g}, fit {m.u.dtype}",
+                "the update is too large for factors at this scaling: raise it",
+            )
         return {
             name: torch.ops.glora.readout(m.u, m.s, m.v, rank, factor, pad, seed)
             for name, m in self.modules.items()
@@ -198,28 +208,35 @@ class State:
     # --- files -------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, JSON in its metadata, atomically: the old file or the new."""
+        """Write one safetensors file with checksums, atomically: the old file or the new.
+
+        The bytes are the same for the same state. Format: docs/reliability.md.
+
+        Raises
+        ------
+        GloraError
+            What could not be read again: values that no state has, settings that JSON cannot
+            hold or that are none of glora's, names that are not printable or too long.
+        """
         path = Path(path)
-        tensors = {
-            f"modules/{name}/{part}": getattr(m, part).contiguous()
-            for name, m in self.modules.items()
-            for part in _TENSORS
-        } | {f"dense/{name}": x.contiguous() for name, x in self.dense.items()}
         here = path.resolve().parent
-        described = {
-            "format_version": FORMAT_VERSION,
-            "modules": list(self.modules),
-            "clients": self.clients,
-            "weights": self.weights,
-            "settings": self.settings,
-            "layout": self.layout,
-            "record": _moved(self.record, lambda place: _relative(place, here)),
-        }
+        tensors, metadata = encode(
+            {
+                "modules": list(self.modules),
+                "clients": self.clients,
+                "weights": self.weights,
+                "settings": self.settings,
+                "layout": self.layout,
+                "record": _moved(self.record, lambda place: _relative(place, here)),
+            },
+            {name: vars(m) for name, m in self.modules.items()},
+            self.dense,
+        )
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
-            save_file(tensors, partial, metadata={"glora": json.dumps(described)})
+            save_file(tensors, partial, metadata=metadata)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             partial.chmod(0o644)
@@ -229,83 +246,37 @@ class State:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
-        """Read a file written by `save`.
+        """Read a file written by `save`; checksums, metadata and values are all checked.
 
         Raises
         ------
         GloraError
-            Not a safetensors file, not a glora state, or of a format this version cannot read.
+            Not a safetensors file, not a glora state, of a format this version cannot read,
+            damaged, or changed while it was read.
+
+        Warns
+        -----
+        GloraWarning
+            The file is of a format without checksums, 1 or 2.
         """
-        path = Path(path)
-        require(path.is_file(), "state", path, "an existing file", _WRITES, file=str(path))
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cls._read(path, file, (file.metadata() or {}).get("glora"))
-        except SafetensorError as error:
-            found = f"{path}, not a readable safetensors file ({error})"
-            raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from error
+        file = read(Path(path))
+        if file.note is not None:
+            warnings.warn(clean(file.note), GloraWarning, stacklevel=2)
+        return cls.of(file)
 
     @classmethod
-    def _read(cls, path: Path, file: Any, described: str | None) -> State:
-        try:
-            about: Mapping[str, Any] = json.loads(described or "")
-            version = about["format_version"]
-            complete = _complete(about)
-            here = path.resolve().parent
-            record = _moved(about.get("record"), lambda place: _absolute(place, here))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            found = f"{path}, which carries no glora metadata"
-            raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
-        require(
-            version in (1, FORMAT_VERSION),
-            "format_version",
-            f"{version} in {path}",
-            f"1 or {FORMAT_VERSION}",
-            "read it with the glora that wrote it",
-            file=str(path),
-        )
-        require(
-            complete,
-            "metadata",
-            f"{path}, whose entries do not fit",
-            "settings with basis, missing and rank, modules, one weight per client, and the layout",
-            "the file is damaged: write it again",
-            file=str(path),
-        )
-        keys = set(file.keys())
-        wanted = {f"modules/{name}/{part}" for name in about["modules"] for part in _TENSORS}
-        lacking = sorted(wanted - keys)
-        require(
-            bool(wanted) and not lacking,
-            "tensors",
-            f"{path} without {', '.join(lacking[:3]) or 'any module'}",
-            "all tensors of every module it lists",
-            "the file is incomplete: write it again",
-            file=str(path),
-            tensor=lacking[0] if lacking else None,
-        )
-        modules = {
-            name: ModuleState(*(file.get_tensor(f"modules/{name}/{part}") for part in _TENSORS))
-            for name in about["modules"]
-        }
-        for name, m in modules.items():
-            require(
-                _fits(m, len(about["clients"])),
-                f"module {name!r}",
-                f"u {tuple(m.u.shape)}, s {tuple(m.s.shape)}, v {tuple(m.v.shape)} in {path}",
-                "finite u (d_out, R), s (R,) ≥ 0, v (d_in, R) and a row of statistics per client",
-                "the file is damaged: write it again",
-                file=str(path),
-                tensor=f"modules/{name}/u",
-            )
+    def of(cls, file: StateFile) -> State:
+        """The state in a file that was read."""
+        about = file.about
+        here = file.path.resolve().parent
         return cls(
-            modules,
+            {name: ModuleState(**parts) for name, parts in file.modules.items()},
             tuple(about["clients"]),
             tuple(about["weights"]),
-            dict(about["settings"]),
-            {k.removeprefix("dense/"): file.get_tensor(k) for k in sorted(keys - wanted)},
+            about["settings"],
+            file.dense,
             about["layout"],
-            record,
+            _moved(about.get("record"), lambda place: _absolute(place, here)),
         )
 
     def write_adapter(
@@ -313,8 +284,8 @@ class State:
         folder: str | os.PathLike[str],
         rank: int,
         *,
-        pad: str = "zero",
-        seed: int = 0,
+        pad: str = Readout.pad,
+        seed: int = Readout.seed,
         overwrite: bool = False,
     ) -> None:
         """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, fp32, in one step.
@@ -322,7 +293,8 @@ class State:
         Raises
         ------
         GloraError
-            The state was not made from PEFT folders, or `folder` exists and not `overwrite`.
+            The state was not made from PEFT folders, `rank` would be nothing but padding, as
+            `readout`, or `folder` exists and not `overwrite`.
         """
         from .adapters import write_adapter
 
@@ -337,43 +309,6 @@ class State:
         write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
 
 
-def _complete(about: Mapping[str, Any]) -> bool:
-    """Whether the entries of a file's metadata are of the kinds they should be."""
-    names, weights, layout = about["clients"], about["weights"], about["layout"]
-    return (
-        isinstance(about["settings"], dict)
-        and {"basis", "missing", "rank"} <= about["settings"].keys()
-        and all(isinstance(x, list) for x in (names, weights, about["modules"]))
-        and all(isinstance(x, str) for x in names + about["modules"])
-        and all(type(x) in (int, float) for x in weights)
-        and len(names) == len(weights)
-        and (layout is None or layout["modules"].keys() >= set(about["modules"]))
-    )
-
-
-def _fits(m: ModuleState, clients: int) -> bool:
-    """Whether a module's tensors belong together and hold numbers."""
-    rank = m.s.numel()
-    return (
-        m.u.dim() == m.v.dim() == 2
-        and m.u.shape[1] == m.v.shape[1] == rank >= 1
-        and m.s.shape == (rank,)
-        and m.u.dtype == m.v.dtype
-        and all(x.is_floating_point() for x in (m.u, m.s, m.v))
-        and m.stats.shape == (len(STATS),)
-        and m.client_stats.shape in ((clients, len(CLIENT_STATS)), (0, len(CLIENT_STATS)))
-        and m.present.shape == (clients,)
-        and m.eig_u.dim() == m.eig_v.dim() == 1
-        and min(m.eig_u.numel(), m.eig_v.numel()) >= rank
-        and all(bool(x.isfinite().all()) for x in (m.u, m.s, m.v, m.client_stats))
-        and not any(
-            bool(x.isnan()) and (m.tells_of_clients or name not in FROM_CLIENTS)
-            for name, x in zip(STATS, m.stats, strict=True)
-        )
-        and bool((m.s >= 0).all())
-    )
-
-
 def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:
     """A record with the clients' paths put otherwise."""
     if record is None:
@@ -385,7 +320,7 @@ def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[s
 def _relative(path: str, folder: Path) -> str:
     """`path` as seen from `folder`, where there is a way: state and clients may move together."""
     place = Path(path)
-    real = place.parent.resolve() / place.name  # a link keeps its name: clients go by it
+    real = Path(os.path.realpath(place.parent), place.name)  # a link keeps its name: clients do
     try:
         return Path(os.path.relpath(real, folder)).as_posix()
     except ValueError:  # another drive

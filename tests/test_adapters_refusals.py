@@ -322,6 +322,16 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(client: Path) -> None:
         list(pieces)
 
 
+def test_a_file_rewritten_while_it_is_read_is_noticed(client: Path) -> None:
+    """Of the same size: what has been read may be half of the old and half of the new."""
+    adapter = read_adapter(client)
+    pieces = adapter.stored.scan()
+    next(pieces)
+    (client / TENSORS).write_bytes((client / TENSORS).read_bytes())
+    with pytest.raises(Refused, match=r"client-7.*changed.*written at another time"):
+        list(pieces)
+
+
 def test_fp64_factors_whose_squares_are_lost_are_refused(client: Path) -> None:
     edit_tensors(client, lambda t: t.update({FIRST_A: t[FIRST_A].double() * 1e60}))
     (refusal,) = check_values(read_adapter(client))

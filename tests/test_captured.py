@@ -133,8 +133,9 @@ def test_gauges_of_powers_of_two_change_no_bit_and_others_next_to_none(basis):
 class Blind(CpuVocabulary):
     """The CPU looks at magnitudes first, the one thing that a GPU's words do not do."""
 
-    def rows(self, x):
-        return x, torch.ones(x.shape[:-1], dtype=torch.float64)
+    def pair(self, b, a, ragged):
+        one = torch.ones((), dtype=torch.float64)
+        return b, a, one.expand(b.shape[:-1]), one.expand(len(b), ragged.clients)
 
 
 class Looking(TorchDispatchMode):

@@ -23,7 +23,9 @@ LAYERS = [
     {"algorithm"},
     {"bindings"},
     {"adapters", "alignment", "arguments", "report"},
-    {"dense", "state"},
+    {"state_checks", "state_schema"},
+    {"dense", "state_file"},
+    {"state"},
     {"batches"},
     {"api"},
     {"merge"},
@@ -119,12 +121,13 @@ def test_types_of_the_wheel_from_outside_the_tree(unpacked: Path, tmp_path: Path
 
 
 def test_import_needs_only_torch_and_safetensors() -> None:
-    """No Triton, SciPy, PEFT, transformers or matplotlib: blocked, and aggregation still runs."""
+    """No Triton, SciPy, PEFT, transformers, matplotlib or pydantic: blocked, and it still runs."""
     code = """
 import sys
 
 class Block:
-    names = {"triton", "scipy", "peft", "transformers", "matplotlib", "typer", "rich"}
+    names = {"triton", "scipy", "peft", "transformers", "matplotlib", "typer", "rich",
+             "pydantic"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

@@ -81,6 +81,7 @@ B, A = torch.randn(4, 2), torch.randn(2, 3)
         ([(B[:, :0], A[:0])], r"client 0.*r ≥ 1"),
         ([(B.long(), A)], r"client 0.*fp32"),
         ([(B[None], A)], r"client 0"),
+        ([(B[0, 0], A)], r"client 0.*lora_B float32 \(\)"),
     ],
 )
 def test_what_does_not_fit_is_named(clients, says):

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import bounds
 import pytest
 import torch
-from glora_ops.bindings import schemas
+from glora_ops.bindings.checks import NUMBERS
+from glora_ops.bindings.library import OPS, Op
 from strategies import Recipe, build
 
 import glora_ops
@@ -78,11 +79,24 @@ def as_tuple(out) -> tuple[torch.Tensor, ...]:
 
 
 def test_every_op_of_the_contract_is_registered_and_tried_here():
-    assert set(schemas.NAMES) == {name for name, _ in CASES}
-    for name in schemas.NAMES:
+    assert set(OPS) == {name for name, _ in CASES}
+    for name in OPS:
         schema = overload(name)._schema
         assert not schema.is_mutable
         assert all(r.alias_info is None for r in schema.returns)
+
+
+def test_every_argument_is_one_of_the_table_and_the_other_way_round():
+    used = {name for op in OPS.values() for name in op.signature.parameters}
+    table = {name for name, kind in Op.__annotations__.items() if "ClassVar" not in kind}
+    assert used == table
+    assert NUMBERS.keys() <= table
+
+
+def test_an_op_is_found_by_the_arguments_of_its_overload():
+    (x, offsets, weights, omega), _ = calls(False)["projector_matmul.factors"]
+    op = torch.ops.glora.projector_matmul
+    assert torch.equal(op(x, offsets, weights, omega), op.factors(x, offsets, weights, omega))
 
 
 @pytest.mark.parametrize(("name", "batched"), CASES, ids=IDS)

@@ -166,11 +166,11 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
     if file is None:
         return None, problems
     found = signature(file.stat())
-    tensors, more = read_header(file, client, max_bytes=max_bytes)
+    header, more = read_header(file, client, max_bytes=max_bytes)
     problems += more
-    if tensors is None or settings is None:
+    if header is None or settings is None:
         return None, problems
-    sorted_tensors, more = sort_tensors(tensors, settings, client, TENSORS_NAME)
+    sorted_tensors, more = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
     problems += more
     if problems:
         return None, problems
@@ -178,7 +178,7 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
         Adapter(
             name=client,
             path=path,
-            stored=Stored(file, client, tensors, found),
+            stored=Stored(file, client, header.tensors, found),
             modules=sorted_tensors.modules,
             dense=sorted_tensors.dense,
             base_copies=sorted_tensors.base_copies,

@@ -7,6 +7,7 @@ tensor's name to its dtype, shape and the half-open range of its bytes; the byte
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from ..errors import Refusal
 from .files import parse_json_object
 
-__all__ = ["DTYPES", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_NAME = 512
@@ -39,22 +40,36 @@ class TensorInfo:
     end: int
 
 
+@dataclass(frozen=True)
+class Header:
+    """A header that told no untruth: its tensors by name, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
 def read_header(
-    path: Path, client: str, *, max_bytes: int
-) -> tuple[dict[str, TensorInfo] | None, list[Refusal]]:
+    path: Path,
+    client: str | None,
+    *,
+    max_bytes: int,
+    dtypes: Mapping[str, torch.dtype] = DTYPES,
+) -> tuple[Header | None, list[Refusal]]:
     """Read and check the header of the safetensors file at `path`; no tensor is read.
 
     Parameters
     ----------
     path : Path
-    client : str
+    client : str or None
         Named in the refusals.
     max_bytes : int
         Largest file that is accepted.
+    dtypes : mapping of str to dtype
+        Those that are accepted, by their names in the file.
 
     Returns
     -------
-    tensors : dict of str to TensorInfo, or None if anything was refused
+    header : Header, or None if anything was refused
     refusals : list of Refusal
         Every untruth found, not only the first.
     """
@@ -75,14 +90,17 @@ def read_header(
                 "have the client send less, or raise max_bytes (max_file_bytes) in Python",
             )
         ]
+    if size < 8:  # not opened: an empty one may be no file on a disk, and block
+        found, expected = f"a file of {size} bytes", "at least the 8 of the header's length"
+        return None, [refusal("the header does not fit", found, expected, again)]
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             return None, [
                 refusal(
                     "the header does not fit",
                     f"a header of {length} bytes in a file of {size}",
-                    f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
+                    f"at most {min(size - 8, MAX_HEADER_BYTES)} bytes",
                     again,
                 )
             ]
@@ -117,7 +135,7 @@ def read_header(
                 )
             )
             continue
-        info = _tensor_info(entry)
+        info = _tensor_info(entry, dtypes)
         if isinstance(info, TensorInfo):
             tensors[name] = info
         else:
@@ -150,10 +168,12 @@ def read_header(
                 again,
             )
         )
-    return (None, problems) if problems else (tensors, [])
+    return (None, problems) if problems else (Header(tensors, metadata), [])
 
 
-def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:
+def _tensor_info(
+    entry: Any, dtypes: Mapping[str, torch.dtype]
+) -> TensorInfo | tuple[str, str, str]:
     """One entry of the header, or (problem, found, expected)."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return (
@@ -162,20 +182,20 @@ def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:
             "dtype, shape and data_offsets",
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        return "the dtype is not supported", repr(dtype)[:80], ", ".join(DTYPES)
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        return "the dtype is not supported", repr(dtype)[:80], ", ".join(dtypes)
     if not _sizes(shape):
         return "the shape is malformed", repr(shape)[:80], "a list of integers ≥ 0"
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "the byte range is malformed", repr(offsets)[:80], "[begin, end], begin ≤ end"
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    needed = math.prod(shape) * dtypes[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         return (
             "the byte range does not hold the shape",
             f"{offsets[1] - offsets[0]} bytes",
             f"{needed} bytes for {dtype} {shape}",
         )
-    return TensorInfo(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(dtypes[dtype], tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:

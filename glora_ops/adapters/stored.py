@@ -38,7 +38,7 @@ class Stored:
     Attributes
     ----------
     path : Path
-    client : str
+    client : str or None
         Named in refusals.
     tensors : mapping of str to TensorInfo
         As the header says, checked: one range after the other to the end of the file.
@@ -47,7 +47,7 @@ class Stored:
     """
 
     path: Path
-    client: str
+    client: str | None
     tensors: Mapping[str, TensorInfo]
     signature: tuple[int, int, int]
 
@@ -65,7 +65,9 @@ class Stored:
             If the file is no longer the one whose header was read.
         """
         with self._open() as file:
-            return [self._tensor(file, self.tensors[name]) for name in names]
+            tensors = [self._tensor(file, self.tensors[name]) for name in names]
+            self._check(file)
+        return tensors
 
     def scan(self, digest: Any = None) -> Iterator[tuple[str, Tensor]]:
         """Every tensor in pieces of at most `PIECE` bytes, flat and in the file's order.
@@ -86,17 +88,25 @@ class Stored:
                     if digest is not None:
                         digest.update(piece.numpy())
                     yield name, piece.view(info.dtype)
+            self._check(file)
 
     def _open(self) -> BinaryIO:
         try:
             file = self.path.open("rb", buffering=0)
         except FileNotFoundError:
             raise self._changed("no such file any more") from None
+        try:
+            self._check(file)
+        except Refused:
+            file.close()
+            raise
+        return file
+
+    def _check(self, file: BinaryIO) -> None:
+        """Raise `Refused` unless the file is still the one whose header was read."""
         found = signature(os.fstat(file.fileno()))
         if found != self.signature:
-            file.close()
             raise self._changed(f"{found[0]} bytes, written at another time")
-        return file
 
     def _tensor(self, file: BinaryIO, info: TensorInfo) -> Tensor:
         tensor = torch.empty(math.prod(info.shape), dtype=info.dtype)
@@ -122,7 +132,7 @@ class Stored:
                     None,
                     found,
                     f"the {self.signature[0]} bytes that were checked",
-                    "start again when the client has finished writing",
+                    "start again when the file has been written",
                 )
             ]
         )

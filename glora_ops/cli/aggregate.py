@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -145,7 +146,8 @@ def aggregate(
 
     **--update** gives exactly the state of a fresh run over the resulting clients. It reads every
     client's file again, because the bases depend on all clients together; folders, weights and
-    settings come from STATE, and a client that changed or vanished since is refused by name:
+    settings come from STATE, and a client that changed or vanished since is refused by name. Which
+    folders it reads is said on stderr before it does:
     **glora aggregate --update out --add clients/cyd --remove bob**.
     """
     if update is not None:
@@ -170,9 +172,16 @@ def aggregate(
         from ..adapters.folders import check_free, new_folder
         from ..merge import merge
         from ..renew import renew
-        from .facts import STATE_NAME, load_state, padding_note, print_state, state_facts
+        from .facts import (
+            STATE_NAME,
+            file_notes,
+            load_state,
+            padding_note,
+            print_state,
+            state_facts,
+        )
 
-        old = None if update is None else load_state(update)
+        old, file = (None, None) if update is None else load_state(update)
         if update is not None and old is not None:
             seed = old.settings["seed"]
             if out is None:
@@ -194,20 +203,27 @@ def aggregate(
             with listing(refusals):
                 settings = {"normalise": normalise, "basis": basis} if old is None else old.settings
                 given = _from_file(Path(weights), weighed, settings)
+        reads: list[str] = []
+
+        def opening(recorded: Sequence[str], named: Sequence[str]) -> None:
+            reads.extend([*recorded, *named])
+            _print_reads(recorded, "recorded in STATE")
+            _print_reads(named, "added")
+
         # What warnings would say is in the state's notes and settings, and shown from there.
         with warnings.catch_warnings(), progress() as report:
             warnings.simplefilter("ignore", GloraWarning)
             if old is not None:
                 state = renew(
                     old, add=added, remove=remove or [], weights=given, progress=report,
-                    known=refusals,
+                    known=refusals, readouts=readouts, opening=opening,
                 )  # fmt: skip
             else:
                 state = merge(
                     clients, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
-                    progress=report, known=refusals,
+                    progress=report, known=refusals, readouts=readouts,
                 )  # fmt: skip
         state = replace(
             state,
@@ -225,12 +241,15 @@ def aggregate(
                 plot_state(state, building / PICTURE_NAME)
 
         facts["notes"] += padding_note(state, readouts[-1], pad) if readouts else []
+        facts["notes"] += file_notes(file) if file is not None else []
         facts |= {
             "out": str(out),
             "state": str(out / STATE_NAME),
             "readouts": {str(r): str(out / f"r{r}") for r in readouts},
             "plot": str(out / PICTURE_NAME) if plot else None,
         }
+        if update is not None:
+            facts["reads"] = reads
         if as_json:
             print_json(facts)
         else:
@@ -269,6 +288,16 @@ def _check_update(
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+def _print_reads(folders: Sequence[str], why: str) -> None:
+    """The folders an update is about to read, before it does: a state may name any."""
+    together = defaultdict(list)
+    for folder in folders:
+        together[os.path.dirname(folder)].append(os.path.basename(folder))
+    for parent, names in together.items():
+        line = clean(f"in {parent}: {', '.join(names)} ({why})")
+        console(stderr=True).print(labelled("reads: ", "bold", line), soft_wrap=True)
 
 
 def _in_place(update: Path, old: State) -> tuple[Path, list[int], Any]:

@@ -14,10 +14,12 @@ from ..certificates import CLIENT_STATS, STATS
 from ..errors import require
 from ..report import lines, notes
 from ..state import State
+from ..state_file import StateFile, read
 from .show import clean, console, labelled, number, print_notes, span, table
 
 __all__ = [
     "STATE_NAME",
+    "file_notes",
     "find_state",
     "load_state",
     "padding_note",
@@ -191,8 +193,8 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def load_state(path: Path) -> State:
-    """The state in a file, or in a folder as `glora aggregate` writes it."""
+def load_state(path: Path) -> tuple[State, StateFile]:
+    """The state in a file, or in a folder as `glora aggregate` writes it, and the file."""
     found = find_state(path)
     require(
         found is not None,
@@ -201,4 +203,10 @@ def load_state(path: Path) -> State:
         f"a {STATE_NAME} or a folder that holds one",
         "glora aggregate writes one",
     )
-    return State.load(found or path)
+    file = read(found or path)
+    return State.of(file), file
+
+
+def file_notes(file: StateFile) -> list[dict[str, Any]]:
+    """Tells whoever uses a file without checksums what it cannot tell them."""
+    return [] if file.note is None else [{"text": file.note, "warning": False}]

@@ -46,6 +46,8 @@ def inspect(
 
             print_state(facts)
             _print_state_modules(facts["certificates"])
+            if facts["sha256"] is not None:
+                console().print(f"\nchecksums: all verified, sha256 {facts['sha256']}", style="dim")
         else:
             _print_adapter(facts)
         if plot is not None:
@@ -53,14 +55,16 @@ def inspect(
 
 
 def _state(path: Path, plot: Path | None) -> dict[str, Any]:
-    from .facts import load_state, state_facts
+    from .facts import file_notes, load_state, state_facts
 
-    state = load_state(path)
+    state, file = load_state(path)
     if plot is not None:
         from ..plots import plot_state
 
         plot_state(state, plot)
-    return {"state": str(path), **state_facts(state)}
+    facts = state_facts(state)
+    facts["notes"] += file_notes(file)
+    return {"state": str(path), "format_version": file.version, "sha256": file.sha256, **facts}
 
 
 def _adapter(path: Path, plot: Path | None) -> dict[str, Any]:

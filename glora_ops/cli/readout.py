@@ -37,9 +37,9 @@ def readout(
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
     with answering(as_json, writes=True):
-        from .facts import load_state, padding_note
+        from .facts import file_notes, load_state, padding_note
 
-        loaded = load_state(state)
+        loaded, file = load_state(state)
         loaded.write_adapter(out, rank, pad=pad, seed=seed, overwrite=overwrite)
         facts: dict[str, Any] = {
             "state": str(state),
@@ -48,7 +48,7 @@ def readout(
             "pad": pad,
             "energy": _energy(loaded, rank),
             "modules": list(loaded.modules),
-            "notes": padding_note(loaded, rank, pad),
+            "notes": [*padding_note(loaded, rank, pad), *file_notes(file)],
         }
         if as_json:
             print_json(facts)

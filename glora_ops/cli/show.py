@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import GloraError, Refusal
+from ..errors import GloraError, Refusal, clean
 
 __all__ = [
     "answering",
@@ -51,11 +51,6 @@ LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 
 def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
-
-
-def clean(text: object) -> str:
-    """`text` without control characters: names come from clients and could drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
 
 
 def number(value: float) -> str:

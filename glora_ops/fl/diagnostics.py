@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..alignment import align, canonical_bases, mean_over_modules
+from ..linalg import eigen
 from ..state import Factors
 from .messages import Pairs, Reply, Sent
 from .methods.base import shares
@@ -103,7 +104,7 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
                 (x.factors[m][0][:, :rank].double(), x.factors[m][1][:rank].double())
                 for x in (one, other)
             )
-            u, sigma, vt = torch.linalg.svd(b.mT @ c + a @ d.mT)
+            u, sigma, vt = eigen.svd(b.mT @ c + a @ d.mT)
             eye = torch.eye(rank, dtype=u.dtype)
             own = float(sum(x.square().sum() for x in (a, b, c, d))) or 1.0
             turns.append(float(torch.linalg.matrix_norm(u @ vt - eye)) / (2 * rank**0.5))
@@ -134,8 +135,8 @@ def spectrum(pair: Factors) -> Tensor:
     """Singular values of B A, descending, fp64."""
     b, a = pair[0].double(), pair[1].double()
     if a.shape[0] >= min(b.shape[0], a.shape[1]):
-        return torch.linalg.svdvals(b @ a)
-    return torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT)
+        return eigen.svd(b @ a, full_matrices=False)[1]
+    return eigen.svd(torch.linalg.qr(b).R @ torch.linalg.qr(a.mT).R.mT)[1]
 
 
 def effective_rank(sigma: Tensor) -> float:

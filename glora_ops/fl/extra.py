@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from ..errors import require
 
-_missing = [name for name in ("peft", "pydantic", "sklearn") if find_spec(name) is None]
+_missing = [name for name in ("peft", "sklearn") if find_spec(name) is None]
 require(
     not _missing,
     "glora_ops.fl",

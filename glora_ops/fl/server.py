@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..arguments import check_padding
 from .messages import Client, Pairs, draw_factors
 from .seeds import number
 
@@ -47,6 +48,14 @@ class Setup:
     dense: dict[str, Tensor]
     shared_start: bool
     seed: int
+
+    def __post_init__(self) -> None:
+        self.check_rank("ranks", self.max_rank)
+
+    def check_rank(self, name: str, rank: int) -> None:
+        """Refuse a rank that would be mostly padding in every module of the model."""
+        widest = max((size for shape in self.shapes.values() for size in shape), default=1)
+        check_padding(name, rank, widest, "the model's widest module")
 
     @property
     def max_rank(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .eigen import cholesky
+
 __all__ = [
     "Balanced",
     "Forms",
@@ -101,11 +103,8 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     Zero columns stay zero. Where the factorisation fails T is returned as it is.
     """
     empty = torch.diag_embed((~kept).to(t.dtype))
-    r, info = torch.linalg.cholesky_ex(t.mT @ gram @ t + empty, upper=True)
-    safe = torch.where(
-        (info == 0)[..., None, None], r, torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-    )
-    return torch.linalg.solve_triangular(safe, t, upper=True, left=False)
+    r, _ = cholesky(t.mT @ gram @ t + empty)
+    return torch.linalg.solve_triangular(r, t, upper=True, left=False)
 
 
 def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:

@@ -86,6 +86,11 @@ class Ragged:
         """One client that owns the whole stack."""
         return cls(torch.tensor([0, rows]), rows, device)
 
+    def keeping(self, counts: Tensor) -> Ragged:
+        """The stack in which client i has counts[i] rows left, counts (K,)."""
+        marks = [0, *counts.cumsum(0).tolist()]
+        return _kept(tuple(marks), max(hi - lo for lo, hi in pairwise(marks)), self.device)
+
     @property
     def clients(self) -> int:
         return self.offsets.numel() - 1

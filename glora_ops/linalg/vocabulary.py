@@ -32,11 +32,17 @@ class Vocabulary(Protocol):
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
 
-    def precise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows for fp64 products, and as `rows` their scale where it is not one."""
+    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of both factors, a scale (L, N) and a size (L, K), exact powers of two.
+
+        b = scale · rows_b and a = size/scale · rows_a, but that a row with a zero partner is zero.
+        """
+
+    def precise(self, x: Tensor) -> Tensor:
+        """Rows as products in fp64 take them."""
 
     def lengths(self, x: Tensor) -> Tensor:
-        """(L, N) fp64: norms of the rows, a row of any size but zero above zero."""
+        """(L, N) fp64: norms of the rows."""
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         """(L, K, r, r) fp64: x_i x_iᵀ of every client, accumulated in fp64, zero-padded."""

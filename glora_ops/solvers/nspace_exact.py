@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..linalg import eigen
 from ..linalg.canonical import U64, positive
 from ..linalg.clients import Clients, balanced_sizes
 from ..linalg.orthonormal import cholesky_qr, straightened
@@ -49,19 +50,21 @@ class ExactSolver:
     def __init__(self, v: Vocabulary, factors: Factors, settings: Settings) -> None:
         self.v, self.ragged, self.scaling = v, factors.ragged, factors.scaling
         self.settings, self.roundoff = settings, factors.roundoff
-        self.dtype = working(torch.promote_types(factors.b.dtype, factors.a.dtype))
+        b, a = factors.b, factors.a
+        self.dtype = working(torch.promote_types(b.dtype, a.dtype))
         self.unit = torch.finfo(self.dtype).eps / 2
-        self.rows, power = zip(*(v.precise(x) for x in (factors.b, factors.a)), strict=True)
+        if self.dtype == torch.float64:  # squares of anything narrower are in its range
+            b, a, _, size = v.pair(b, a, self.ragged)
+            self.scaling = self.scaling * size
+        self.rows = v.precise(b), v.precise(a)
         gram = torch.cat([v.inner(x.mT, x.mT) for x in self.rows])
-        length = _diagonal(gram).sqrt()
-        both = length[: len(gram) // 2] * length[len(gram) // 2 :]
+        self.length = _diagonal(gram).sqrt()
+        left, right = self.length.chunk(2)
+        self.weight = left * right
         # Unit rows, or zero where a pair is dead: its partner counts no more than it does.
-        self.inverse = (both > 0).repeat(2, 1) / positive(length)
+        self.inverse = (self.weight > 0).repeat(2, 1) / positive(self.length)
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
         self.lower = cholesky(self.gram)
-        if power[0] is not None:
-            length, both = length * torch.cat(power), both * power[0] * power[1]
-        self.length, self.weight = length, both
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -76,15 +79,18 @@ class ExactSolver:
         """T_U = n L_A Y/σ and T_V = n G_B T_U/σ from Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A)."""
         pad, unpad = self.ragged.pad, self.ragged.unpad
         gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
-        n = pad((self.weight * self.ragged.per_row(self.scaling.abs()))[..., None])
+        # Powers of two keep every client near one: LAPACK scales what is far from it by others.
+        unit = torch.exp2(torch.frexp(self.sizes).exponent.double())
+        n = pad((self.weight * self.ragged.per_row(self.scaling / unit))[..., None])
         other = n * cholesky(gram_a)
         sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
-        floor = 16 * self.ragged.max_rank * U64 * self.sizes.square()
+        floor = 16 * self.ragged.max_rank * U64 * (self.sizes / unit).square()
         kept = sigma2 > floor[..., None]
         sigma = sigma2.sqrt() * kept
         inverse = (kept / positive(sigma))[..., None, :]
-        t_u = other @ y * inverse
-        t_v = n * (gram_b @ t_u) * inverse * self.scaling.sign()[..., None, None]
+        t_u = other @ y * (inverse * self.scaling.sign()[..., None, None])
+        t_v = n * (gram_b @ t_u) * inverse
+        sigma = sigma * unit[..., None]
         noise = 0.5 * self.roundoff * self.sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
         flat = unpad(sigma[..., None])[..., 0]
@@ -196,12 +202,12 @@ def cholesky(g: Tensor) -> Tensor:
     shift = torch.full(g.shape[:-2], SHIFT * g.shape[-1], dtype=g.dtype, device=g.device)
     for _ in range(16):
         _diagonal(g).copy_(1 + shift[..., None])
-        lower, info = torch.linalg.cholesky_ex(g)
-        if not bool(info.any()):
+        upper, fine = eigen.cholesky(g)
+        if bool(fine.all()):
             break
-        shift = shift * (1 + 15 * (info != 0))
+        shift = shift * (16 - 15 * fine.double())
     _diagonal(g).fill_(1)
-    return lower
+    return upper.mT
 
 
 def principal_of_rows(
@@ -214,7 +220,7 @@ def principal_of_rows(
     n, root = ragged.rows, voters.votes.sqrt()
     rows = torch.cat([rows, voters.extra.mT.to(rows.dtype)], -2)
     if rows.dtype != torch.float64:  # those are in a safe range as they come
-        rows, _ = v.precise(rows)
+        rows = v.precise(rows)
 
     def fold(g: Tensor) -> Tensor:
         return torch.cat([v.fold(voters.t, root, ragged, g[..., :n, :]), g[..., n:, :]], -2)

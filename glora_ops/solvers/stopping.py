@@ -102,20 +102,23 @@ class StopRule:
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1
-        enough = self.adaptive and self._enough(x, theta, vectors, total)
-        return enough or self.flat or self.asked == self.limit
+        before, self.before = self.before, theta
+        gains = torch.zeros_like(theta) if before is None else theta - before
+        gains = gains * (gains > self.jitter * theta[..., :1])  # (12.4)
+        enough = self.adaptive and self._enough(x, theta, vectors, total, gains)
+        complete = before is not None and not bool(gains.any())  # however many steps were asked for
+        return enough or complete or self.flat or self.asked == self.limit
 
-    def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
-        lead = theta[..., : self.rank]
+    def _enough(
+        self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor, gains: Tensor
+    ) -> bool:
+        lead, gains = theta[..., : self.rank], gains[..., : self.rank]
         found = lead.sum(-1)
         outside = (total - theta.sum(-1)).clamp(min=0)
         if self._little(outside, found, total):
             return True
-        before, self.before = self.before, lead
-        if before is None:
+        if self.asked == 0:
             return False
-        gains = lead - before
-        gains = gains * (gains > self.jitter * theta[..., :1])  # (12.4)
         bulk = theta[..., self.rank :].sum(-1, keepdim=True) / max(theta.shape[-1] - self.rank, 1)
         shift = 0.0 if self.half else theta[..., -1:] / 2
         apart = positive(lead - shift)

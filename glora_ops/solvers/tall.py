@@ -6,7 +6,6 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -41,12 +40,10 @@ class TallSolver:
 
     def __init__(self, v: Vocabulary, factors: Factors, settings: Settings) -> None:
         self.v, self.settings = v, settings
-        self.ragged, self.scaling = factors.ragged, factors.scaling
-        self.roundoff = factors.roundoff
-        dtype = torch.promote_types(factors.b.dtype, factors.a.dtype)
-        self.b, self.power_b = v.rows(factors.b.to(dtype))
-        self.a, self.power_a = v.rows(factors.a.to(dtype))
-        self.dtype = working(dtype)
+        self.ragged, self.roundoff = factors.ragged, factors.roundoff
+        self.b, self.a, self.scale, self.size = v.pair(factors.b, factors.a, self.ragged)
+        self.scaling = factors.scaling * self.size
+        self.dtype = working(self.b.dtype)
         self.unit = torch.finfo(self.dtype).eps / 2
 
     @cached_property
@@ -56,21 +53,19 @@ class TallSolver:
 
     @cached_property
     def clients(self) -> Clients:
-        powers = [self.ragged.pad(x[..., None]) for x in (self.power_b, self.power_a)]
-        gram_b, gram_a = (x * g * x.mT for x, g in zip(powers, self.client_grams, strict=True))
-        tau_rel, ragged = self.settings.tau_rel, self.ragged
-        found = canonicalize(self.v, gram_b, gram_a, ragged, self.scaling, tau_rel, self.roundoff)
-        t_u, t_v = self.power_b[..., None] * found.t_u, self.power_a[..., None] * found.t_v
-        return replace(found, t_u=t_u, t_v=t_v)
+        gram_b, gram_a = self.client_grams
+        tau_rel = self.settings.tau_rel
+        return canonicalize(
+            self.v, gram_b, gram_a, self.ragged, self.scaling, tau_rel, self.roundoff
+        )
 
     @cached_property
     def sizes(self) -> Tensor:
         norm_b, norm_a = (self.v.lengths(x).square() for x in (self.b, self.a))
-        norm_b, norm_a = norm_b * self.power_b.square(), norm_a * self.power_a.square()
         return self.scaling.abs() * balanced_sizes(norm_b, norm_a, self.ragged)
 
     def coefficients(self, p: Tensor) -> Tensor:
-        return self.ragged.per_row(p * self.scaling) * self.power_b * self.power_a
+        return self.ragged.per_row(p * self.scaling)
 
     def mean(self, p: Tensor) -> MeanUpdate:
         return MeanUpdate(self.v, self.b, self.a, self.coefficients(p))

@@ -32,6 +32,15 @@ def test_the_named_configurations_ship() -> None:
     assert set(shipped()) >= EXPECTED
 
 
+def test_ranks_that_would_be_nothing_but_padding_are_refused_before_the_first_round() -> None:
+    shapes = {"layer": (6, 5)}
+    with pytest.raises(GloraError, match="ranks: got 999999999, expected at most 1024"):
+        Setup(shapes, (4, 999_999_999), 2.0, {}, True, 0)
+    method = METHODS["glora"](rank=2_000_000)
+    with pytest.raises(GloraError, match="rank: got 2000000, expected at most 1024"):
+        method.start(Setup(shapes, (4,), 2.0, {}, True, 0))
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_shipped_configurations_are_valid_and_say_what_they_take(name: str) -> None:
     loaded = load_config(name)

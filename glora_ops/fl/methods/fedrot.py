@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import require
+from ...linalg import eigen
 from ...state import Factors
 from ..messages import Client, Reply, Sent
 from ..server import Server
@@ -63,9 +64,9 @@ class FedRotLoRA(Method):
 
 def rotation(correlation: Tensor, strength: float) -> Tensor:
     """polar((1 − λ) I + λ R*), R* the rotation (determinant 1) with the largest tr(R*ᵀ M)."""
-    u, _, vt = torch.linalg.svd(correlation)
+    u, _, vt = eigen.svd(correlation)
     if torch.linalg.det(u @ vt) < 0:
         vt = torch.cat([vt[:-1], -vt[-1:]])
     soft = (1 - strength) * torch.eye(len(u), dtype=u.dtype) + strength * (u @ vt)
-    u, _, vt = torch.linalg.svd(soft)
+    u, _, vt = eigen.svd(soft)
     return u @ vt

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from ...linalg import eigen
 from ..messages import Client, Pairs, Reply, Sent
 from ..server import SVD, Server
 from .base import Method, next_state, shares
@@ -34,7 +33,7 @@ class FlexLoRA(Method):
         stacked = stack([r.factors for r in replies], [s * w for w in shares(replies)])
         svd = {}
         for m, (b, a) in stacked.items():
-            u, sigma, vt = torch.linalg.svd(b @ a, full_matrices=False)
+            u, sigma, vt = eigen.svd(b @ a, full_matrices=False)
             keep = max(a.shape[0], server.setup.max_rank)
             svd[m] = SVD(u[:, :keep].contiguous(), sigma[:keep].double(), vt[:keep].mT.contiguous())
         return next_state(server, replies, svd=svd)

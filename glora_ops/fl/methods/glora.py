@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ...api import aggregate
+from ...bindings.ops import Aggregate
 from ...errors import GloraWarning, require_all
 from ..messages import Client, Pairs, Reply, Sent
 from ..seeds import number
@@ -49,8 +50,8 @@ class Glora(Method):
     rank: int | None = None
     momentum: float = 0.0
     server_vote: float = 0.5
-    tau_rel: float = 0.1
-    anchor: float = 1.0
+    tau_rel: float = Aggregate.tau_rel
+    anchor: float = Aggregate.anchor
 
     def __post_init__(self) -> None:
         alone = 'mode = "adapter": in delta mode the server keeps all of W_t anyway'
@@ -62,6 +63,10 @@ class Glora(Method):
             (0 <= self.anchor < inf, "anchor", self.anchor, "a finite weight ≥ 0"),
             (self.mode == "adapter" or self.momentum == 0, "momentum", self.momentum, alone),
         )
+
+    def start(self, setup: Setup) -> Server:
+        setup.check_rank("rank", self._server_rank(setup))
+        return super().start(setup)
 
     def broadcast(self, server: Server, client: Client) -> Sent:
         if not server.svd:

@@ -1,0 +1,253 @@
+"""The file of a state: safetensors with JSON in its metadata, checksums, and checks of both.
+
+Format 3. The metadata have one key, ``glora``, whose text is a JSON object: what `state_schema`
+describes; ``tensors``, the digest of each tensor by its name; and ``sha256``, the digest of all
+other entries. The digest of a tensor is the SHA-256 of the canonical JSON of [dtype, shape], as
+the file's header has them, followed by the tensor's bytes; that of the entries is the SHA-256 of
+their canonical JSON: sorted keys, no spaces, ASCII. Formats 1 (no record either) and 2 have no
+digests.
+
+Files are read like adapters: plain reads of a regular file, which is refused where it is no longer
+the one whose header was checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters.files import parse_json_object
+from .adapters.safetensors_header import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_NAME,
+    Header,
+    TensorInfo,
+    read_header,
+)
+from .adapters.stored import Stored, signature
+from .errors import Refusal, Refused, require, unfit
+from .state_checks import misplaced, tensor_names, wrong_values
+
+__all__ = ["FORMAT_VERSION", "StateFile", "encode", "read"]
+
+FORMAT_VERSION = 3  # 2 had no digests, 1 no record
+MAX_BYTES = 2**40
+STORED = DTYPES | {"BOOL": torch.bool}
+STORED_NAMES = {dtype: name for name, dtype in STORED.items()}
+#: Refusals of one file that are listed; of more only the number is given.
+SHOWN = 8
+
+_STATE_FILE = "a server.safetensors"
+_WRITES = "glora aggregate writes one, and State.save"
+_DAMAGED = "the file is damaged or was edited: write it again, or fetch a copy"
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """What was read and found to be in order.
+
+    Attributes
+    ----------
+    path : Path
+    version : int
+        Of the format.
+    sha256 : str or None
+        Digest of the metadata, which hold those of all tensors; None before format 3.
+    about : dict
+        ``modules``, ``clients``, ``weights``, ``settings``, ``layout`` and ``record``.
+    modules : dict of str to (dict of str to Tensor)
+        The parts of each module, as `ModuleState` names them.
+    dense : dict of str to Tensor
+    """
+
+    path: Path
+    version: int
+    sha256: str | None
+    about: dict[str, Any]
+    modules: dict[str, dict[str, Tensor]]
+    dense: dict[str, Tensor]
+
+    @property
+    def note(self) -> str | None:
+        """What a reader should know of a file without checksums."""
+        if self.sha256 is not None:
+            return None
+        return (
+            f"{self.path} has format {self.version}, which carries no checksum: damage that leaves "
+            "its numbers plausible cannot be seen; a state that is saved now carries them"
+        )
+
+
+def encode(
+    about: Mapping[str, Any],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    dense: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata for safetensors, the same bytes for the same state.
+
+    Raises
+    ------
+    Refused
+        If the file could not be read again.
+    """
+    named = {
+        key: m[part] for name, m in modules.items() for part, key in tensor_names(name).items()
+    }
+    named |= {f"dense/{name}": x for name, x in dense.items()}
+    tensors = {key: x.detach().cpu().contiguous() for key, x in named.items()}
+    try:
+        text = json.dumps({"format_version": FORMAT_VERSION} | dict(about), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise unfit("state", error, "settings and a record that JSON can hold") from None
+    written = json.loads(text)
+    remedy = "look at how the state was made: its file could not be read again"
+    _refuse(_unreadable(tensors), None, remedy)
+    written["tensors"] = {key: _digest(x) for key, x in tensors.items()}
+    written["sha256"] = _digest_of(written)
+    _check(written, tensors, None, remedy)
+    _refuse(wrong_values(written["modules"], tensors), None, remedy)
+    text = json.dumps(written)
+    size = len(json.dumps(text)) + sum(2 * len(json.dumps(key)) + 200 for key in tensors)
+    require(size <= MAX_HEADER_BYTES, "state", f"metadata of {size} bytes",
+            f"at most {MAX_HEADER_BYTES}", "fewer clients, or shorter names")  # fmt: skip
+    return tensors, {"glora": text}
+
+
+def read(path: Path) -> StateFile:
+    """The state in a file, every checksum and value of it checked.
+
+    Raises
+    ------
+    GloraError
+        Not a safetensors file, not a state, of a format this version cannot read, damaged, or
+        changed while it was read.
+    """
+    require(path.is_file(), "state", path, "an existing file", _WRITES, file=str(path))
+    found = signature(path.stat())
+    header, problems = read_header(path, None, max_bytes=MAX_BYTES, dtypes=STORED)
+    if header is None:
+        problems = [replace(p, problem=f"no safetensors file: {p.problem}") for p in problems]
+        raise _refused(problems, path, f"{_STATE_FILE} is wanted: {_WRITES}")
+    about = _metadata(path, header)
+    _check(about, header.tensors, path)
+    stored = Stored(path, None, header.tensors, found)
+    tensors = dict(zip(header.tensors, stored.read(*header.tensors), strict=True))
+    digests = about.pop("tensors", {}).items()
+    found_now = ((key, _digest(tensors[key]), digest) for key, digest in digests)
+    _refuse((_other(*one) for one in found_now if one[1] != one[2]), path)
+    _refuse(wrong_values(about["modules"], tensors), path)
+    return StateFile(
+        path,
+        about.pop("format_version"),
+        about.pop("sha256", None),
+        about,
+        {
+            name: {part: tensors[key] for part, key in tensor_names(name).items()}
+            for name in about["modules"]
+        },
+        {
+            key.removeprefix("dense/"): tensors[key]
+            for key in sorted(tensors)
+            if key.startswith("dense/")
+        },
+    )
+
+
+def _metadata(path: Path, header: Header) -> dict[str, Any]:
+    """The JSON of the metadata, of a format that is known."""
+    try:
+        ((key, text),) = header.metadata.items()  # another beside it would go unchecked
+        about = parse_json_object(text.encode()) if key == "glora" else {}
+        version = about["format_version"]
+    except (KeyError, ValueError):
+        found = f"{path}, which carries no glora metadata, or others beside them"
+        raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
+    require(
+        type(version) is int and 1 <= version <= FORMAT_VERSION,
+        "format_version",
+        f"{version!r:.20} in {path}",
+        f"1 to {FORMAT_VERSION}",
+        "read it with the glora that wrote it",
+        file=str(path),
+    )
+    return about
+
+
+def _check(
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor | TensorInfo],
+    path: Path | None,
+    remedy: str = _DAMAGED,
+) -> None:
+    """Raise `Refused` where metadata or tensors, by dtype and shape, are not those of a state."""
+    from .state_schema import faults  # pydantic takes longer to import than the package
+
+    _refuse(faults(about), path, remedy)
+    if "sha256" in about:
+        if (now := _digest_of(about)) != about["sha256"]:
+            _refuse([_other(None, now, about["sha256"])], path, remedy)
+        odd = sorted(about["tensors"].keys() ^ tensors.keys())
+        missing = (Refusal("a tensor or its checksum is missing", tensor=key) for key in odd)
+        _refuse(missing, path, remedy)
+    rank, clients = about["settings"]["rank"], len(about["clients"])
+    _refuse(misplaced(about["modules"], clients, rank, tensors), path, remedy)
+
+
+def _other(tensor: str | None, found: str, expected: str) -> Refusal:
+    """The refusal of a tensor, or of the metadata, with another digest than was written."""
+    return Refusal(
+        "the metadata are not what was written"
+        if tensor is None
+        else "the tensor is not what was written",
+        tensor=tensor,
+        found=f"sha256 {found:.16}…",
+        expected=f"{expected:.16}…",
+    )
+
+
+def _refuse(refusals: Iterable[Refusal], path: Path | None, remedy: str = _DAMAGED) -> None:
+    """Raise `_refused` if there is anything to refuse."""
+    found = list(refusals)
+    if found:
+        raise _refused(found, path, remedy)
+
+
+def _refused(refusals: list[Refusal], path: Path | None, remedy: str) -> Refused:
+    """The first few, and the number of the others."""
+    shown, more = refusals[:SHOWN], len(refusals) - SHOWN
+    if more > 0:
+        shown.append(Refusal("there is more", found=f"{more} more of the same kind"))
+    file = None if path is None else str(path)
+    return Refused(replace(refusal, file=file, remedy=remedy) for refusal in shown)
+
+
+def _unreadable(tensors: Mapping[str, Tensor]) -> Iterator[Refusal]:
+    for key, x in tensors.items():
+        if not key.isprintable() or len(key) > MAX_NAME:
+            expected = f"at most {MAX_NAME} printable characters"
+            yield Refusal("the name cannot be read again", None, None, key, "", expected)
+        if x.dtype not in STORED_NAMES:
+            expected = ", ".join(map(str, STORED_NAMES))
+            yield Refusal("the dtype cannot be read again", None, None, key, str(x.dtype), expected)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest(x: Tensor) -> str:
+    digest = hashlib.sha256(_canonical([STORED_NAMES[x.dtype], list(x.shape)]))
+    digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_of(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in about.items() if k != "sha256"})).hexdigest()
