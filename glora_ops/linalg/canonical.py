@@ -103,8 +103,8 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     Zero columns stay zero. Where the factorisation fails T is returned as it is.
     """
     empty = torch.diag_embed((~kept).to(t.dtype))
-    lower, _ = cholesky(t.mT @ gram @ t + empty)
-    return torch.linalg.solve_triangular(lower.mT, t, upper=True, left=False)
+    r, _ = cholesky(t.mT @ gram @ t + empty)
+    return torch.linalg.solve_triangular(r, t, upper=True, left=False)
 
 
 def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:

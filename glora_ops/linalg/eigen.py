@@ -73,20 +73,20 @@ def svd(c: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cholesky(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower triangular L with L Lᵀ = g, and which matrices are positive definite (…,) bool.
+    """Upper triangular R with RᵀR = g, and which matrices are positive definite (…,) bool.
 
-    L is the identity for those that are not. Falls back on the QR decomposition of √Λ Vᵀ.
+    R is the identity for those that are not. Falls back on the QR decomposition of √Λ Vᵀ.
     """
     try:
-        lower, info = torch.linalg.cholesky_ex(g)
+        r, info = torch.linalg.cholesky_ex(g, upper=True)
         positive = info == 0
     except torch.linalg.LinAlgError:
         lam, vec = eigh(g)
         r = torch.linalg.qr(lam.clamp(min=0).sqrt()[..., None] * vec.mT).R
-        lower = r.mT * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :]
+        r = r * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None]
         positive = lam[..., 0] > 0
-    identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    return torch.where(positive[..., None, None], lower, identity), positive
+    identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
+    return torch.where(positive[..., None, None], r, identity), positive
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> Parts:

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..linalg import eigen
 from ..linalg.canonical import U64, positive
 from ..linalg.clients import Clients, balanced_sizes
-from ..linalg.eigen import cholesky
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged
 from ..linalg.vocabulary import Vocabulary, working
@@ -64,7 +64,7 @@ class ExactSolver:
         # Unit rows, or zero where a pair is dead: its partner counts no more than it does.
         self.inverse = (self.weight > 0).repeat(2, 1) / positive(self.length)
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
-        self.lower = shifted_cholesky(self.gram)
+        self.lower = cholesky(self.gram)
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -79,18 +79,19 @@ class ExactSolver:
         """T_U = n L_A Y/σ and T_V = n G_B T_U/σ from Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A)."""
         pad, unpad = self.ragged.pad, self.ragged.unpad
         gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
-        # Near one by powers of two: LAPACK scales what is tiny by others.
+        # Powers of two keep every client near one: LAPACK scales what is far from it by others.
         unit = torch.exp2(torch.frexp(self.sizes).exponent.double())
-        n = pad((self.weight * self.ragged.per_row(self.scaling.abs() / unit))[..., None])
-        other = n * shifted_cholesky(gram_a)
+        n = pad((self.weight * self.ragged.per_row(self.scaling / unit))[..., None])
+        other = n * cholesky(gram_a)
         sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
         floor = 16 * self.ragged.max_rank * U64 * (self.sizes / unit).square()
         kept = sigma2 > floor[..., None]
         sigma = sigma2.sqrt() * kept
         inverse = (kept / positive(sigma))[..., None, :]
-        t_u = other @ y * inverse
-        t_v = n * (gram_b @ t_u) * inverse * self.scaling.sign()[..., None, None]
-        sigma, noise = sigma * unit[..., None], 0.5 * self.roundoff * self.sizes
+        t_u = other @ y * (inverse * self.scaling.sign()[..., None, None])
+        t_v = n * (gram_b @ t_u) * inverse
+        sigma = sigma * unit[..., None]
+        noise = 0.5 * self.roundoff * self.sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
         flat = unpad(sigma[..., None])[..., 0]
         return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, self.sizes, noise, tau)
@@ -192,7 +193,7 @@ def _diagonal(g: Tensor) -> Tensor:
     return g.diagonal(0, -2, -1)
 
 
-def shifted_cholesky(g: Tensor) -> Tensor:
+def cholesky(g: Tensor) -> Tensor:
     """L of g + shift = L Lᵀ, for a Gram matrix of unit rows.
 
     Row-wise backward stable: rows of any size keep their digits. Where rounding has left less than
@@ -201,12 +202,12 @@ def shifted_cholesky(g: Tensor) -> Tensor:
     shift = torch.full(g.shape[:-2], SHIFT * g.shape[-1], dtype=g.dtype, device=g.device)
     for _ in range(16):
         _diagonal(g).copy_(1 + shift[..., None])
-        lower, positive_definite = cholesky(g)
-        if bool(positive_definite.all()):
+        upper, fine = eigen.cholesky(g)
+        if bool(fine.all()):
             break
-        shift = shift * torch.where(positive_definite, 1, 16)
+        shift = shift * (16 - 15 * fine.double())
     _diagonal(g).fill_(1)
-    return lower
+    return upper.mT
 
 
 def principal_of_rows(
