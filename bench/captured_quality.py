@@ -27,7 +27,7 @@ def errors(kind: str, basis: str) -> list[float]:
         clients, p.weights.numpy(), p.scaling.numpy(), 16, basis, unit_roundoff=2.0**-24
     )
     out = [float((torch.from_numpy(exact.w_hat) - mean).norm() / mean.norm())]
-    ops = Ops(CpuVocabulary(), captured=True)
+    ops = Ops(CpuVocabulary(), fixed_steps=True)
     for steps in STEPS:
         with torch.no_grad():
             u, s, v, *_ = ops.aggregate(

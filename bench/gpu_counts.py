@@ -113,7 +113,7 @@ def count(name: str, steps: int, dtype: torch.dtype) -> dict[str, Any]:
     """A captured consensus of every shape of a case, clients of rank 16."""
     shapes, clients, rank = CASES[name]
     counts, stacks = Counts(), 0
-    op = Ops(CudaVocabulary(), captured=True).aggregate
+    op = Ops(CudaVocabulary(), fixed_steps=True).aggregate
     offsets, one = 16 * torch.arange(clients + 1), torch.ones(clients, device="meta")
     for (d_out, d_in), modules in shapes.items():
         b, a = (

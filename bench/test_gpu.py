@@ -27,7 +27,7 @@ from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
 from glora_ops import algorithm
-from glora_ops.ragged import Ragged
+from glora_ops.linalg.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: nothing was timed"
@@ -196,7 +196,7 @@ def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
 def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], Any]]:
     """What makes each way's call; nothing is compiled or recorded before it is asked for."""
     glora = torch.ops.glora.aggregate
-    plain = torch.no_grad()(Ops(TorchVocabulary(), captured=True).aggregate)
+    plain = torch.no_grad()(Ops(TorchVocabulary(), fixed_steps=True).aggregate)
 
     def each(aggregate: Callable[..., Any], **settings: Any) -> Callable[[], Any]:
         return lambda: [

@@ -16,7 +16,7 @@ def _cpu() -> Ops:
 def _cuda() -> Ops:
     from .cuda import CudaVocabulary  # imports Triton
 
-    return Ops(CudaVocabulary(), captured=True)
+    return Ops(CudaVocabulary(), fixed_steps=True)
 
 
 register(_cpu, "CPU")

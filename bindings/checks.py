@@ -100,6 +100,13 @@ def columns(name: str, x: Tensor | None, rows: Tensor) -> None:
         floats(name, x, x.shape[:-1] == space, expected)
 
 
+def spectrum(u: Tensor, s: Tensor, v: Tensor) -> None:
+    """One singular value per pair of columns."""
+    fits = all(s.shape == (*x.shape[:-2], x.shape[-1]) for x in (u, v))
+    shape = f"one float per column of u {tuple(u.shape)} and v {tuple(v.shape)}"
+    floats("s", s, fits, shape)
+
+
 def numbers(call: BoundArguments) -> None:
     """Every argument that `NUMBERS` knows."""
     for name, value in call.arguments.items():

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from glora_ops import eigen, scratch, tall
-from glora_ops.canonical import Balanced, Forms, canonical_forms
+from glora_ops import scratch
 from glora_ops.isolation import all_threads, keep_freed
-from glora_ops.ragged import Ragged
-from glora_ops.solver import fill
+from glora_ops.linalg import eigen, orthonormal
+from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.solvers.base import fill
 
 __all__ = ["CpuVocabulary"]
 
-# Rows whose largest entries are zero or within 2^±30 (fp32) or 2^±100 (fp64) leave every product,
-# and every product of two products, in range as they are.
+# Rows as long as 2^±30 (fp32) or 2^±100 (fp64) leave every product, and every product of two
+# products, in range as they are.
 SAFE = {torch.float32: 2.0**30, torch.float64: 2.0**100}
 # More than any binary exponent of a product of two numbers, and its inverse.
 FAR = 2**13
@@ -39,15 +39,15 @@ def _working(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
-def _peaks(x: Tensor) -> Tensor:
-    """(L, N) fp64: each row's largest modulus."""
-    with _threads(x.numel()):
-        return torch.linalg.vector_norm(x, torch.inf, dim=-1).double()
+def _is_safe(x: Tensor) -> bool:
+    """Whether every row is; a zero row asks for a closer look."""
+    length, safe = torch.linalg.vector_norm(x, dim=-1), SAFE[x.dtype]
+    return bool(((length > 1 / safe) & (length < safe)).all())
 
 
-def _are_safe(peaks: Tensor, dtype: torch.dtype) -> bool:
-    safe = SAFE[dtype]
-    return bool(((peaks == 0) | ((peaks >= 1 / safe) & (peaks <= safe))).all())
+def _exponent(x: Tensor) -> Tensor:
+    """(L, N) int32: binary exponent of each row's largest entry, 0 of a row of zeros."""
+    return torch.frexp(x.abs().amax(-1)).exponent
 
 
 def _power(exponent: Tensor) -> Tensor:
@@ -71,10 +71,9 @@ ONEDNN = _onednn()
 ONEDNN_FROM = 2**21
 
 
-# Numbers of the stretch of a stack that is projected at a time, and rows of a strip of x xᵀ:
-# wide enough for full speed, narrow enough to stay in cache and to skip half of the square.
-STRETCH = 2**20
-STRIP = 128
+# Rows of a strip of x xᵀ at least, and strips at most: wide enough for full speed, narrow enough
+# to skip three eighths of the square.
+STRIP, STRIPS = 128, 4
 
 
 def _linear(x: Tensor, w: Tensor) -> Tensor:
@@ -103,35 +102,39 @@ def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
 
 
 class CpuVocabulary:
-    """Implements `glora_ops.vocabulary.Vocabulary`."""
+    """Implements `glora_ops.linalg.vocabulary.Vocabulary`."""
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)
-        peaks = _peaks(x)
-        if _are_safe(peaks, x.dtype):
-            return x, torch.ones_like(peaks)
-        exponent = torch.frexp(peaks).exponent
+        if _is_safe(x):
+            return x, torch.ones(x.shape[:-1], dtype=torch.float64)
+        exponent = _exponent(x)
         return (x * _power(-exponent)[..., None]).to(x.dtype), _power(exponent)
 
     def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, a = _working(b), _working(a)
         dtype = torch.promote_types(b.dtype, a.dtype)
         b, a = b.to(dtype), a.to(dtype)
-        peaks_b, peaks_a = _peaks(b), _peaks(a)
-        one = peaks_b.new_ones(len(b), ragged.clients)
-        if _are_safe(peaks_b, dtype) and _are_safe(peaks_a, dtype):
-            return b, a, torch.ones_like(peaks_b), one
-        alive = (peaks_b > 0) & (peaks_a > 0)
-        of_b, of_a = (torch.frexp(peaks).exponent for peaks in (peaks_b, peaks_a))
+        one = torch.ones(len(b), ragged.clients, dtype=torch.float64)
+        if _is_safe(b) and _is_safe(a):
+            return b, a, torch.ones(b.shape[:-1], dtype=torch.float64), one
+        alive = (b != 0).any(-1) & (a != 0).any(-1)
+        of_b, of_a = _exponent(b), _exponent(a)
         # The loudest pair of every client ends near one; places without a pair do not count. An
         # even exponent is shared out evenly, so that balancing rounds as it would have.
         product = ragged.pad(torch.where(alive, of_b + of_a + FAR, 0)[..., None]).amax((-2, -1))
         size = torch.where(product > 0, (product - FAR).div(2, rounding_mode="floor") * 2, 0)
-        half = (of_b - of_a + ragged.spread(size)).div(2, rounding_mode="floor")
+        half = (of_b - of_a + ragged.per_row(size)).div(2, rounding_mode="floor")
         down = _power(-half) * alive
-        up = _power(half - ragged.spread(size)) * alive
+        up = _power(half - ragged.per_row(size)) * alive
         b, a = ((x * by[..., None]).to(dtype) for x, by in ((b, down), (a, up)))
         return b, a, torch.where(alive, _power(half), 1.0), one * _power(size)
+
+    def precise(self, x: Tensor) -> Tensor:
+        return x.double()
+
+    def lengths(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1).double()
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         modules, _, d = rows.shape
@@ -156,18 +159,20 @@ class CpuVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return _linear(rows, omega.mT.to(rows.dtype)).double()
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        modules, n, d = rows.shape
-        out = rows.new_zeros(modules, n, n)
-        turn = ragged.pad(t).mT.to(rows.dtype)
-        for stretch in rows.tensor_split(math.ceil(modules * n * d / STRETCH), -1):
-            q = _turned(stretch, ragged, turn)
-            for top in range(0, n, STRIP):  # strips of the lower triangle; the rest is its mirror
-                strip = slice(top, top + STRIP)
-                out[:, top:, strip] += _linear(q[:, top:], q[:, strip])
-        for top in range(0, n, STRIP):
-            strip = slice(top, top + STRIP)
-            out[:, strip, top + STRIP :] = out[:, top + STRIP :, strip].mT
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        with _threads(x.numel() * y.shape[-1]):
+            return x @ y
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        return _turned(rows, ragged, ragged.pad(t).mT.to(rows.dtype))
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        modules, n, _ = q.shape
+        out = q.new_empty(modules, n, n)
+        for rows in torch.arange(n).tensor_split(min(STRIPS, -(-n // STRIP))):
+            top, end = int(rows[0]), int(rows[-1]) + 1
+            out[:, top:, top:end] = _linear(q[:, top:], q[:, top:end])
+            out[:, top:end, end:] = out[:, end:, top:end].mT  # the rest is a mirror
         return out
 
     def sketch(
@@ -195,8 +200,11 @@ class CpuVocabulary:
         scaled = [fill(x * root[..., None, :], rank) for x in (u, w)]
         return scaled[0].contiguous(), scaled[1].mT.contiguous()
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
-        return tall.triangular(g, drop)
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        return orthonormal.inverse_cholesky(g, drop)
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.qr(y)
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
@@ -204,15 +212,12 @@ class CpuVocabulary:
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         return _linear(c.mT.to(y.dtype), y).mT
 
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        return w - self.lift(basis.mT, self.times(basis.mT, w))
-
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         modules, d, k = y.shape
         m = z.shape[-1]
         if y.dtype == z.dtype == torch.float64:
             with _threads(modules * d * k * m):
-                return y.mT @ z
+                return torch.bmm(y.mT, z)
         out = y.new_zeros(modules, k, m, dtype=torch.float64)
         columns = k + (z is not y) * m or 1
         width = min(d, max(256, CHUNK // columns))
@@ -232,8 +237,11 @@ class CpuVocabulary:
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         lam, vec = eigen.eigh(g)
-        # LAPACK's columns keep their strides in a flip, and MKL is five times slower on those.
-        return lam.flip(-1).clamp_(min=0), vec.flip(-1).contiguous()
+        # LAPACK's columns would keep their strides in a flip, and MKL is slower on those.
+        return lam.flip(-1).clamp_(min=0), vec.mT.flip(-2).mT
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        return eigen.eigvalsh(g).flip(-1).clamp_(min=0)
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, s, yh = eigen.svd(c)

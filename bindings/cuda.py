@@ -17,16 +17,16 @@ from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
 from torch import Tensor
 
-from glora_ops import eigen, tall
-from glora_ops.canonical import Balanced, Forms, canonical_forms
-from glora_ops.ragged import Ragged
-from glora_ops.vocabulary import working
+from glora_ops.linalg import eigen, orthonormal
+from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.linalg.vocabulary import working
 
 __all__ = ["CudaVocabulary"]
 
 
 class CudaVocabulary:
-    """Implements `glora_ops.vocabulary.Vocabulary`; factors stay in the dtype they came in.
+    """Implements `glora_ops.linalg.vocabulary.Vocabulary`; factors stay in the dtype they came in.
 
     Stacks are neither scaled nor looked at: Gram matrices are fp64, and in fp32 or bf16 entries
     from 2⁻¹⁰⁰ to 2¹⁰⁰ leave every product in range, gauges by powers of two included.
@@ -40,6 +40,13 @@ class CudaVocabulary:
         _, scale = self.rows(b)
         return b.to(dtype), a.to(dtype), scale, scale.new_ones(len(b), ragged.clients)
 
+    def precise(self, x: Tensor) -> Tensor:
+        return x
+
+    def lengths(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return torch.linalg.vector_norm(wide, dim=-1).double()
+
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         if ragged.max_rank <= sketch.MAX_RANK and rows.dtype != torch.float64:
             return sketch.launch_sketch([rows], ragged.marks, ragged.max_rank)[0][0]
@@ -50,10 +57,15 @@ class CudaVocabulary:
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         return launch_times(rows, omega)
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         x = rows.to(working(rows.dtype))
-        q = ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
-        return launch_times(q, q.mT).to(x.dtype)
+        return ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        return launch_times(q, q.mT).to(q.dtype)
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
@@ -100,22 +112,25 @@ class CudaVocabulary:
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         return launch_accumulate(y.mT, c)
 
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        return w - self.lift(basis.mT, self.times(basis.mT, w))
-
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return launch_inner(y, z)
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         if g.shape[-1] > triangular.MAX_COLUMNS:
-            return tall.triangular(g, drop)
+            return orthonormal.inverse_cholesky(g, drop)
         return triangular.launch_triangular(g, drop)
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.qr(y)
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
             lam, vec = eigen.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
         return launch_eigh(g)
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        return self.eigh(g)[0]
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if c.shape[-1] > jacobi.MAX_SIZE:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glora_ops.errors import GloraError
 from glora_ops.isolation import exact_products, one_thread
-from glora_ops.vocabulary import Vocabulary
+from glora_ops.linalg.vocabulary import Vocabulary
 
 from . import checks
 
@@ -67,6 +67,7 @@ class Op:
     warm_v: Tensor | None
     pad: str
     seed: int
+    client_statistics: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The dispatcher leaves out trailing arguments that equal their defaults.
@@ -118,13 +119,13 @@ class Ops:
 
     Parameters
     ----------
-    captured : bool
-        Whether `aggregate` with a fixed number of power steps takes the captured route.
+    fixed_steps : bool
+        Whether `aggregate` with a fixed number of power steps looks at no value.
     """
 
-    def __init__(self, v: Vocabulary, captured: bool = False) -> None:
+    def __init__(self, v: Vocabulary, fixed_steps: bool = False) -> None:
         self.v = v
-        self.captured = captured
+        self.fixed_steps = fixed_steps
         for name, op in OPS.items():
             setattr(self, name.replace(".", "_"), partial(op.run, self))
 

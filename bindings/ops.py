@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import inf
 
 import torch
@@ -12,11 +11,14 @@ from torch import Tensor
 from glora_ops import algorithm, scratch
 from glora_ops.certificates import CLIENT_STATS, STATS
 from glora_ops.errors import require
-from glora_ops.krylov import Iteration
+from glora_ops.linalg.canonical import positive
+from glora_ops.linalg.ragged import Ragged
+from glora_ops.linalg.vocabulary import Vocabulary, working
 from glora_ops.packing import check_pair, pack, shown
-from glora_ops.ragged import Ragged
-from glora_ops.solver import Coordinates, Side, fill, gram_route_limit
-from glora_ops.vocabulary import Vocabulary, working
+from glora_ops.solvers.base import Factors, Settings, fill
+from glora_ops.solvers.nspace_exact import exact_limit
+from glora_ops.solvers.operators import Voters
+from glora_ops.solvers.tall import TallSolver
 
 from . import checks
 from .library import Op, Ops, Outputs, Tensors, schema
@@ -56,16 +58,11 @@ def _at_most(rank: int, rows: int, longest: int) -> int:
     return min(rank, min(rows, longest) + 1)
 
 
-def _filled(x: Tensor, count: int) -> Tensor:
-    """The first `count` of every module's numbers (L, n), zeros after them."""
-    return fill(x[..., None, :], count)[..., 0, :]
-
-
 def _dead(x: Tensor) -> Tensor:
     """(L, N) bool: the rows that are zero; only those that begin with zeros are read on."""
     dead = (x[..., :16] == 0).all(-1)
     if bool(dead.any()):
-        dead &= torch.linalg.vector_norm(x, torch.inf, dim=-1) == 0
+        dead &= (x == 0).all(-1)
     return dead
 
 
@@ -106,23 +103,20 @@ class Canonicalize(Op):
         return ((rows, width), F64), ((rows, width), F64), ((rows,), F64), ((rows,), F64)
 
     def body(self, device: Ops) -> Tensors:
-        v = device.v
         rows, where = self.b.shape[-2], self.b.device
         width = Ragged.of(self.offsets, rows, where, self.max_rank).max_rank
-        ragged = Ragged.of(self.offsets, rows, where)
-        b, a, scale, size = v.pair(_modules(self.b), _modules(self.a), ragged)
-        clients = algorithm.canonicalize(
-            v,
-            v.gram(b, ragged),
-            v.gram(a, ragged),
-            ragged,
-            _per_client(self.scaling, b) * size,
-            self.tau_rel,
-            _roundoff(self.b, self.a),
-        )
-        t_u = clients.t_u / scale[..., None]
-        t_v = clients.t_v * (scale / ragged.spread(size))[..., None]
-        return fill(t_u, width), fill(t_v, width), clients.sigma, clients.f
+        solver = _factors(self, device.v, Settings(1, tau_rel=self.tau_rel))
+        clients, scale = solver.clients, solver.scale[..., None]
+        size = solver.ragged.per_row(solver.size)[..., None]
+        t_u, t_v = clients.t_u / scale, clients.t_v * scale / size
+        return fill(t_u, width), fill(t_v, width), clients.sigma, clients.soft
+
+
+def _factors(op: Op, v: Vocabulary, s: Settings) -> TallSolver:
+    """The factors of all of an op's modules, in a range where products are safe."""
+    b, a = _modules(op.b), _modules(op.a)
+    ragged = Ragged.of(op.offsets, b.shape[-2], b.device)
+    return TallSolver(v, Factors(b, a, ragged, _per_client(op.scaling, b), _roundoff(b, a)), s)
 
 
 class _Voters(Op):
@@ -137,17 +131,16 @@ class _Voters(Op):
         per_row = f"floats, one per row of the stack, {rows}"
         checks.floats("row_weights", votes, votes.shape == rows, per_row)
 
-    def voters(self, v: Vocabulary, extra: Tensor | None = None) -> tuple[Side, Coordinates]:
-        side, scale = self.side(v, self.t.shape[-1])
-        t = _modules(self.t)[..., : side.ragged.max_rank].double() * scale[..., None]
-        return side, Coordinates(t, _modules(self.row_weights, 2).double(), _extra(extra, side))
+    def voters(self, v: Vocabulary, extra: Tensor | None = None) -> tuple[Tensor, Ragged, Voters]:
+        rows, ragged, scale = self.side(v, self.t.shape[-1])
+        t = _modules(self.t)[..., : ragged.max_rank].double() * scale[..., None]
+        votes = _modules(self.row_weights, 2).double()
+        return rows, ragged, Voters(t, votes, _extra(extra, rows))
 
-    def side(self, v: Vocabulary, max_rank: int = -1) -> tuple[Side, Tensor]:
+    def side(self, v: Vocabulary, max_rank: int = -1) -> tuple[Tensor, Ragged, Tensor]:
         Ragged.of(self.offsets, self.x.shape[-2], self.x.device, max_rank)  # more columns are zero
         rows, scale = v.rows(_modules(self.x))
-        ragged = Ragged.of(self.offsets, self.x.shape[-2], self.x.device)
-        # "left" only names the seeded signs: every single stack draws the same ones.
-        return Side("left", rows, ragged), scale
+        return rows, Ragged.of(self.offsets, self.x.shape[-2], self.x.device), scale
 
 
 class _FactorVoters(_Voters):
@@ -157,40 +150,38 @@ class _FactorVoters(_Voters):
         checks.stack("x", self.x)
         checks.clients(self.x, self.offsets, weights=self.weights)
 
-    def voters(self, v: Vocabulary, extra: Tensor | None = None) -> tuple[Side, Coordinates]:
-        side, _ = self.side(v)
-        votes = side.ragged.spread(_per_client(self.weights, side.rows))
-        return side, Coordinates(algorithm.factor_voters(v, side), votes, _extra(extra, side))
+    def voters(self, v: Vocabulary, extra: Tensor | None = None) -> tuple[Tensor, Ragged, Voters]:
+        rows, ragged, _ = self.side(v)
+        votes = ragged.per_row(_per_client(self.weights, rows))
+        t = algorithm.factor_voters(v, rows, ragged)
+        return rows, ragged, Voters(t, votes, _extra(extra, rows))
 
 
-def _carrying(side: Side, voters: Coordinates) -> tuple[Side, Coordinates]:
+def _carrying(rows: Tensor, ragged: Ragged, voters: Voters) -> tuple[Tensor, Ragged, Voters]:
     """One module's stack without the rows that carry nothing: zero ones, or never used by T.
 
     A client keeps as many rows as it has rows or columns of T that carry something: the vote of
     column j stands at row j.
     """
-    ragged = side.ragged
-    used = (~_dead(side.rows) & (voters.t != 0).any(-1)).double()[..., None]
+    used = (~_dead(rows) & (voters.t != 0).any(-1)).double()[..., None]
     t = ragged.pad(voters.t * used)[0]
-    rows, columns = ragged.pad(used)[0, ..., 0] > 0, (t != 0).any(-2) & ragged.exists
-    counts = torch.maximum(rows.sum(-1), columns.sum(-1))
+    lines, columns = ragged.pad(used)[0, ..., 0] > 0, (t != 0).any(-2) & ragged.exists
+    counts = torch.maximum(lines.sum(-1), columns.sum(-1))
     if int(counts.sum()) in (0, ragged.rows):
-        return side, voters
-    by_row, by_column = ((~x).to(torch.int8).argsort(dim=-1, stable=True) for x in (rows, columns))
+        return rows, ragged, voters
+    by_row, by_column = ((~x).to(torch.int8).argsort(dim=-1, stable=True) for x in (lines, columns))
     kept = torch.arange(ragged.max_rank, device=counts.device) < counts[:, None]
     live = (ragged.marks[:-1, None] + by_row)[kept]
     t = t.gather(-2, by_row[..., None].expand_as(t)).gather(-1, by_column[:, None].expand_as(t))
     votes = ragged.pad(voters.votes[..., None])[0, ..., 0].gather(-1, by_column)
     fewer = ragged.keeping(counts)
-    return (
-        Side(side.name, _picked(side.rows, live), fewer),
-        replace(voters, t=t[kept][None, :, : fewer.max_rank], votes=votes[kept][None]),
-    )
+    t, votes = t[kept][None, :, : fewer.max_rank], votes[kept][None]
+    return _picked(rows, live), fewer, Voters(t, votes, voters.extra)
 
 
-def _extra(extra: Tensor | None, side: Side) -> Tensor:
+def _extra(extra: Tensor | None, rows: Tensor) -> Tensor:
     """Further columns in the working precision; none where the caller gave none."""
-    return (side.rows[:, :0].mT if extra is None else _modules(extra)).to(working(side.rows.dtype))
+    return (rows[:, :0].mT if extra is None else _modules(extra)).to(working(rows.dtype))
 
 
 @schema(
@@ -208,8 +199,8 @@ class ProjectorMatmul(_Voters):
         return ((tuple(self.omega.shape[-2:]), result_dtype(self.x)),)
 
     def body(self, device: Ops) -> Tensors:
-        side, voters = self.voters(device.v)
-        return (algorithm.projector_matmul(device.v, side, voters, _modules(self.omega)),)
+        rows, ragged, voters = self.voters(device.v)
+        return (algorithm.projector_matmul(device.v, rows, ragged, voters, _modules(self.omega)),)
 
 
 @schema(
@@ -240,29 +231,27 @@ class ProjectorSvd(_Voters):
         return (basis, result_dtype(self.x)), ((self.rank + self.oversample,), F64), ((), F64)
 
     def body(self, device: Ops) -> Tensors:
-        side, voters = self.voters(device.v, self.extra)
-        how = Iteration(self.oversample, self.power_iters, self.tol, self.seed)
+        rows, ragged, voters = self.voters(device.v, self.extra)
         warm = None if self.warm is None else _modules(self.warm)
 
         def run(here: slice) -> Tensors:
-            some = Coordinates(voters.t[here], voters.votes[here], voters.extra[here])
-            stack, some = _carrying(Side(side.name, side.rows[here], side.ragged), some)
-            longest = stack.rows.shape[-1]
-            inner = _at_most(self.rank, stack.ragged.rows + some.extra.shape[-1], longest)
-            found = algorithm.projector_svd(
-                device.v,
-                stack,
-                some,
+            some = Voters(voters.t[here], voters.votes[here], voters.extra[here])
+            stack, kept, some = _carrying(rows[here], ragged, some)
+            longest = stack.shape[-1]
+            inner = _at_most(self.rank, kept.rows + some.extra.shape[-1], longest)
+            s = Settings(
                 inner,
-                replace(how, oversample=min(how.oversample, longest)),
-                None if warm is None else warm[here],
+                oversample=min(self.oversample, longest),
+                power_iters=self.power_iters,
+                tol=self.tol,
+                seed=self.seed,
             )
-            held = found.eigenvalues[..., :inner].sum(-1)
-            explained = (held / found.trace.where(found.trace > 0, 1.0)).clamp(max=1.0)
-            eigenvalues = fill(found.eigenvalues, self.rank + self.oversample)
-            return fill(found.basis, self.rank), eigenvalues, explained
+            start = None if warm is None else warm[here]
+            basis, values, trace = algorithm.projector_svd(device.v, stack, kept, some, s, start)
+            explained = (values[..., :inner].sum(-1) / positive(trace)).clamp(max=1.0)
+            return fill(basis, self.rank), fill(values, self.rank + self.oversample), explained
 
-        return _by_module(run, side.rows.shape[0])
+        return _by_module(run, rows.shape[0])
 
 
 @schema(f"projector_svd.factors(Tensor x, Tensor offsets, Tensor weights, {_SVD}")
@@ -287,19 +276,43 @@ class Core(Op):
         return (((self.u.shape[-1], self.v.shape[-1]), F64),)
 
     def body(self, device: Ops) -> Tensors:
-        ragged = Ragged.of(self.offsets, self.b.shape[-2], self.b.device)
-        b, a, _, size = device.v.pair(_modules(self.b), _modules(self.a), ragged)
-        coef = ragged.spread(_per_client(self.weights, b) * _per_client(self.scaling, b) * size)
+        solver = _factors(self, device.v, Settings(1))
         wide = torch.promote_types(self.u.dtype, self.v.dtype)  # one launch serves both sides
         u, v = _modules(self.u).to(wide), _modules(self.v).to(wide)
-        return algorithm.core(device.v, u, v, b, a, coef)[:1]
+        coef = solver.coefficients(_per_client(self.weights, solver.b))
+        return device.v.core(solver.b, solver.a, u, v, coef)[:1]
+
+
+@schema(
+    "client_stats(Tensor b, Tensor a, Tensor offsets, Tensor weights, Tensor scaling, "
+    "Tensor u, Tensor s, Tensor v) -> Tensor"
+)
+class ClientStats(Op):
+    """`aggregate`'s client_stats (K, 4) for given bases and singular values of the update."""
+
+    def check(self) -> None:
+        checks.pair(self.b, self.a)
+        checks.clients(self.b, self.offsets, weights=self.weights, scaling=self.scaling)
+        checks.columns("u", self.u, self.b)
+        checks.columns("v", self.v, self.a)
+        checks.spectrum(self.u, self.s, self.v)
+
+    def outputs(self) -> Outputs:
+        return (((self.offsets.shape[0] - 1, len(CLIENT_STATS)), F64),)
+
+    def body(self, device: Ops) -> Tensors:
+        v, solver = device.v, _factors(self, device.v, Settings(1))
+        reach = v.times(solver.b, _modules(self.u)), v.times(solver.a, _modules(self.v))
+        coef = solver.coefficients(_per_client(self.weights, solver.b))
+        return (algorithm.client_stats(solver.clients, reach, _modules(self.s, 2).double(), coef),)
 
 
 # What both forms of `aggregate` take and return beside their factors.
 _AGGREGATE = (
     'Tensor weights, Tensor scaling, int rank, str basis="consensus", float tau_rel=0.1, '
     "float anchor=1.0, int oversample=16, int power_iters=-1, float tol=1e-3, "
-    "Tensor? warm_u=None, Tensor? warm_v=None, int seed=0) -> (Tensor u, Tensor s, Tensor v, "
+    "Tensor? warm_u=None, Tensor? warm_v=None, int seed=0, bool client_statistics=True) "
+    "-> (Tensor u, Tensor s, Tensor v, "
     "Tensor eig_u, Tensor eig_v, Tensor stats, Tensor client_stats)"
 )
 
@@ -327,7 +340,7 @@ class Aggregate(Op):
             eigenvalues,
             eigenvalues,
             ((len(STATS),), F64),
-            ((clients, len(CLIENT_STATS)), F64),
+            ((clients * self.client_statistics, len(CLIENT_STATS)), F64),
         )
 
     def body(self, device: Ops) -> Tensors:
@@ -336,7 +349,7 @@ class Aggregate(Op):
         longest = max(b.shape[-1], a.shape[-1])
         weights, scaling = _per_client(self.weights, b), _per_client(self.scaling, b)
         warm_u, warm_v = (None if x is None else _modules(x) for x in (self.warm_u, self.warm_v))
-        captured = device.captured and self.power_iters >= 0
+        fixed = device.fixed_steps and self.power_iters >= 0
 
         def of_some(some: slice | Tensor, live: Tensor | None) -> Tensors:
             """Modules in which the same rows are alive."""
@@ -344,37 +357,35 @@ class Aggregate(Op):
             if live is not None:
                 ragged = whole.keeping(torch.bincount(whole.owner[live], minlength=whole.clients))
                 stack_b, stack_a = _picked(stack_b, live), _picked(stack_a, live)
-            inner = _at_most(self.rank, ragged.rows, longest)
-            how = Iteration(min(self.oversample, longest), self.power_iters, self.tol, self.seed)
+            s = Settings(
+                _at_most(self.rank, ragged.rows, longest),
+                self.basis,
+                self.tau_rel,
+                self.anchor,
+                min(self.oversample, longest),
+                self.power_iters,
+                self.tol,
+                self.seed,
+                self.client_statistics,
+            )
 
             def run(here: slice) -> Tensors:
-                return algorithm.aggregate(
-                    device.v,
-                    stack_b[here],
-                    stack_a[here],
-                    ragged,
-                    weights[some][here],
-                    scaling[some][here],
-                    inner,
-                    self.basis,
-                    self.tau_rel,
-                    self.anchor,
-                    how,
-                    None if warm_u is None else warm_u[some][here],
-                    None if warm_v is None else warm_v[some][here],
-                    _roundoff(b, a),
-                    captured,
+                factors = Factors(
+                    stack_b[here], stack_a[here], ragged, scaling[some][here], _roundoff(b, a)
                 )
+                solver = algorithm.choose(device.v, factors, s, fixed)
+                start_u, start_v = (None if x is None else x[some][here] for x in (warm_u, warm_v))
+                return algorithm.aggregate(solver, weights[some][here], s, (start_u, start_v))
 
-            together = captured or ragged.rows <= gram_route_limit(inner)
-            u, s, v, eig_u, eig_v, *told = (
+            together = fixed or ragged.rows <= exact_limit(s.rank)
+            u, sigma, v, eig_u, eig_v, *told = (
                 run(slice(None)) if together else _by_module(run, len(stack_b))
             )
             count = self.rank + self.oversample
-            eig = _filled(eig_u, count), _filled(eig_v, count)
-            return fill(u, self.rank), _filled(s, self.rank), fill(v, self.rank), *eig, *told
+            eig = fill(eig_u, count), fill(eig_v, count)
+            return fill(u, self.rank), fill(sigma, self.rank), fill(v, self.rank), *eig, *told
 
-        dead = None if captured else _dead(b) | _dead(a)  # by shape where captured
+        dead = None if fixed else _dead(b) | _dead(a)  # by shape where the steps are fixed
         if dead is None or not bool(dead.any()):
             return of_some(slice(None), None)
         return _by_pattern(of_some, ~dead)
@@ -430,9 +441,7 @@ class Readout(Op):
         shape = "floats (d, R) or (L, d, R)"
         for name, x in (("u", u), ("v", v)):
             checks.floats(name, x, x.dim() in (2, 3), shape, "aggregate makes it")
-        fits = all(s.shape == (*x.shape[:-2], x.shape[-1]) for x in (u, v))
-        shape = f"one float per column of u {tuple(u.shape)} and v {tuple(v.shape)}"
-        checks.floats("s", s, fits, shape)
+        checks.spectrum(u, s, v)
         require(u.dtype == v.dtype, "v", shown(v), f"{u.dtype}".replace("torch.", "") + ", as u")
 
     def outputs(self) -> Outputs:

@@ -50,6 +50,7 @@ def aggregate(
     max_bytes: int | None = None,
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    client_statistics: bool = True,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
 
@@ -109,6 +110,9 @@ def aggregate(
     progress : callable (done, total), optional
         Called in the calling thread after every batch of modules; with `robust` first after every
         module that is compared.
+    client_statistics : bool
+        False leaves out what is told of each client (norm, alignments, share), which a large
+        ``basis="update"`` needs for nothing else; the state then says so where it is asked.
 
     Returns
     -------
@@ -180,7 +184,7 @@ def aggregate(
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
             sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
-            device, rank=server_rank, **solver,
+            device, rank=server_rank, client_statistics=bool(client_statistics), **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .solver import Principal
+from .linalg.canonical import positive
+from .linalg.clients import Clients
+from .solvers.base import Found
 
-__all__ = ["CLIENT_STATS", "STATS", "U32", "Cut", "certify", "information_vote"]
+__all__ = [
+    "CLIENT_STATS",
+    "FROM_CLIENTS",
+    "ROUNDING",
+    "STATS",
+    "U32",
+    "Cut",
+    "certify",
+    "client_stats",
+    "information_vote",
+    "of_clients",
+]
 
 U32 = 2.0**-24
+# A singular value of a mean below this fraction of S may be made of rounding alone.
+ROUNDING = 8 * U32
 
 #: Columns of `aggregate`'s `stats`, in order.
 STATS = (
@@ -36,6 +49,9 @@ STATS = (
     "krylov",  # 0: exact Gram route, 1: randomized block Krylov route
 )
 
+#: Those of `stats` that need the clients' canonical forms; NaN where nobody asks for them.
+FROM_CLIENTS = ("voices", "rho_max", "info_limited")
+
 #: Columns of `aggregate`'s `client_stats`, in order.
 CLIENT_STATS = (
     "norm",  # ‖ΔW_i‖_F
@@ -46,125 +62,160 @@ CLIENT_STATS = (
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
 RESOLVED = 1e-12
+TINY = 1e-300
 FLAG_KAPPA = 1e-2
 FLAG_GAP = 1e-3
 
 
-def information_vote(votes: Tensor, noise: Tensor, tau: Tensor) -> Tensor:
-    """(L,): the largest vote that pure storage noise could earn, with a margin.
+def information_vote(votes: Tensor, clients: Clients) -> Tensor:
+    """(L,): the largest vote that pure storage noise could earn, with a margin (11.1).
 
     A direction at a client's information limit, ½·u_in·|s|‖B‖‖A‖, has vote p_i f_i there.
 
     Parameters
     ----------
-    votes, noise, tau : Tensor (L, K)
-        Normalised weights of the clients, their information limits and their τ_i.
+    votes : Tensor (L, K)
+        Normalised weights of the clients.
     """
-    f = torch.where(noise > 0, noise.square() / (noise.square() + tau.square()), 0.0)
-    return 4 * (votes * f).amax(-1)
+    relative = (clients.noise / positive(clients.tau)).square()
+    return 4 * (votes * relative / (relative + 1)).amax(-1)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How well defined the choice of directions is, per module: gaps and sensitivities (L,)."""
+    """How well defined the choice of directions is: relative gap and sensitivity, (…, L) each."""
 
-    gap_u: Tensor
-    gap_v: Tensor
-    gap_w: Tensor
-    kappa_p: Tensor
-    kappa_w: Tensor
+    gap: Tensor
+    kappa: Tensor
 
-    def of_update(self, sigma: Tensor, rank: int, floor: Tensor) -> Cut:
-        """With the cut of a mean update's singular values (L, ≥ R + 1), rounding below floor."""
+    @classmethod
+    def none(cls, like: Tensor) -> Cut:
+        """Where nothing of the kind is cut."""
+        return cls(torch.ones_like(like), torch.zeros_like(like))
+
+    @classmethod
+    def of_mean(cls, sigma: Tensor, rank: int, floor: Tensor) -> Cut:
+        """The cut of a mean update's singular values (L, ≥ R + 1), rounding below floor (11.3)."""
         gap = cut_gap(sigma, rank, floor)
-        kappa = torch.where(sigma[..., rank - 1] > floor, 1 / gap.clamp(min=1e-16), 0.0)
-        return replace(self, gap_w=gap, kappa_w=kappa)
+        return cls(gap, (sigma[..., rank - 1] > floor) / gap.clamp(min=1e-16))
 
-    def of_projectors(
-        self, left: Principal, right: Principal, rank: int, noise: Tensor, norm: Tensor
-    ) -> Cut:
-        """With the cuts of the two mean projectors; eigenvalues up to noise count as zero."""
-        gaps = [
-            cut_gap(p.eigenvalues, rank, torch.maximum(noise, RESOLVED * p.eigenvalues[..., 0]))
-            for p in (left, right)
-        ]
-        kappas = [ambiguity(p.eigenvalues, p.energies, rank, norm) for p in (left, right)]
-        return replace(self, gap_u=gaps[0], gap_v=gaps[1], kappa_p=torch.maximum(*kappas))
-
-    def ambiguous(self, roundoff: float) -> Tensor:
-        """(L,) bool: rounding could move the result, or a relative gap has all but closed."""
-        gap = torch.minimum(torch.minimum(self.gap_u, self.gap_v), self.gap_w)
-        kappa = torch.maximum(self.kappa_p, self.kappa_w)
-        return (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP)
+    @classmethod
+    def of_projectors(cls, found: Found, rank: int, noise: Tensor) -> Cut:
+        """(2, L): of the two mean projectors; eigenvalues up to noise count as zero."""
+        floor = torch.maximum(noise, RESOLVED * found.values[..., 0])
+        kappa = ambiguity(found.values, found.energies, rank, found.norm)
+        return cls(cut_gap(found.values, rank, floor), kappa)
 
 
 def certify(
-    cut: Cut,
-    core: Tensor,
-    sigma: Tensor,
-    norm: Tensor,
-    present: Tensor,
+    cuts: tuple[Cut, Cut],
+    found: Found,
+    real: Tensor,
     scale: Tensor,
+    unit: Tensor,
     roundoff: float,
-    **others: Tensor,
+    clients: dict[str, Tensor],
 ) -> Tensor:
     """`stats` (L, 16).
 
     Parameters
     ----------
-    core : Tensor (L, R, R)
-        C.
-    sigma : Tensor (L, R)
-        Leading singular values of W̄.
-    norm, scale : Tensor (L,)
-        ‖W̄‖_F and S.
-    present : Tensor (L,) bool
-        Whether W̄ is more than rounding.
+    cuts : pair of Cut
+        Of a mean update (L,) and of the mean projectors (2, L).
+    real : Tensor (L, R)
+        Singular values of Ŵ, zero where they are rounding.
+    scale, unit : Tensor (L,)
+        S and the norm are in units of `unit`; a mean below S's rounding has nothing to hold.
     roundoff : float
         Of the working precision.
-    **others : Tensor (L,)
-        The remaining entries by name.
+    clients : dict of Tensor (L,)
+        What only canonical forms tell, by name; NaN for what is missing.
     """
-    cut = replace(cut, kappa_p=torch.where(present, cut.kappa_p, 0.0))
-    energy = torch.where(present, norm.square(), 1.0)
-    held = torch.where(present, core.square().sum((-2, -1)) / energy, 1.0).clamp(max=1.0)
-    best = torch.where(present, sigma.square().sum(-1) / energy, 1.0).clamp(max=1.0)
-    values = others | {
+    mean, projectors = cuts
+    present = found.norm > ROUNDING * scale
+    kappa_p = projectors.kappa.amax(0) * present
+    gap = torch.minimum(projectors.gap.amin(0), mean.gap)
+    kappa = torch.maximum(kappa_p, mean.kappa)
+    energies = torch.stack([found.s, found.sigma[..., : found.s.shape[-1]]]).square().sum(-1)
+    # A mean that cancels to rounding is held whole.
+    held, best = ((energies + TINY) / (found.norm.square() * present + TINY)).clamp(max=1.0)
+    values = {
         "captured": held,
         "attainable": torch.maximum(best, held),
-        "norm": norm,
-        "gap_u": cut.gap_u,
-        "gap_v": cut.gap_v,
-        "gap_w": cut.gap_w,
-        "kappa_p": cut.kappa_p,
-        "kappa_w": cut.kappa_w,
-        "ambiguous": cut.ambiguous(roundoff),
-        "storage_scale": scale,
+        "norm": found.norm * unit,
+        "gap_u": projectors.gap[0],
+        "gap_v": projectors.gap[1],
+        "gap_w": mean.gap,
+        "kappa_p": kappa_p,
+        "kappa_w": mean.kappa,
+        "ambiguous": (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP),
+        "effective_rank": real.sign().sum(-1),
+        "storage_scale": scale * unit,
+        "power_iters": torch.full_like(scale, found.steps),
+        "krylov": torch.full_like(scale, found.randomized),
+    } | clients
+    unknown = torch.full_like(scale, torch.nan)
+    return torch.stack([values.get(name, unknown).double() for name in STATS], -1)
+
+
+def of_clients(clients: Clients, weights: Tensor, tau_rel: float | None) -> dict[str, Tensor]:
+    """Entries of `stats` that only canonical forms tell, (L,) each; tau_rel None for hard votes."""
+    loudest = clients.loudest
+    if tau_rel is None:  # directions that exist in what is stored, and have no vote
+        stored = clients.sigma > ROUNDING * clients.ragged.per_row(clients.size)
+        limited = clients.ragged.segment_sum(stored * (1 - clients.hard)) > 0
+    else:
+        limited = clients.noise > tau_rel * loudest
+    heard = (weights != 0) & (loudest > 0)
+    return {
+        "voices": heard.sum(-1),
+        "rho_max": (heard * clients.size / positive(loudest)).amax(-1),
+        "info_limited": (heard & limited).sum(-1),
     }
-    return torch.stack([values[name].double() for name in STATS], -1)
+
+
+def client_stats(clients: Clients, reach: tuple[Tensor, Tensor], s: Tensor, coef: Tensor) -> Tensor:
+    """`client_stats` (L, K, 4) of Ŵ = U diag(s) Vᵀ.
+
+    Parameters
+    ----------
+    reach : tuple of Tensor (L, N, R)
+        Rows of b U and of a V.
+    s : Tensor (L, R)
+    coef : Tensor (L, N)
+        W̄ is the sum of these times the rows' products.
+    """
+    ragged, hard = clients.ragged, clients.hard
+    t, z = torch.cat([clients.t_u, clients.t_v]), torch.cat(reach)
+    held = ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1)
+    left, right = held.chunk(2)
+    share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
+    sums = ragged.segment_sum(torch.stack([left * hard, right * hard, share, hard]))
+    energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])
+    over = torch.stack([sums[3], sums[3], energy])
+    return torch.cat([clients.norm[None], sums[:3] / positive(over)]).movedim(0, -1)
 
 
 def cut_gap(values: Tensor, rank: int, floor: Tensor) -> Tensor:
-    """(L,): (x_R − x_{R+1})/x_R of descending values (L, m); 1 where nothing above floor is cut."""
+    """(…): (x_R − x_{R+1})/x_R of descending values (…, m); 1 where nothing above floor is cut."""
     if values.shape[-1] <= rank:
         return torch.ones_like(floor)
-    inside, outside = values[..., rank - 1], values[..., rank]
-    cut = (inside > floor) & (outside > floor)
-    return torch.where(cut, (inside - outside) / inside.where(cut, 1.0), 1.0)
+    outside = values[..., rank] * (values[..., rank] > floor)
+    return 1 - outside / positive(values[..., rank - 1])
 
 
 def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) -> Tensor:
-    """κ_P (L,) of one side.
+    """κ_P (2, L) of both sides (11.2).
 
     κ_P² = Σ_{j ≤ R < k} (e_j + e_k)/((λ_j − λ_k)² ‖W̄‖²), over eigenpairs above 1e-12 of the top:
     the first-order change of the projected mean when the mean projector moves by a unit. A
     distance counts as 32·u32 at least, where a perturbation of that size has swapped the two
     directions and cannot do more.
     """
+    counts = (eigenvalues > RESOLVED * eigenvalues[..., :1]).double()
+    energies = energies * counts
     inside, outside = eigenvalues[..., :rank, None], eigenvalues[..., None, rank:]
-    floor = RESOLVED * eigenvalues[..., :1, None]
-    both = (inside > floor) & (outside > floor)
-    energy = energies[..., :rank, None] + energies[..., None, rank:]
-    distance2 = (inside - outside).clamp(min=32 * U32).square()
-    total = torch.where(both, energy / distance2, 0.0).sum((-2, -1))
-    return (total / norm.square().clamp(min=1e-300)).sqrt()
+    apart = (inside - outside).clamp(min=32 * U32).square().reciprocal()
+    both = energies[..., :rank, None] * counts[..., None, rank:]
+    both = both + counts[..., :rank, None] * energies[..., None, rank:]
+    return ((both * apart).sum((-2, -1)) / positive(norm.square())).sqrt()

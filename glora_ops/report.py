@@ -42,8 +42,7 @@ def lines(state: State) -> list[Line]:
     effective = [int(m.stat("effective_rank")) for m in modules]
     gap = min(min(m.stat("gap_u"), m.stat("gap_v"), m.stat("gap_w")) for m in modules)
     kappa = max(max(m.stat("kappa_p"), m.stat("kappa_w")) for m in modules)
-    limited = max(int(m.stat("info_limited")) for m in modules)
-    return [
+    out = [
         Line(
             "captured",
             f"{state.captured:.4f}",
@@ -71,17 +70,23 @@ def lines(state: State) -> list[Line]:
             "by how much rounding errors are magnified at the cut; times 6e-8 it is the part of "
             "the update that rounding could move",
         ),
-        Line(
-            "storage limit",
-            _count(limited, "client"),
-            "clients whose weak directions are below the precision they were stored in, so that "
-            + (
-                "these have no vote"
-                if state.settings["basis"] == "projector"
-                else "their vote is softened further"
-            ),
-        ),
     ]
+    if not any(m.stats.isnan().any() for m in modules):
+        limited = max(int(m.stat("info_limited")) for m in modules)
+        out.append(
+            Line(
+                "storage limit",
+                _count(limited, "client"),
+                "clients whose weak directions are below the precision they were stored in, so "
+                "that "
+                + (
+                    "these have no vote"
+                    if state.settings["basis"] == "projector"
+                    else "their vote is softened further"
+                ),
+            )
+        )
+    return out
 
 
 def notes(state: State) -> list[Note]:
@@ -127,7 +132,8 @@ def notes(state: State) -> list[Note]:
         )
     if "robust" in state.settings:
         out += [Note(*said) for said in robust.say(state.settings["robust"], state.clients)]
-    silent = _silent_clients(state)
+    told = all(m.tells_of_clients for m in state.modules.values())
+    silent = _silent_clients(state) if told else []
     if silent:
         out.append(
             Note(
@@ -143,11 +149,11 @@ def notes(state: State) -> list[Note]:
                 warning=True,
             )
         )
-    for name, ratio in _loud_clients(state):
+    for name, ratio in _loud_clients(state) if told else []:
         out.append(
             Note(f"{name} has an update {ratio:.0e} times the median client's: look at its scaling")
         )
-    opposed = _opposed_clients(state)
+    opposed = _opposed_clients(state) if told else []
     if opposed:
         out.append(
             Note(
@@ -156,6 +162,8 @@ def notes(state: State) -> list[Note]:
                 "glora compare shows signed cosines"
             )
         )
+    if not told:
+        out.append(Note("made without client_statistics: nothing is known of single clients"))
     partial = [name for name, m in state.modules.items() if not bool(m.present.all())]
     if partial:
         how = "counts as zero there" if state.settings["missing"] == "zero" else "is left out there"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arguments import check_padding, integer, number
 from .bindings.ops import Readout
-from .certificates import CLIENT_STATS, STATS
+from .certificates import CLIENT_STATS, FROM_CLIENTS, STATS
 from .errors import GloraWarning, clean, require, unfit
 from .runtime.hidden import destination
 from .runtime.outputs import new_file
@@ -26,6 +26,7 @@ __all__ = ["Factors", "ModuleState", "State"]
 
 Factors = tuple[Tensor, Tensor]
 
+_REMEDY = "aggregate again, or call torch.ops.glora.client_stats with the factors"
 #: Name of the module of a state that was made from bare factor pairs.
 UNNAMED = ""
 
@@ -45,7 +46,7 @@ class ModuleState:
     stats : Tensor (16,) fp64
         `glora_ops.certificates.STATS`.
     client_stats : Tensor (K, 4) fp64
-        `glora_ops.certificates.CLIENT_STATS`.
+        `glora_ops.certificates.CLIENT_STATS`; (0, 4) of a state made without them.
     present : Tensor (K,) bool
         Which clients had the module.
 
@@ -65,11 +66,21 @@ class ModuleState:
 
     def stat(self, name: str) -> float:
         """One certificate by its name in `STATS`."""
+        require(
+            self.tells_of_clients or name not in FROM_CLIENTS or not self.stats.isnan().any(),
+            name, "none", "a state made with client_statistics", _REMEDY,
+        )  # fmt: skip
         return float(self.stats[STATS.index(name)])
 
     def client_stat(self, name: str) -> Tensor:
         """(K,): one column of `client_stats` by its name in `CLIENT_STATS`."""
+        require(self.tells_of_clients, name, "none", "a state made with client_statistics", _REMEDY)
         return self.client_stats[:, CLIENT_STATS.index(name)]
+
+    @property
+    def tells_of_clients(self) -> bool:
+        """Whether per-client statistics were computed."""
+        return len(self.client_stats) > 0
 
     @property
     def update(self) -> Factors:

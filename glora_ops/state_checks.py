@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adapters.modules import FACTOR_DTYPES
 from .adapters.safetensors_header import TensorInfo
-from .certificates import CLIENT_STATS, STATS
+from .certificates import CLIENT_STATS, FROM_CLIENTS, STATS
 from .errors import Refusal
 
 __all__ = ["misplaced", "tensor_names", "wrong_values"]
@@ -61,7 +61,7 @@ def _misfits(m: Mapping[str, Tensor | TensorInfo], clients: int, rank: int) -> I
         else:
             dtype = torch.bool if part == "present" else dtype
             whole = (clients, len(CLIENT_STATS)) if part == "client_stats" else (sizes[part],)
-            fits = shape == whole
+            fits = shape == whole or (part == "client_stats" and shape == (0, len(CLIENT_STATS)))
             wanted = f"{whole} of {dtype}"
         if not fits or x.dtype != dtype:
             yield part, f"{shape} of {x.dtype}", wanted
@@ -87,7 +87,7 @@ def _faults(m: Mapping[str, Tensor]) -> Iterator[Fault]:
     if int(m["present"].view(torch.uint8).max()) > 1:
         yield "present", "bytes other than 0 and 1", "truth values"
     for part in ("s", "eig_u", "eig_v", "client_stats"):
-        largest = float(m[part].abs().max())
+        largest = float(m[part].abs().amax()) if m[part].numel() else 0.0
         if not largest <= LARGEST:
             yield part, f"a modulus of {largest:g}", f"finite numbers up to {LARGEST:g}"
     if not bool((s.diff() <= 0).all()) or not bool(s[-1] >= 0):
@@ -96,7 +96,8 @@ def _faults(m: Mapping[str, Tensor]) -> Iterator[Fault]:
         yield "client_stats", "a negative norm", "norms ≥ 0"
     for part in ("u", "v"):
         yield from _not_orthonormal(part, m[part], s > 0)
-    yield from _wrong_stats(m["stats"], clients, int((s > 0).sum()))
+    unknown = () if len(m["client_stats"]) else FROM_CLIENTS
+    yield from _wrong_stats(m["stats"], clients, int((s > 0).sum()), unknown)
 
 
 def _not_orthonormal(part: str, x: Tensor, alive: Tensor) -> Iterator[Fault]:
@@ -127,11 +128,15 @@ _MOST = {
 _COUNTS = ("voices", "ambiguous", "info_limited", "effective_rank", "power_iters", "krylov")
 
 
-def _wrong_stats(stats: Tensor, clients: int, rank: int) -> Iterator[Fault]:
-    """`rank` is the number of singular values above zero."""
+def _wrong_stats(
+    stats: Tensor, clients: int, rank: int, unknown: Collection[str]
+) -> Iterator[Fault]:
+    """`rank` is the number of singular values above zero; what is unknown may be NaN."""
     told = dict(zip(STATS, stats.tolist(), strict=True))
     most = _MOST | {"voices": clients, "info_limited": clients, "effective_rank": rank}
     for name, value in told.items():
+        if math.isnan(value) and name in unknown:
+            continue
         if not 0 <= value <= most[name] or (name in _COUNTS and value != int(value)):
             kind = "an integer" if name in _COUNTS else "a number"
             yield "stats", f"{name} {value:g}", f"{kind} from 0 to {most[name]:g}"

@@ -29,7 +29,8 @@ from strategies import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glora_ops import CLIENT_STATS, STATS, pack, pack_modules, ragged, reference, signs
+from glora_ops import CLIENT_STATS, STATS, pack, pack_modules, reference
+from glora_ops.linalg import ragged, random_signs
 
 U32 = bounds.U32
 
@@ -467,7 +468,7 @@ class Watch(TorchDispatchMode):
 def forget_plans() -> None:
     """What a repeated call finds ready would otherwise be missing from its count."""
     ragged._kept.cache_clear()
-    signs.sign_matrix.cache_clear()
+    random_signs.sign_matrix.cache_clear()
 
 
 def watched(

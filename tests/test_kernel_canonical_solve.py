@@ -12,7 +12,7 @@ from glora_ops.kernels.launching import Call, observed
 from kernel_cases import DEVICE, poisoned
 from spectra import orthogonal
 
-from glora_ops.canonical import balance, canonical_forms
+from glora_ops.linalg.canonical import balance, canonical_forms
 
 U64 = 2.0**-53
 D_OUT, D_IN = 70, 75
@@ -216,7 +216,7 @@ def test_power_of_two_gauges_change_no_other_bit() -> None:
 
 
 def test_balanced_grams_are_taken_as_they_are() -> None:
-    """What `glora_ops.canonical.balance` made goes in as well; its D is then left to the caller."""
+    """What `canonical.balance` made goes in as well; its D is then left to the caller."""
     b, a = plain(4)
     d = np.array([1e3, 1e-2, 1.0, 30.0])[:, None]
     gram_b, gram_a, ranks = grams([(d * b, a / d)])

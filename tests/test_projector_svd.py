@@ -11,7 +11,7 @@ from strategies import DTYPES, Recipe, build, norm, problems
 from test_projector_matmul import amplified, coordinates, dense
 
 from glora_ops import GloraError, pack
-from glora_ops.solver import gram_route_limit
+from glora_ops.solvers.nspace_exact import exact_limit
 
 U32 = 2.0**-24
 
@@ -104,7 +104,7 @@ def decaying(power: float, d: int = 120, clients: int = 320) -> tuple:
     scale = np.arange(1, d + 1) ** -power
     b = rng.standard_normal((clients, d)) * scale
     packed = pack([(torch.from_numpy(row[:, None]).float(), torch.ones(1, 3)) for row in b])
-    assert packed.b.shape[0] > gram_route_limit(8)
+    assert packed.b.shape[0] > exact_limit(8)
     return packed, torch.full((clients,), 1 / clients)
 
 

@@ -12,7 +12,8 @@ import torch
 from strategies import STATS, distance, norm, orthonormal
 
 from glora_ops import algorithm, pack, reference
-from glora_ops.solver import dual_route_limit, gram_route_limit
+from glora_ops.solvers.nspace_exact import exact_limit
+from glora_ops.solvers.nspace_iterative import consensus_limit
 
 COUNT, RANK, D = 16, 4, 160
 
@@ -266,7 +267,7 @@ def test_the_anchor_pairs_the_two_sides(make, least):
 def test_the_route_is_chosen_by_the_number_of_rows():
     rng = np.random.default_rng(0)
     for count, krylov in ((32, 0), (33, 1)):
-        assert gram_route_limit(8) == 128
+        assert exact_limit(8) == 128
         clients = stored(rng, shared(rng, count=count, m=40, n=30))
         assert Result(clients, 8, "consensus").stat("krylov") == krylov
 
@@ -278,7 +279,7 @@ def test_the_route_is_chosen_by_the_number_of_rows():
 def test_krylov_keeps_up_with_the_exact_route(make, basis, rank, m, n):
     """N = 320: captured within 1e-3 of the reference's, error ≤ 1.01 × its error + 1e-3·‖W̄‖."""
     rng = np.random.default_rng(0)
-    assert (dual_route_limit(rank, m, n) >= 320) == (m == 400)
+    assert (consensus_limit(rank, m, n) >= 320) == (m == 400)
     clients = stored(rng, make(rng, count=80, m=m, n=n))
     result = Result(clients, rank, basis)
     assert result.stat("krylov") == 1
@@ -320,7 +321,7 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     """Nearly dependent clients: N-space is mostly null space, where rounding has room to grow."""
     rng = np.random.default_rng(0)
     count, r, m, n = 20, 8, 1400, 1360
-    assert gram_route_limit(16) < count * r <= dual_route_limit(16, m, n)
+    assert exact_limit(16) < count * r <= consensus_limit(16, m, n)
     shared_u, shared_v = orthonormal(rng, m, r // 2), orthonormal(rng, n, r // 2)
     clients = []
     for _ in range(count):
@@ -385,7 +386,7 @@ def test_n_space_keeps_directions_that_float32_holds():
         )
         for dtype in (torch.float32, torch.float64)
     )
-    assert gram_route_limit(16) < p.b.shape[-2] <= dual_route_limit(16, 420, 420)
+    assert exact_limit(16) < p.b.shape[-2] <= consensus_limit(16, 420, 420)
     # The same steps in both precisions; the 16th eigenvalue is a fortieth of the first.
     assert torch.allclose(low[3][:16], high[3][:16], rtol=1e-4, atol=0)
 

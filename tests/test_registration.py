@@ -55,6 +55,7 @@ def calls(batched: bool, dtype: torch.dtype = torch.float32) -> dict[str, tuple[
         "projector_svd.factors": ((b, o, w, 3), {"seed": 2}),
         "core": ((x["u"], x["v"], b, a, o, w, s), {}),
         "aggregate": ((b, a, o, w, s, 4), {}),
+        "client_stats": ((b, a, o, w, s, x["u"], x["s"], x["v"]), {}),
         "readout": ((x["u"], x["s"], x["v"], 6, 2.0, "trainable"), {}),
     }
     if not batched:

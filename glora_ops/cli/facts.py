@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -65,7 +66,7 @@ def state_facts(state: State) -> dict[str, Any]:
             name: {
                 "d_out": m.u.shape[0],
                 "d_in": m.v.shape[0],
-                **dict(zip(STATS, m.stats.tolist(), strict=True)),
+                **dict(zip(STATS, map(_known, m.stats.tolist()), strict=True)),
                 "singular_values": m.s.tolist(),
                 "clients": [c for c, there in zip(state.clients, m.present, strict=True) if there],
             }
@@ -84,7 +85,9 @@ def state_facts(state: State) -> dict[str, Any]:
 def _clients(state: State) -> list[dict[str, Any]]:
     """Per client over all modules: energies add up, alignments are weighted by them."""
     modules = state.modules.values()
-    stats = torch.stack([m.client_stats for m in modules], -1)  # [K, 4, L]
+    unknown = torch.full((len(state.clients), len(CLIENT_STATS)), torch.nan, dtype=torch.float64)
+    told = [m.client_stats if m.tells_of_clients else unknown for m in modules]
+    stats = torch.stack(told, -1)  # [K, 4, L]
     norm, align_u, align_v, share = stats.unbind(1)
     energy = norm.square()
     total = energy.sum(-1).clamp(min=torch.finfo(energy.dtype).tiny)
@@ -99,7 +102,7 @@ def _clients(state: State) -> list[dict[str, Any]]:
     record = state.record or {"clients": [{} for _ in state.clients]}
     judged = state.settings.get("robust") or {"clients": [{} for _ in state.clients]}
     return [
-        {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(float, row), strict=True))}
+        {"name": name, "weight": weight, **dict(zip(CLIENT_STATS, map(_known, row), strict=True))}
         | {what: entry[what] for what in ("ranks", "scalings") if what in entry}
         | ({"cosine": verdict["cosine"]} if verdict else {})
         for name, weight, row, entry, verdict in zip(
@@ -111,6 +114,11 @@ def _clients(state: State) -> list[dict[str, Any]]:
             strict=True,
         )
     ]
+
+
+def _known(x: float | torch.Tensor) -> float | None:
+    """A number, or None for one that was not computed."""
+    return None if math.isnan(x) else float(x)
 
 
 def _partial_means(state: State) -> list[dict[str, Any]]:
@@ -210,8 +218,10 @@ def print_clients(facts: Mapping[str, Any]) -> None:
             clean(client["name"]),
             number(client["weight"]),
             *held,
-            number(client["norm"]),
-            *(f"{client[name]:.2f}" for name in ("align_u", "align_v", "share")),
+            *(
+                "–" if client[name] is None else form(client[name])
+                for name, form in zip(CLIENT_STATS, (number, *3 * ("{:.2f}".format,)), strict=True)
+            ),
             *([_cosine(client["cosine"])] if judged else []),
         )
     to = console()

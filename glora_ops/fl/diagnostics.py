@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import eigen
 from ..alignment import align, canonical_bases, mean_over_modules
+from ..linalg import eigen
 from ..robust import cosines
 from ..state import Factors
 from .messages import Pairs, Reply, Sent

@@ -16,11 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-<<<<<<< HEAD
-from collections.abc import Iterable, Iterator, Mapping
-=======
-from collections.abc import Iterator, Mapping, Sequence
->>>>>>> adapters
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path

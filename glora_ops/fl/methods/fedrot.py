@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ... import eigen
 from ...errors import require
+from ...linalg import eigen
 from ...state import Factors
 from ..messages import Client, Reply, Sent
 from ..server import Server

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ... import eigen
+from ...linalg import eigen
 from ..messages import Client, Pairs, Reply, Sent
 from ..server import SVD, Server
 from .base import Method, next_state, shares, stack

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import unfit
+from ..errors import unfit
 
-__all__ = ["cholesky", "eigh", "svd"]
+__all__ = ["cholesky", "eigh", "eigvalsh", "svd"]
 
 Parts = tuple[Tensor, ...]
 
@@ -41,6 +41,14 @@ def eigh(g: Tensor) -> tuple[Tensor, Tensor]:
     others = [with_driver("ev"), with_driver("evr")]
     lam, vec = _solved("eigenproblem", g, torch.linalg.eigh, others, scaled=0)
     return lam, vec
+
+
+def eigvalsh(g: Tensor) -> Tensor:
+    """The eigenvalues alone; raises as `eigh`."""
+    try:
+        return torch.linalg.eigvalsh(g)
+    except torch.linalg.LinAlgError:
+        return eigh(g)[0]
 
 
 def svd(c: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:

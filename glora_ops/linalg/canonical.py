@@ -17,9 +17,10 @@ __all__ = [
     "Balanced",
     "Forms",
     "balance",
+    "balancing",
     "canonical_forms",
     "factor_coordinates",
-    "singular_values",
+    "positive",
     "soft_votes",
 ]
 
@@ -50,7 +51,7 @@ class Balanced:
     @property
     def size(self) -> Tensor:
         """(...): ‖B‖_F ‖A‖_F after balancing."""
-        return (_trace(self.gram_b) * _trace(self.gram_a)).sqrt()
+        return (_diagonal(self.gram_b).sum(-1) * _diagonal(self.gram_a).sum(-1)).sqrt()
 
 
 @dataclass(frozen=True)
@@ -70,28 +71,30 @@ class Forms:
     sigma: Tensor
 
 
-def _trace(g: Tensor) -> Tensor:
-    return g.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _diagonal(g: Tensor) -> Tensor:
+    return g.diagonal(dim1=-2, dim2=-1)
 
 
 def balance(gram_b: Tensor, gram_a: Tensor) -> Balanced:
-    """Drop pairs with a zero factor, balance the rest by exact powers of two.
-
-    D_j⁴ = ‖a_j‖²/‖b_j‖² rounded to an exponent divisible by four, so that rescaling a pair by a
-    power of two changes D by exactly its inverse and nothing else by a single bit.
-    """
-    norm_b = gram_b.diagonal(dim1=-2, dim2=-1)
-    norm_a = gram_a.diagonal(dim1=-2, dim2=-1)
-    alive = (norm_b > 0) & (norm_a > 0)
-    ratio = torch.where(alive, norm_a, 1.0) / torch.where(alive, norm_b, 1.0)
-    exponent = (torch.frexp(ratio).exponent + 1).div(4, rounding_mode="floor")
-    d = torch.where(alive, torch.exp2(exponent.double()), 0.0)
-    d_inverse = torch.where(alive, torch.exp2(-exponent.double()), 0.0)
+    """Drop pairs with a zero factor, balance the rest by exact powers of two."""
+    exponent, alive = balancing(_diagonal(gram_b), _diagonal(gram_a))
+    d, d_inverse = (torch.exp2(e.double()) * alive for e in (exponent, -exponent))
     return Balanced(
         d[..., :, None] * gram_b * d[..., None, :],
         d_inverse[..., :, None] * gram_a * d_inverse[..., None, :],
         d,
     )
+
+
+def balancing(norm_b: Tensor, norm_a: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponent of each pair's D_j, and whether it is alive, from squared norms (3.1).
+
+    D_j⁴ = ‖a_j‖²/‖b_j‖² rounded to an exponent divisible by four, so that rescaling a pair by a
+    power of two changes D by exactly its inverse and nothing else by a single bit.
+    """
+    alive = (norm_b > 0) & (norm_a > 0)
+    ratio = torch.where(alive, norm_a, 1.0) / torch.where(alive, norm_b, 1.0)
+    return (torch.frexp(ratio).exponent + 1) >> 2, alive
 
 
 def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
@@ -104,8 +107,8 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(r, t, upper=True, left=False)
 
 
-def canonical_forms(pair: Balanced, eigh: Eigh, leading: int | None = None) -> Forms:
-    """Canonical coordinates of B·A, for the *unbalanced* factors, from their Gram matrices.
+def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
+    """Canonical coordinates of B·A, for the *unbalanced* factors, from their Gram matrices (3.2).
 
     eigh(G_A) = V Λ Vᵀ, F = √Λ Vᵀ; eigh(F G_B Fᵀ) = Y σ² Yᵀ; T_U = Fᵀ Y/σ, T_V = G_B T_U/σ.
 
@@ -114,38 +117,25 @@ def canonical_forms(pair: Balanced, eigh: Eigh, leading: int | None = None) -> F
     pair : Balanced
     eigh : callable
         The device's eigensolver.
-    leading : int, optional
-        How many columns of T_U and T_V are wanted; all by default. σ is always whole.
 
     Notes
     -----
     σ² carries a backward error of order 2⁻⁵³‖G_A‖‖G_B‖; directions within 16·r of that are
     dropped. They are below 1e-7·‖B‖‖A‖, the last digits of fp32 factors.
     """
-    f, y, sigma = _singular(pair, eigh)
-    head = sigma[..., :leading]
-    kept = head > 0
-    inverse = torch.where(kept, 1 / head, 0.0)
-    t_u = f.mT @ y[..., :leading] * inverse[..., None, :]
-    t_v = pair.gram_b @ t_u * inverse[..., None, :]
-    t_u = _orthonormal_coordinates(t_u, pair.gram_b, kept)
-    t_v = _orthonormal_coordinates(t_v, pair.gram_a, kept)
-    return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
-
-
-def singular_values(pair: Balanced, eigh: Eigh) -> Tensor:
-    """(..., r) fp64: the singular values of B·A alone, as `canonical_forms` finds them."""
-    return _singular(pair, eigh)[2]
-
-
-def _singular(pair: Balanced, eigh: Eigh) -> tuple[Tensor, Tensor, Tensor]:
-    """F, Y and σ, zero where dropped."""
     lam, vec = eigh(pair.gram_a)
     f = lam.sqrt()[..., :, None] * vec.mT
     sigma2, y = eigh(f @ pair.gram_b @ f.mT)
     rank = pair.d.shape[-1]
     noise = 16 * rank * U64 * lam[..., :1] * torch.linalg.matrix_norm(pair.gram_b)[..., None]
-    return f, y, torch.where(sigma2 > noise, sigma2, 0.0).sqrt()
+    kept = sigma2 > noise
+    sigma = (sigma2 * kept).sqrt()
+    inverse = (kept / torch.where(kept, sigma, 1.0))[..., None, :]
+    t_u = f.mT @ y * inverse
+    t_v = pair.gram_b @ t_u * inverse
+    t_u = _orthonormal_coordinates(t_u, pair.gram_b, kept)
+    t_v = _orthonormal_coordinates(t_v, pair.gram_a, kept)
+    return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
 
 
 def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:
@@ -168,3 +158,8 @@ def soft_votes(sigma: Tensor, tau: Tensor) -> Tensor:
     """f(σ) = σ²/(σ² + τ²), f(0) = 0: (..., r) from σ (..., r) and τ (...)."""
     voting = sigma > 0
     return torch.where(voting, 1 / (1 + (tau[..., None] / sigma.where(voting, 1.0)).square()), 0.0)
+
+
+def positive(x: Tensor) -> Tensor:
+    """x ≥ 0, lifted off zero: what zeros may be divided by."""
+    return x.clamp(min=1e-300)

@@ -31,79 +31,76 @@ class Vocabulary(Protocol):
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
-        ...
 
     def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows of both factors, a scale (L, N) and a size (L, K), exact powers of two.
 
         b = scale · rows_b and a = size/scale · rows_a, but that a row with a zero partner is zero.
         """
-        ...
+
+    def precise(self, x: Tensor) -> Tensor:
+        """Rows as products in fp64 take them."""
+
+    def lengths(self, x: Tensor) -> Tensor:
+        """(L, N) fp64: norms of the rows."""
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         """(L, K, r, r) fp64: x_i x_iᵀ of every client, accumulated in fp64, zero-padded."""
-        ...
 
     def times(self, rows: Tensor, omega: Tensor) -> Tensor:
         """(L, N, k) fp64: x Ω in the working precision."""
-        ...
 
-    def overlaps(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
-        """(L, N, N): QᵀQ of all clients' Q_i = x_iᵀ T_i in the working precision; t (L, N, r)."""
-        ...
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """(L, n, m): x y of two matrices of one dtype, in it."""
+
+    def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
+        """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
+
+    def overlaps(self, q: Tensor) -> Tensor:
+        """(L, N, N): q qᵀ in the working precision."""
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`gram` and `times` of both stacks, every row read once."""
-        ...
 
     def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
         """Canonical coordinates of every client's pair, as `canonical.canonical_forms`."""
-        ...
 
     def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         """(L, N, k) fp64: diag(scale_i) T_iᵀ z_i per client."""
-        ...
 
     def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         """(L, N, k): T_i diag(scale_i) z_i per client."""
-        ...
 
     def core(
         self, b: Tensor, a: Tensor, u: Tensor, w: Tensor, coef: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """C = Σ_j coef_j (Uᵀb_j)(a_jᵀW), and the projections b U and a W; all fp64."""
-        ...
 
     def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """u diag(root) and (w diag(root))ᵀ, contiguous, cut or filled with zeros to `rank`."""
-        ...
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
-        """Upper triangular W with y W orthonormal for g = yᵀy, as `tall.triangular`."""
-        ...
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        """Upper triangular W with y W orthonormal for g = yᵀy, as `orthonormal` has it."""
+
+    def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Householder's Q (L, d, k) and R, of min(d, k) columns and rows."""
 
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         """(L, d, k): xᵀ z in the working precision."""
-        ...
 
     def combine(self, y: Tensor, c: Tensor) -> Tensor:
         """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
-        ...
-
-    def without(self, basis: Tensor, w: Tensor) -> Tensor:
-        """(L, d, k): w less its component in the span of an orthonormal basis (L, d, m)."""
-        ...
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""
-        ...
 
     def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices."""
-        ...
+
+    def eigenvalues(self, g: Tensor) -> Tensor:
+        """The same without the vectors."""
 
     def svd(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X, S, Y with c = X diag(S) Yᵀ for small matrices."""
-        ...

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import require
+from ..errors import require
 
 __all__ = ["Group", "Ragged"]
 
@@ -168,16 +168,24 @@ class Ragged:
             return flat
         return flat.index_select(-2, self.owner * self.max_rank + self.within)
 
-    def spread(self, per_client: Tensor) -> Tensor:
+    def per_row(self, per_client: Tensor) -> Tensor:
         """(…, K) → (…, N): each client's value at each of its rows."""
         return per_client.index_select(-1, self.owner)
 
-    def gather(self, per_row: Tensor) -> Tensor:
+    def segment_sum(self, per_row: Tensor) -> Tensor:
         """(…, N) → (…, K): sums of each client's rows, in a fixed order."""
         return self.pad(per_row[..., None]).sum((-2, -1))
 
     def diagonal_blocks(self, gram: Tensor) -> Tensor:
-        """(…, N, N) → (…, K, max_rank, max_rank): the clients' own blocks of a Gram matrix."""
+        """(…, N, N) → (…, K, max_rank, max_rank): a copy of the clients' own blocks."""
+        if self.uniform:
+            shape = (self.clients, self.max_rank)
+            squares = gram.unflatten(-1, shape).unflatten(-3, shape)
+            return (
+                squares.diagonal(0, -4, -2)
+                .movedim(-1, -3)
+                .clone(memory_format=torch.contiguous_format)
+            )
         blocks = gram[..., self.index[:, :, None], self.index[:, None, :]]
         both = self.exists[:, :, None] & self.exists[:, None, :]
         return blocks.masked_fill_(~both, 0)

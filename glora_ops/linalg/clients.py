@@ -1,0 +1,97 @@
+"""Canonical forms and votes of all clients of a round, from their Gram matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .canonical import balance, balancing, soft_votes
+from .ragged import Ragged
+from .vocabulary import Vocabulary
+
+__all__ = ["Clients", "balanced_sizes", "canonicalize"]
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Canonical forms of all clients, ΔW_i = Q_i Σ_i Z_iᵀ (3.2), and what was learnt on the way.
+
+    Attributes
+    ----------
+    ragged : Ragged
+    t_u, t_v : Tensor (L, N, r_max) fp64
+    sigma : Tensor (L, N) fp64
+        Singular values (times |s_i|), descending within a client.
+    size : Tensor (L, K)
+        |s_i|‖B_i‖_F‖A_i‖_F after balancing.
+    noise, tau : Tensor (L, K)
+        Information limit ½·u_in·size, and τ_i (4.2).
+    """
+
+    ragged: Ragged
+    t_u: Tensor
+    t_v: Tensor
+    sigma: Tensor
+    size: Tensor
+    noise: Tensor
+    tau: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """(L, K): ‖ΔW_i‖_F."""
+        return self.ragged.segment_sum(self.sigma.square()).sqrt()
+
+    @property
+    def loudest(self) -> Tensor:
+        """(L, K): σ₁ of each client."""
+        return self.ragged.pad(self.sigma[..., None])[..., 0, 0]
+
+    @property
+    def soft(self) -> Tensor:
+        """(L, N): f(σ) of each direction (4.1)."""
+        sigma = self.ragged.pad(self.sigma[..., None])[..., 0]
+        return self.ragged.unpad(soft_votes(sigma, self.tau)[..., None])[..., 0]
+
+    @property
+    def hard(self) -> Tensor:
+        """(L, N) fp64: 1 for directions above the numerical rank, σ > 4·u_in·size (8.2)."""
+        return (self.sigma > 8 * self.ragged.per_row(self.noise)).double()
+
+
+def canonicalize(
+    v: Vocabulary,
+    gram_b: Tensor,
+    gram_a: Tensor,
+    ragged: Ragged,
+    scaling: Tensor,
+    tau_rel: float,
+    roundoff: float,
+) -> Clients:
+    """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
+    pair = balance(gram_b, gram_a)
+    forms = v.canonical(pair, ragged)
+    sigma = forms.sigma * scaling.abs()[..., None]
+    voting = (sigma > 0)[..., None, :]
+    size = scaling.abs() * pair.size
+    noise = 0.5 * roundoff * size
+    tau = torch.maximum(tau_rel * sigma[..., 0], noise)
+    signed = forms.t_v * torch.where(scaling < 0, -1.0, 1.0)[..., None, None]
+    return Clients(
+        ragged,
+        ragged.unpad(forms.t_u * voting),
+        ragged.unpad(signed * voting),
+        ragged.unpad(sigma[..., None])[..., 0],
+        size,
+        noise,
+        tau,
+    )
+
+
+def balanced_sizes(norm2_b: Tensor, norm2_a: Tensor, ragged: Ragged) -> Tensor:
+    """(L, K): ‖B_i‖_F‖A_i‖_F after balancing, from the rows' squared norms (L, N) (3.1)."""
+    exponent, alive = balancing(norm2_b, norm2_a)
+    norm2, power = torch.stack([norm2_b, norm2_a]), torch.stack([exponent, -exponent])
+    sums = ragged.segment_sum(torch.ldexp(norm2, 2 * power) * alive)
+    return (sums[0] * sums[1]).sqrt()

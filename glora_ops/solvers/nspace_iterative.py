@@ -1,0 +1,181 @@
+"""The iterative N-space solver: subspace iteration on coordinates, N × N products for passes.
+
+Orthonormal client bases keep the entries of G = QᵀQ accurate to the working precision in any
+gauge, which the Gram matrices of raw factors are not. What fp32 overlaps cannot resolve is found
+on tall blocks, from what is known by then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg.canonical import positive
+from .base import Found, Principal, Triplets, fill, row_votes
+from .operators import NSpaceProjector, NSpaceUpdate, Voters
+from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
+from .tall import SIDES, TallSolver, start_block
+
+__all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
+
+# An eigenvalue below this fraction of the top is not resolved by fp32 overlaps.
+RESOLVED = 1e-5
+# A sum over pairs of clients this small against the clients' own energy may be rounding.
+NOISE = 2.0**-16
+# What is to come of a mean, over what is found, from which N-space is nearer than more steps.
+FLAT = 1e-2
+# Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
+LONG = 2.0**8
+
+
+def consensus_limit(rank: int, d_out: int, d_in: int) -> int:
+    """Largest N for which a consensus makes N × N overlaps instead of passes over the factors.
+
+    Overlaps of both sides cost as much as N/(2(R + 16)) pairs of passes; the four problems of a
+    consensus take about ten. A stack wider than long has nothing to gain.
+    """
+    return min(20 * (rank + 16), d_out, d_in)
+
+
+def update_limit(rank: int, d_out: int, d_in: int) -> int:
+    """The same for an `update` on a flat spectrum, which has one problem left to solve."""
+    return min(12 * (rank + 16), d_out, d_in)
+
+
+class IterativeSolver(TallSolver):
+    """N × N products instead of passes; one module at a time.
+
+    Cost per module: 2 N d r + N² d flops a side, then 2 N² k flops a product.
+    """
+
+    @cached_property
+    def turned(self) -> tuple[Tensor, Tensor]:
+        """(1, N, d): orthonormal rows T_iᵀ x_i of every client, both sides."""
+        return self._turned(self.b, self.clients.t_u), self._turned(self.a, self.clients.t_v)
+
+    def _turned(self, rows: Tensor, t: Tensor) -> Tensor:
+        """In fp64 where rounding would tell: terms of T_iᵀ x_i that are far longer than one."""
+        terms = self.ragged.segment_sum((t.abs() * self.v.lengths(rows)[..., None]).amax(-1))
+        wide = rows.double() if bool((terms > LONG).any()) else rows
+        return self.v.turned(wide, self.ragged, t).to(self.dtype)
+
+    @cached_property
+    def grams(self) -> Tensor:
+        """(2, N, N): their overlaps G_U, G_V in the working precision."""
+        return torch.cat([self.v.overlaps(q) for q in self.turned])
+
+    def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
+        rank, v = self.settings.rank, self.v
+        start = start_block(self.a, "right", self.settings, warm)
+        lead = self._leading(p, self._pull(1, start), ANCHORED)
+        if lead.sigma[0, rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
+            return lead
+        far = super().triplets(p, v.qr(self._lift(1, lead.y))[0])
+        strength = self._strength(p) * self._inverse(far.sigma)
+        x, y = strength * self._pull(1, far.y), strength * self._pull(0, far.x)
+        return replace(far, x=x, y=y)
+
+    def update(self, p: Tensor, warm: Tensor | None) -> Found:
+        """One whole step on tall blocks; a spectrum too flat for that is finished in N-space."""
+        rule = StopRule(self.settings, True, self.unit, patience=FLAT)
+        ritz = self._iterate(p, warm, rule)
+        if not rule.flat:
+            return self._update(self._triplets(ritz))
+        lead = self._leading(p, self._pull(1, ritz.images.block))
+        values, steps = lead.sigma, lead.steps + ritz.steps
+        left, right = (
+            Principal(self.v.qr(self._lift(side, z))[0], values, values, lead.norm, steps)
+            for side, z in enumerate((lead.x, lead.y))
+        )
+        return self.between((left, right), p, lead.sigma, lead.norm)
+
+    def consensus(
+        self,
+        votes: Tensor,
+        anchor: tuple[Triplets, Tensor] | None,
+        p: Tensor,
+        warm: tuple[Tensor | None, Tensor | None],
+    ) -> Found:
+        settings, rank, v, dtype = self.settings, self.settings.rank, self.v, self.dtype
+        grams, strength = self.grams, self._strength(p)
+        voices = row_votes(self.clients, votes, settings)
+        ref = grams[..., :0]
+        if anchor is not None:
+            lead, vote = anchor
+            ref = torch.cat([lead.x, lead.y]) * vote.sqrt()[..., None, :].to(dtype)
+        operator = NSpaceProjector(v, grams, voices, ref)
+
+        def energies(x: Tensor, vectors: Tensor) -> Tensor:
+            crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
+            return (crossed * v.product(grams.flip(0), crossed)).sum(-2).clamp(min=0).double()
+
+        known = ref[..., (ref != 0).any(-2).any(0)]
+        signs = replace(settings, rank=max(rank - known.shape[-1], 0))
+        pulled = [
+            self._pull(side, start_block(rows, SIDES[side], signs, warm[side]))
+            for side, rows in enumerate((self.b, self.a))
+        ]
+        width = min(x.shape[-1] for x in pulled)
+        first = operator.apply(torch.cat([x[..., :width] for x in pulled]))
+        trace = (voices * grams.diagonal(0, -2, -1)).sum(-1)
+        trace = trace + (ref * v.product(grams, ref)).sum((-2, -1))
+        rule = StopRule(settings, False, self.unit, SETTLED, energies)
+        start = torch.cat([known, first], -1)
+        ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace.double())
+        values, vectors = (fill(x, settings.columns) for x in (ritz.theta, ritz.vectors))
+        held, x = energies(ritz.x, vectors), v.product(ritz.x, vectors.to(dtype))
+        mean, sides = self.mean(p), []
+        for side, t, w in ((0, self.clients.t_u, mean.next), (1, self.clients.t_v, mean)):
+            here = slice(side, side + 1)
+            clear = int((values[side, :rank] > RESOLVED * values[side, 0]).sum())
+            basis = v.qr(self._lift(side, x[here, :, :clear]))[0]
+            if clear == rank:
+                sides.append(Principal(basis, values[here], held[here], trace, ritz.steps))
+                continue
+            voters = Voters(t, voices, self._lift(side, ref[here]))
+            sides.append(self._principal(side, voters, w, basis))
+        seen = x[:1] if anchor is not None else strength * pulled[1]
+        spectrum = self._coordinates(p, seen, StopRule(settings, False, self.unit))
+        sigma = fill(spectrum.theta, rank + 1).sqrt()
+        return self.between((sides[0], sides[1]), p, sigma, spectrum.total.sqrt())
+
+    def _strength(self, p: Tensor) -> Tensor:
+        """(1, N, 1): D of the mean with weights p."""
+        return (self.ragged.per_row(p) * self.clients.sigma)[..., None].to(self.dtype)
+
+    def _coordinates(self, p: Tensor, start: Tensor, rule: StopRule) -> Ritz:
+        """Subspace iteration on a mean in N-space, from left coordinates; its norm is exact."""
+        operator = NSpaceUpdate(self.v, self.grams, self._strength(p))
+        both, strength = operator.left * operator.right, operator.strength
+        total = (strength * self.v.product(both, strength)).sum((-2, -1)).double()
+        # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
+        total = total * (total > NOISE * strength.square().sum((-2, -1)))
+        return subspace_iteration(
+            self.v, operator, start, rule, lambda r, seen: torch.maximum(total, seen)
+        )
+
+    def _leading(self, p: Tensor, seen: Tensor, settled: float | None = None) -> Triplets:
+        """Leading triplets in coordinates; `seen` is Zᵀ Ω of a block to start from."""
+        rank, rule = self.settings.rank, StopRule(self.settings, False, self.unit, settled)
+        ritz = self._coordinates(p, self._strength(p) * seen, rule)
+        turn = fill(ritz.vectors, rank).to(self.dtype)
+        sigma = fill(ritz.theta.sqrt(), max(rank + 1, ritz.theta.shape[-1]))
+        x = self.v.product(ritz.x, turn)
+        y = self._strength(p) * self._inverse(sigma) * self.v.product(self.grams[:1], x)
+        return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
+
+    def _inverse(self, sigma: Tensor) -> Tensor:
+        """(1, 1, R): 1/σ, zero where σ is."""
+        head = sigma[..., None, : self.settings.rank]
+        return ((head > 0) / positive(head)).to(self.dtype)
+
+    def _pull(self, side: int, y: Tensor) -> Tensor:
+        """(1, N, k): Qᵀ y of tall vectors."""
+        return self.v.times(self.turned[side], y).to(self.dtype)
+
+    def _lift(self, side: int, z: Tensor) -> Tensor:
+        """(1, d, k): the tall vectors Q z."""
+        return self.v.lift(self.turned[side], z)

@@ -1,0 +1,196 @@
+"""Subspace iteration with a Rayleigh–Ritz problem in every step, and when it stops.
+
+docs/solvers.md derives and numbers the rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.canonical import positive
+from ..linalg.vocabulary import Vocabulary
+from .base import Settings
+from .operators import Images, Operator
+
+__all__ = ["ANCHORED", "MOST", "SETTLED", "Ritz", "StopRule", "subspace_iteration"]
+
+# Share of the contract that an adaptive run uses up: what is still to be gained is an estimate.
+SAFE = 0.8
+# Whole steps of an adaptive run at most.
+MOST = 12
+# The slowest that gains are taken to fall.
+SLOWEST = 0.9
+# Squared sines, in units of tol², at which vectors have come to rest: those of a mean projector,
+# and those of the anchor, which votes with half a voice (2/η²).
+SETTLED, ANCHORED = 2.0, 8.0
+# Ritz values of fp32 products move by this many roundoffs of the largest for no reason.
+JITTER = 4.0
+# A Ritz value, a square, below this fraction of the top is the rounding of fp32 blocks.
+EMPTY = 1e-13
+# Squared length, over the longest, of coordinates below which they hold no vector.
+DROP = 1e-5
+
+
+@dataclass(frozen=True)
+class Ritz:
+    """Ritz approximation of an operator in the span of a block x.
+
+    Attributes
+    ----------
+    x : Tensor (L, n, k)
+    images : Images
+    theta, vectors : Tensor (L, k), (L, k, k) fp64
+        Ritz values, and the coefficients in x of vectors of unit length.
+    total : Tensor (L,) fp64
+        Trace of the operator, as far as it is known.
+    blocks, steps : int
+        Blocks after the first; whole power steps taken.
+    """
+
+    x: Tensor
+    images: Images
+    theta: Tensor
+    vectors: Tensor
+    total: Tensor
+    blocks: int
+    steps: int
+
+
+class StopRule:
+    """Whether an iteration has come far enough; asked once for every block of images.
+
+    Parameters
+    ----------
+    settings : Settings
+        `power_iters` ≥ 0 fixes the number of steps.
+    half : bool
+        Whether it is asked every half-step.
+    settled : float, optional
+        For vectors that something else is made of: they must have come to rest, to a mean squared
+        sine of settled · tol². What U and V capture together is of first order in the sine.
+    weigh : callable (vectors) → (L, R), optional
+        The energies by which that mean weighs the vectors; by default their own.
+    most : int
+        Whole steps at most, of an adaptive run.
+    patience : float
+        Fraction of what is found that may be still to come after a whole step; with more, the
+        spectrum is `flat`, and the run ends there.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        half: bool,
+        roundoff: float,
+        settled: float | None = None,
+        weigh: Callable[[Tensor, Tensor], Tensor] | None = None,
+        most: int = MOST,
+        patience: float = math.inf,
+    ) -> None:
+        self.rank, self.tol = settings.rank, settings.tol
+        self.settled, self.weigh, self.half = settled, weigh, half
+        self.patience, self.flat = patience, False
+        self.adaptive = settings.power_iters < 0
+        self.limit = (1 + half) * (most if self.adaptive else settings.power_iters)
+        self.power = 1.0 if half else 2.0
+        self.jitter = JITTER * roundoff
+        self.asked = -1
+        self.before: Tensor | None = None
+
+    def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
+        self.asked += 1
+        if self.asked == self.limit or bool((theta[..., -1] <= EMPTY * theta[..., 0]).all()):
+            return True  # a block wider than the range of the operator holds all of it
+        enough = self.adaptive and self._enough(x, theta, vectors, total)
+        return enough or self.flat
+
+    def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
+        lead = theta[..., : self.rank]
+        found = lead.sum(-1)
+        outside = (total - theta.sum(-1)).clamp(min=0)
+        if self._little(outside, found, total):
+            return True
+        before, self.before = self.before, lead
+        if before is None:
+            return False
+        gains = lead - before
+        gains = gains * (gains > self.jitter * theta[..., :1])  # (12.4)
+        bulk = theta[..., self.rank :].sum(-1, keepdim=True) / max(theta.shape[-1] - self.rank, 1)
+        shift = 0.0 if self.half else theta[..., -1:] / 2
+        apart = positive(lead - shift)
+        rate = ((bulk - shift) / apart).clamp(min=0, max=SLOWEST) ** self.power
+        ahead = gains * rate / (1 - rate)  # (12.5)
+        to_come = torch.minimum(ahead.sum(-1), outside)
+        if not self._little(to_come, found, total):
+            self.flat = self.asked > self.half and bool((to_come > self.patience * found).any())
+            return False
+        if self.settled is None:
+            return True
+        energy = lead if self.weigh is None else self.weigh(x, vectors[..., : self.rank])
+        turn = (energy * ahead / positive(lead - bulk / 2)).sum(-1)  # (12.6)
+        turn = turn / positive(energy.sum(-1))
+        return bool((turn < self.settled * self.tol**2).all())
+
+    def _little(self, gain: Tensor, found: Tensor, total: Tensor) -> bool:
+        """Whether a gain in energy is too small to matter, in captured and in error (12.7)."""
+        for g, f, t in zip(gain.tolist(), found.tolist(), total.tolist(), strict=True):
+            error = math.sqrt(max(0.0, 1 - f / max(t, 1e-300)))
+            left = math.sqrt(max(0.0, 1 - (f + g) / max(t, 1e-300)))
+            if g > SAFE * self.tol * f or error - left > SAFE * (self.tol + 0.01 * error):
+                return False
+        return True
+
+
+def subspace_iteration(
+    v: Vocabulary,
+    operator: Operator,
+    start: Tensor,
+    rule: StopRule,
+    total: Callable[[Tensor, Tensor], Tensor],
+) -> Ritz:
+    """Leading eigenspace of an operator by X ← orth(O X) (Halko, Martinsson, Tropp 2011, 4.4).
+
+    Only the span matters: blocks are kept apart by a Householder QR of the coordinates, and what
+    the metric says is left to the Ritz problem.
+
+    Parameters
+    ----------
+    start : Tensor (L, n, k)
+        O times something intrinsic, so that iterates depend on O alone.
+    total : callable (R, seen) → (L,)
+        The operator's trace; called once, with R of the first block's QR and the trace in its
+        span.
+    """
+    x, r = v.qr(start)
+    trace = None
+    while True:
+        images = operator.images(x)
+        theta, vectors = _ritz(v, images)
+        if trace is None:
+            trace = total(r, theta.sum(-1))
+        if rule(x, theta, vectors, trace):
+            break
+        block = images.block
+        if not operator.half:  # what is left out lies in [0, θ_k], now around zero (12.3)
+            block = block - (theta[..., None, -1:] / 2).to(x.dtype) * x
+        x, _ = v.qr(block)
+        operator = operator.next
+    steps = -(-rule.asked // (1 + operator.half))
+    return Ritz(x, images, theta, vectors, trace, rule.asked, steps)
+
+
+def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor]:
+    """Eigenpairs of energy s = θ gram s; columns of s without length in gram are zero (12.1)."""
+    if images.gram is None:
+        return v.eigh(images.energy)
+    length2, basis = v.eigh((images.gram + images.gram.mT) / 2)
+    kept = length2 > DROP * length2[..., :1]
+    basis = basis * (kept / positive(length2).sqrt())[..., None, :]
+    energy = basis.mT @ images.energy @ basis
+    theta, turn = v.eigh((energy + energy.mT) / 2)
+    return theta, basis @ turn

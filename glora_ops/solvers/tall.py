@@ -1,0 +1,247 @@
+"""The tall solver: subspace iteration on d × k blocks; nothing N × N, nothing d × d.
+
+All products start from the same seeded signs in the *long* space, so the iterates depend on the
+mean projector (or update) alone: they are as gauge-invariant as what they approximate.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..linalg.canonical import positive
+from ..linalg.clients import Clients, balanced_sizes, canonicalize
+from ..linalg.orthonormal import straightened
+from ..linalg.ragged import Ragged
+from ..linalg.random_signs import start_matrix
+from ..linalg.vocabulary import Vocabulary, working
+from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
+from .operators import MeanProjector, MeanUpdate, Voters
+from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
+
+__all__ = ["TallSolver", "principal", "start_block"]
+
+SIDES = ("left", "right")
+# Eigenvalues of a mean projector below this fraction of the top are rounding of fp32 products.
+FLAT = 1e-12
+# N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
+CHEAP = 2**28
+# Singular values over the largest below which their squares in fp64 leave vectors askew.
+WEAK = 1e-5
+
+
+class TallSolver:
+    """Randomized solutions for stacks too tall for N × N eigenproblems; one module at a time.
+
+    Cost per module: 4 N d k flops a side and whole power step, with k = R + oversample columns.
+    """
+
+    def __init__(self, v: Vocabulary, factors: Factors, settings: Settings) -> None:
+        self.v, self.settings = v, settings
+        self.ragged, self.roundoff = factors.ragged, factors.roundoff
+        self.b, self.a, self.scale, self.size = v.pair(factors.b, factors.a, self.ragged)
+        self.scaling = factors.scaling * self.size
+        self.dtype = working(self.b.dtype)
+        self.unit = torch.finfo(self.dtype).eps / 2
+
+    @cached_property
+    def client_grams(self) -> list[Tensor]:
+        """(L, K, r, r) of b and of a, as they are scaled."""
+        return [self.v.gram(rows, self.ragged) for rows in (self.b, self.a)]
+
+    @cached_property
+    def clients(self) -> Clients:
+        gram_b, gram_a = self.client_grams
+        tau_rel = self.settings.tau_rel
+        return canonicalize(
+            self.v, gram_b, gram_a, self.ragged, self.scaling, tau_rel, self.roundoff
+        )
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        norm_b, norm_a = (self.v.lengths(x).square() for x in (self.b, self.a))
+        return self.scaling.abs() * balanced_sizes(norm_b, norm_a, self.ragged)
+
+    def coefficients(self, p: Tensor) -> Tensor:
+        return self.ragged.per_row(p * self.scaling)
+
+    def mean(self, p: Tensor) -> MeanUpdate:
+        return MeanUpdate(self.v, self.b, self.a, self.coefficients(p))
+
+    def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
+        rule = StopRule(self.settings, True, self.unit, ANCHORED)
+        return self._triplets(self._iterate(p, warm, rule))
+
+    def update(self, p: Tensor, warm: Tensor | None) -> Found:
+        rule = StopRule(self.settings, True, self.unit)
+        return self._update(self._triplets(self._iterate(p, warm, rule)))
+
+    def _update(self, lead: Triplets) -> Found:
+        """W̄ᵀU = V Σ is known already: no core to be made (7.2)."""
+        reach = lead.x[:, :0], lead.y[:, :0]
+        if self.settings.client_statistics:
+            reach = self.v.times(self.b, lead.x), self.v.times(self.a, lead.y)
+        sigma = torch.stack([lead.sigma, lead.sigma])
+        return Found(
+            lead.x, lead.sigma[..., : self.settings.rank], lead.y, reach,
+            lead.sigma, lead.norm, sigma, sigma, lead.steps, True,
+        )  # fmt: skip
+
+    def consensus(
+        self,
+        votes: Tensor,
+        anchor: tuple[Triplets, Tensor] | None,
+        p: Tensor,
+        warm: tuple[Tensor | None, Tensor | None],
+    ) -> Found:
+        extra = [rows[:, :0].mT.to(self.dtype) for rows in (self.b, self.a)]
+        if anchor is not None:
+            lead, vote = anchor
+            column = vote.sqrt()[..., None, :].to(self.dtype)
+            extra = [lead.x * column, lead.y * column]
+        mean, voices = self.mean(p), row_votes(self.clients, votes, self.settings)
+        known = None if anchor is None else extra[1]
+        left = Voters(self.clients.t_u, voices, extra[0])
+        right = Voters(self.clients.t_v, voices, extra[1])
+        sides = (
+            self._principal(0, left, mean.next, warm[0]),
+            self._principal(1, right, mean, warm[1]),
+        )
+        return self.between(sides, p, *self._spectrum(p, known))
+
+    def _principal(
+        self, side: int, voters: Voters, mean: MeanUpdate, *known: Tensor | None
+    ) -> Principal:
+        rows = (self.b, self.a)[side]
+        return principal(self.v, SIDES[side], rows, self.ragged, voters, self.settings, known, mean)
+
+    def _spectrum(self, p: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        """σ and norm of W̄ for certificates: one step tells enough where steps are dear."""
+        most = MOST if self._is_cheap else 1
+        rule = StopRule(self.settings, True, self.unit, most=most)
+        lead = self._triplets(self._iterate(p, known, rule))
+        return lead.sigma, lead.norm
+
+    def between(
+        self, sides: tuple[Principal, Principal], p: Tensor, sigma: Tensor, norm: Tensor
+    ) -> Found:
+        """The core (7.1) between two bases, from the factors themselves."""
+        v, (left, right) = self.v, sides
+        core, z_u, z_v = v.core(self.b, self.a, left.basis, right.basis, self.coefficients(p))
+        x, s, y = v.svd(core)
+        width = max(left.values.shape[-1], right.values.shape[-1])
+        values, energies = (
+            torch.stack([fill(x, width) for x in pair])
+            for pair in ((left.values, right.values), (left.energies, right.energies))
+        )
+        return Found(
+            v.combine(left.basis, x), s, v.combine(right.basis, y), (z_u @ x, z_v @ y),
+            sigma, norm, values, energies, max(left.steps, right.steps), True,
+        )  # fmt: skip
+
+    def _iterate(self, p: Tensor, warm: Tensor | None, rule: StopRule) -> Ritz:
+        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
+        mean, settings = self.mean(p), self.settings
+        first = start_block(self.a, "right", settings, warm)
+        random = first.shape[-1] - (0 if warm is None else int((warm != 0).any(-2).sum()))
+        whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
+
+        def total(r: Tensor, seen: Tensor) -> Tensor:
+            if self._is_cheap:
+                return torch.maximum(self._norm2(mean.coef), seen)
+            return seen if whole else seen + left_out(r, random)
+
+        return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
+
+    @property
+    def _is_cheap(self) -> bool:
+        return self.b.shape[-2] ** 2 * (self.b.shape[-1] + self.a.shape[-1]) <= CHEAP
+
+    def _norm2(self, coef: Tensor) -> Tensor:
+        """‖W‖² from both N × N Gram matrices."""
+        both = self.v.overlaps(self.b).double() * self.v.overlaps(self.a)
+        return (coef[..., :, None] * both * coef[..., None, :]).sum((-2, -1))
+
+    def _triplets(self, ritz: Ritz) -> Triplets:
+        """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""
+        v, rank = self.v, self.settings.rank
+        sigma = fill(ritz.theta.sqrt(), max(rank + 1, ritz.theta.shape[-1]))
+        lead = sigma[..., None, :rank]
+        turn = fill(ritz.vectors, rank) * (lead > 0)
+        on = v.combine(ritz.x, turn)
+        seen = v.combine(ritz.images.block.double(), turn / positive(lead))
+        if bool((lead < WEAK * lead[..., :1]).any()):
+            seen = straightened(v, seen) * (lead > 0)
+        seen = seen.to(self.dtype)
+        x, y = (seen, on) if ritz.blocks % 2 else (on, seen)
+        return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
+
+
+def left_out(r: Tensor, columns: int) -> Tensor:
+    """‖(I − QQᵀ)W‖² from the last `columns`, random ones, of W Ω = Q R, each left out in turn.
+
+    mean_j 1/‖row_j R⁻¹‖² (Epperly and Tropp 2024, section 2.3): what a basis of one column less
+    misses of the column it lacks; no further product (12.8).
+    """
+    r = r.double()
+    diagonal = r.diagonal(0, -2, -1)
+    least = 2.0**-53 * diagonal.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    diagonal.copy_(torch.where(diagonal.abs() > least, diagonal, least))
+    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
+    rows = torch.linalg.solve_triangular(r, eye, upper=True)[..., -columns:, :]
+    return (1 / rows.square().sum(-1)).mean(-1)
+
+
+def start_block(rows: Tensor, side: str, settings: Settings, *known: Tensor | None) -> Tensor:
+    """(1, d, k): columns known to matter, zero ones left out, then seeded signs of this side.
+
+    At least `oversample` signs, and R + oversample columns in all; the whole space where d is no
+    larger than that.
+    """
+    d, count = rows.shape[-1], settings.columns
+    given = [x[..., (x != 0).any(-2)[0]].to(rows.dtype) for x in known if x is not None]
+    if count < d:
+        count = max(count - sum(x.shape[-1] for x in given), settings.oversample)
+    signs = start_matrix(settings.seed, side, d, count, rows.dtype, rows.device)[None]
+    return torch.cat([*given, signs], -1) if given and count < d else signs
+
+
+def principal(
+    v: Vocabulary,
+    side: str,
+    rows: Tensor,
+    ragged: Ragged,
+    voters: Voters,
+    settings: Settings,
+    known: tuple[Tensor | None, ...] = (),
+    mean: MeanUpdate | None = None,
+) -> Principal:
+    """Leading eigenpairs of the mean projector M Mᵀ of one side.
+
+    The first block is M·orth(Mᵀ Ω): the range of M Mᵀ Ω without squaring its small directions
+    into rounding. Ω holds directions that are most of the answer, the anchor's and `known`, and
+    seeded signs.
+
+    Parameters
+    ----------
+    mean : MeanUpdate, optional
+        W̄ as it acts on this side's vectors, for their energies; all alike without.
+    """
+    operator, count = MeanProjector(v, rows, ragged, voters), settings.columns
+
+    def energies(x: Tensor, vectors: Tensor) -> Tensor:
+        if mean is None:
+            return torch.ones_like(vectors[..., 0, :])
+        return v.lengths(mean.apply(v.combine(x, vectors)).mT).square()
+
+    first = start_block(rows, side, settings, voters.extra, *known)
+    start = operator.apply(v.qr(operator.apply_t(first))[0])
+    trace = voters.trace(ragged)
+    rule = StopRule(settings, False, torch.finfo(start.dtype).eps / 2, SETTLED, energies)
+    ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
+    values = fill(ritz.theta * (ritz.theta > FLAT * ritz.theta[..., :1]), count)
+    vectors = fill(ritz.vectors, count) * (values > 0)[..., None, :]
+    basis = v.combine(ritz.x, vectors[..., : settings.rank])
+    return Principal(basis, values, energies(ritz.x, vectors), trace, ritz.steps)
