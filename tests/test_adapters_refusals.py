@@ -73,6 +73,8 @@ from glora_ops.errors import Refused
         ({"use_rslora": "yes"}, ["use_rslora = 'yes'"]),
         ({"modules_to_save": "head"}, ["modules_to_save = 'head'"]),
         ({"modules_to_save": [""]}, ["modules_to_save = ['']"]),
+        ({"modules_to_save": ["n"] * 4097}, ["modules_to_save", "at most 4096 names"]),
+        ({"target_parameters": ["a.b"] * 4097}, ["target_parameters", "at most 4096 names"]),
         ({"base_model_name_or_path": "a\nb"}, ["base_model_name_or_path"]),
         ({"alpha_pattern": {"first": None}}, ["alpha_pattern", "finite numbers"]),
         ({"alpha_pattern": {"(": 3}}, ["alpha_pattern", "'('", "a ( without its )"]),

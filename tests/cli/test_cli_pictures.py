@@ -50,7 +50,7 @@ def test_names_are_drawn_as_they_stand_whatever_they_spell(work: Path) -> None:
     for name in HOSTILE:
         plot_adapter(name, {name: torch.rand(4), name + "x": torch.rand(3)}, "one.svg")
         plot_adapter(name, {f"{name}{i}": torch.rand(4) for i in range(20)}, "many.png")
-    plot_alignment(HOSTILE, cosines, cosines, "clients.png")
+    plot_alignment(HOSTILE, cosines, cosines, cosines, "clients.png")
     draw_partition(torch.ones(3, len(HOSTILE)).int().numpy(), HOSTILE, "$\\frac{$", Path("p.png"))
     assert is_png(work / "clients.png")
     assert is_png(work / "p.png")
