@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg import eigen
 from ..linalg.canonical import U64, positive
 from ..linalg.clients import Clients, balanced_sizes
+from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged
 from ..linalg.vocabulary import Vocabulary, working
@@ -202,12 +202,12 @@ def cholesky(g: Tensor) -> Tensor:
     shift = torch.full(g.shape[:-2], SHIFT * g.shape[-1], dtype=g.dtype, device=g.device)
     for _ in range(16):
         _diagonal(g).copy_(1 + shift[..., None])
-        upper, fine = eigen.cholesky(g)
-        if bool(fine.all()):
+        lower, info = cholesky_ex(g)
+        if not bool(info.any()):
             break
-        shift = shift * (16 - 15 * fine.double())
+        shift = shift * (1 + 15 * (info != 0))
     _diagonal(g).fill_(1)
-    return upper.mT
+    return lower
 
 
 def principal_of_rows(
