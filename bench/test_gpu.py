@@ -186,7 +186,7 @@ def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
     """By the Gram route, however many rows."""
 
     def run(*args: Any, **settings: Any) -> Any:
-        always = partial(patch.object, attribute="gram_route_limit", new=lambda rank: 2**31)
+        always = partial(patch.object, attribute="exact_limit", new=lambda rank: 2**31)
         with always(algorithm), always(bindings_ops):
             return aggregate(*args, **settings)
 

@@ -112,8 +112,9 @@ def notes(state: State) -> list[Note]:
                 warning=True,
             )
         )
-    unheard = [name for name, m in state.modules.items() if m.stat("info_limited")]
-    if unheard and state.settings["basis"] == "projector":
+    hard = state.settings["basis"] == "projector"
+    unheard = [name for name, m in state.modules.items() if hard and m.stat("info_limited")]
+    if unheard:
         out.append(
             Note(
                 f"in {len(unheard)} of {len(state.modules)} modules{_some(unheard)} clients have "

@@ -185,7 +185,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, calls: set[int
 
 
 @pytest.mark.parametrize("calls", [{1}, {1, 2}, {2, 3, 4}, {5, 6, 7, 8}, None])
-@pytest.mark.parametrize("name", ["eigh", "svd", "cholesky_ex"])
+@pytest.mark.parametrize("name", ["eigh", "eigvalsh", "svd", "cholesky_ex"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("basis", BASES)
 def test_a_failure_of_lapack_reaches_nobody(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.ops import Ops
 from strategies import Recipe, build, distance, norm, orthonormal, regauge
 from test_aggregate import judge
 from test_quality import disjoint, frozen, noisy, partly, shared, stored
@@ -198,6 +199,18 @@ def test_what_a_sketch_has_missed_is_told_from_it_alone():
         assert float(left_out(r[None], 40)) == pytest.approx(missed, rel=0.25, abs=1e-8)
 
 
+@pytest.mark.parametrize("solver", ["iterative", "tall"])
+def test_steps_that_are_asked_for_are_taken(solver):
+    """Gains of weak directions are below the rounding of the top; only a complete space ends."""
+    rng, rank = torch.Generator().manual_seed(0), 8
+    u, v = (torch.linalg.qr(torch.randn(160, 144, generator=rng).double()).Q for _ in range(2))
+    j = torch.arange(144.0).double()
+    sigma = torch.where(j < 4, 1.0, 1e-4 * 0.97**j)
+    pairs = zip((u * sigma).float().split(12, 1), v.float().mT.split(12), strict=True)
+    found = Answer(solver, list(pairs), rank, "update", np.ones(12), power_iters=8)
+    assert ((found.s - sigma[:rank]).abs() < 1e-3 * sigma[:rank]).all()
+
+
 # --- work ---------------------------------------------------------------------------------------
 
 
@@ -214,14 +227,14 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("basis", "told", "most"),
-    [("update", False, 160), ("update", True, 250), ("consensus", True, 365)],
+    [("update", False, 170), ("update", True, 265), ("consensus", True, 380)],
 )
 def test_small_stacks_take_few_calls(basis, told, most):
     """1024², K = 8, r = 8, R = 16: a call costs more there than what it computes."""
     rng = torch.Generator().manual_seed(0)
     b, a = (torch.randn(64, 1024, generator=rng) for _ in range(2))
     w, ones, offsets = torch.full((8,), 1 / 8), torch.ones(8), torch.arange(0, 65, 8)
-    run = torch.ops.glora.aggregate
+    run = Ops(CpuVocabulary()).aggregate  # a mode sees no call inside an op
     run(b, a, offsets, w, ones, 16, basis, client_statistics=told)
     with Calls() as calls:
         run(b, a, offsets, w, ones, 16, basis, client_statistics=told)

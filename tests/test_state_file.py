@@ -98,6 +98,35 @@ def test_format_1_loads_too(path: Path) -> None:
     assert torch.equal(state.modules["conv"].u, want.modules["conv"].u)
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_a_state_without_client_statistics_is_saved_and_says_so(basis: str, path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(6, 2, generator=rng), torch.randn(2, 5, generator=rng)) for _ in "abc"]
+    state = glora.aggregate(pairs, rank=3, basis=basis, client_statistics=False)
+    state.save(path)
+    again = State.load(path)
+    told, m = glora.aggregate(pairs, rank=3, basis=basis), again.modules[""]
+    assert m.client_stats.shape == (0, 4)
+    assert torch.equal(m.u, told.modules[""].u)
+    assert "made without client_statistics" in again.report()
+    (client, *_) = state_facts(again)["clients"]
+    assert client["norm"] is client["share"] is None
+    with pytest.raises(GloraError, match="norm: got none, expected a state made with"):
+        m.client_stat("norm")
+    if basis == "update":  # the others need canonical forms in any case
+        with pytest.raises(GloraError, match="voices: got none"):
+            m.stat("voices")
+
+
+@pytest.mark.parametrize("name", ["captured", "norm", "voices"])
+def test_numbers_that_are_missing_elsewhere_are_damage(name: str, path: Path) -> None:
+    tensors, about = taken_apart(path)
+    stat(name, float("nan"))(tensors)
+    put_together(path, tensors, about)
+    with pytest.raises(Refused, match=f"{name} nan"):
+        State.load(path)
+
+
 def test_the_same_state_is_the_same_bytes(path: Path, tmp_path: Path) -> None:
     """Saved twice, loaded and saved, and in processes that hash strings differently."""
     before = path.read_bytes()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .eigen import cholesky
+from .eigen import cholesky_ex
 
 __all__ = [
     "Balanced",
@@ -103,8 +103,10 @@ def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     Zero columns stay zero. Where the factorisation fails T is returned as it is.
     """
     empty = torch.diag_embed((~kept).to(t.dtype))
-    r, _ = cholesky(t.mT @ gram @ t + empty)
-    return torch.linalg.solve_triangular(r, t, upper=True, left=False)
+    lower, info = cholesky_ex(t.mT @ gram @ t + empty)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    lower = torch.where((info == 0)[..., None, None], lower, identity)
+    return torch.linalg.solve_triangular(lower.mT, t, upper=True, left=False)
 
 
 def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:

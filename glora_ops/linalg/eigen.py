@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import unfit
 
-__all__ = ["cholesky", "eigh", "eigvalsh", "svd"]
+__all__ = ["cholesky_ex", "eigh", "eigvalsh", "svd"]
 
 Parts = tuple[Tensor, ...]
 
@@ -72,21 +72,19 @@ def svd(c: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     return x, s, yh
 
 
-def cholesky(g: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper triangular R with RᵀR = g, and which matrices are positive definite (…,) bool.
+def cholesky_ex(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower triangular L with L Lᵀ = g, and 0 for each matrix where it exists (…,).
 
-    R is the identity for those that are not. Falls back on the QR decomposition of √Λ Vᵀ.
+    As `torch.linalg.cholesky_ex`. Falls back on the QR decomposition of √Λ Vᵀ.
     """
     try:
-        r, info = torch.linalg.cholesky_ex(g, upper=True)
-        positive = info == 0
+        lower, info = torch.linalg.cholesky_ex(g)
     except torch.linalg.LinAlgError:
         lam, vec = eigh(g)
         r = torch.linalg.qr(lam.clamp(min=0).sqrt()[..., None] * vec.mT).R
-        r = r * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None]
-        positive = lam[..., 0] > 0
-    identity = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device)
-    return torch.where(positive[..., None, None], r, identity), positive
+        signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+        lower, info = r.mT * signs[..., None, :], lam[..., 0] <= 0
+    return lower, info
 
 
 def _tensors(arrays: Sequence[np.ndarray]) -> Parts:

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg import eigen
 from ..linalg.canonical import U64, positive
 from ..linalg.clients import Clients, balanced_sizes
+from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged
 from ..linalg.vocabulary import Vocabulary, working
@@ -25,9 +25,9 @@ __all__ = ["ExactSolver", "exact_limit", "principal_of_rows"]
 
 # Added to the unit diagonal of an n × n Gram matrix, per row: four times what rounding leaves.
 SHIFT = 4 * U64
-# Share of a basis vector's squared length that the shift may have made up; beyond it bases are
-# orthonormalised in the long space. fp32 results are orthonormal to ten times as much.
-TILT = 1e-7
+# Share of a basis vector's squared length that the shift may have made up, in roundoffs of the
+# result; beyond it bases are orthonormalised in the long space.
+TILT = 2.0
 # Squared length of a basis vector below which it is nothing but shift and rounding.
 SHORT = 1e-6
 
@@ -159,7 +159,9 @@ class ExactSolver:
     ) -> Found:
         """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
         z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
-        tilted = (torch.linalg.vector_norm(z, dim=-2) > (TILT / SHIFT / x.shape[-2]) ** 0.5).any(-1)
+        tilted = (
+            torch.linalg.vector_norm(z, dim=-2) > (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
+        ).any(-1)
         x, lifted = (x, z) if turn is None else (torch.bmm(x, turn), torch.bmm(z, turn))
         u, v = self._lift(lifted)
         reach = torch.bmm(self.lower, x).chunk(2)
@@ -202,12 +204,12 @@ def cholesky(g: Tensor) -> Tensor:
     shift = torch.full(g.shape[:-2], SHIFT * g.shape[-1], dtype=g.dtype, device=g.device)
     for _ in range(16):
         _diagonal(g).copy_(1 + shift[..., None])
-        upper, fine = eigen.cholesky(g)
-        if bool(fine.all()):
+        lower, info = cholesky_ex(g)
+        if not bool(info.any()):
             break
-        shift = shift * (16 - 15 * fine.double())
+        shift = shift * (1 + 15 * (info != 0))
     _diagonal(g).fill_(1)
-    return upper.mT
+    return lower
 
 
 def principal_of_rows(
