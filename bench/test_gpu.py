@@ -88,7 +88,7 @@ class TorchVocabulary(CpuVocabulary):
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return y.double().mT @ z.double()
 
-    def triangular(self, g: Tensor, drop: float) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         unit = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
         size = g.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
         r, _ = torch.linalg.cholesky_ex(g + drop * size * unit, upper=True)

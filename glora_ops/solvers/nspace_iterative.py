@@ -102,9 +102,10 @@ class IterativeSolver(TallSolver):
         settings, rank, v, dtype = self.settings, self.settings.rank, self.v, self.dtype
         grams, strength = self.grams, self._strength(p)
         voices = row_votes(self.clients, votes, settings)
-        ref = grams[..., :0]
+        ref, trace = grams[..., :0], (voices * grams.diagonal(0, -2, -1)).sum(-1).double()
         if anchor is not None:
             lead, vote = anchor
+            trace = trace + vote.sum(-1)
             ref = torch.cat([lead.x, lead.y]) * vote.sqrt()[..., None, :].to(dtype)
         operator = NSpaceProjector(v, grams, voices, ref)
 
@@ -120,11 +121,9 @@ class IterativeSolver(TallSolver):
         ]
         width = min(x.shape[-1] for x in pulled)
         first = operator.apply(torch.cat([x[..., :width] for x in pulled]))
-        trace = (voices * grams.diagonal(0, -2, -1)).sum(-1)
-        trace = trace + (ref * v.product(grams, ref)).sum((-2, -1))
         rule = StopRule(settings, False, self.unit, SETTLED, energies)
         start = torch.cat([known, first], -1)
-        ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace.double())
+        ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
         values, vectors = (fill(x, settings.columns) for x in (ritz.theta, ritz.vectors))
         held, x = energies(ritz.x, vectors), v.product(ritz.x, vectors.to(dtype))
         mean, sides = self.mean(p), []

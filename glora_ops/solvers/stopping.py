@@ -104,10 +104,8 @@ class StopRule:
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1
-        if self.asked == self.limit or bool((theta[..., -1] <= EMPTY * theta[..., 0]).all()):
-            return True  # a block wider than the range of the operator holds all of it
         enough = self.adaptive and self._enough(x, theta, vectors, total)
-        return enough or self.flat
+        return enough or self.flat or self.asked == self.limit
 
     def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         lead = theta[..., : self.rank]
@@ -173,7 +171,7 @@ def subspace_iteration(
         theta, vectors = _ritz(v, images)
         if trace is None:
             trace = total(r, theta.sum(-1))
-        if rule(x, theta, vectors, trace):
+        if rule(x, theta, vectors, trace) or _holds_all(images, theta):
             break
         block = images.block
         if not operator.half:  # what is left out lies in [0, θ_k], now around zero (12.3)
@@ -182,6 +180,11 @@ def subspace_iteration(
         operator = operator.next
     steps = -(-rule.asked // (1 + operator.half))
     return Ritz(x, images, theta, vectors, trace, rule.asked, steps)
+
+
+def _holds_all(images: Images, theta: Tensor) -> bool:
+    """Whether an orthonormal block is wider than the operator's range: no step finds more."""
+    return images.gram is None and bool((theta[..., -1] <= EMPTY * theta[..., 0]).all())
 
 
 def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,8 @@ class TallSolver:
 
     @cached_property
     def sizes(self) -> Tensor:
+        if self.settings.client_statistics or self.settings.basis != "update":
+            return self.clients.size
         norm_b, norm_a = (self.v.lengths(x).square() for x in (self.b, self.a))
         return self.scaling.abs() * balanced_sizes(norm_b, norm_a, self.ragged)
 
