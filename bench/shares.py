@@ -21,10 +21,8 @@ from populations import Case, population
 from glora_ops import STATS
 from glora_ops.isolation import exact_products, one_thread
 
-WORDS = (
-    "pair", "gram", "canonical", "turned", "overlaps", "product", "times", "lift", "combine",
-    "qr", "inner", "fold", "unfold", "core", "eigh", "svd",
-)  # fmt: skip
+WORDS = ("pair", "gram", "canonical", "turned", "overlaps", "product", "times", "lift", "combine",
+         "qr", "inner", "fold", "unfold", "core", "eigh", "svd")  # fmt: skip
 ROUNDS = 15
 
 
