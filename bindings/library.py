@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import Parameter, Signature
@@ -27,7 +28,7 @@ Tensors = tuple[Tensor, ...]
 Outputs = tuple[tuple[tuple[int | torch.SymInt, ...], torch.dtype], ...]
 
 
-class Op:
+class Op(ABC):
     """A call of an op, its arguments bound by name and checked.
 
     `schema` makes an op of a subclass, which says how its metadata are checked, what comes out,
@@ -77,17 +78,17 @@ class Op:
         self.check()
         checks.numbers(bound)
 
+    @abstractmethod
     def check(self) -> None:
         """Raise `GloraError` for what does not fit; values of tensors are not looked at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self) -> Outputs:
         """What comes out, from metadata alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def body(self, device: Ops) -> Tensors:
         """Every output, with a module dimension, where the caller left it out too."""
-        raise NotImplementedError
 
     @property
     def leading(self) -> Tensor:
