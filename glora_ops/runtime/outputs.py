@@ -19,7 +19,7 @@ from ..errors import GloraError, Refusal, Refused, require, unfit
 from .hidden import ASIDE, UNSURE, Strangers, hidden_folder, sweep
 from .locks import lock
 from .rename import Taken, exchange, rename_new
-from .signals import surely
+from .signals import heed, surely
 
 __all__ = [
     "Strangers",
@@ -208,6 +208,7 @@ def _built(final: Path, strangers: Strangers, overwrite: bool, what: str) -> Ite
         path = hidden / final.name
         yield path
         _flush(path)
+        heed()
         try:
             if overwrite and os.path.lexists(final):
                 _replace(path, final, strangers, what)

@@ -1,14 +1,16 @@
-"""SIGTERM as an exception, so that what is half done is cleared away as after Ctrl-C."""
+"""SIGTERM and Ctrl-C as exceptions, which clear away what is half done, and do not get lost."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "surely", "terminable"]
+__all__ = ["Terminated", "heed", "surely", "terminable"]
+
+_come: list[KeyboardInterrupt] = []  # in the current `terminable` block
 
 
 class Terminated(KeyboardInterrupt):
@@ -17,21 +19,45 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise `Terminated` in the block where SIGTERM comes; only where nobody else handles it."""
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    """End the block with `Terminated` after SIGTERM, with KeyboardInterrupt after Ctrl-C.
+
+    They are raised where the signals come. Foreign code may take them there for errors of its own,
+    or drop them (pydantic does both): then they are raised again when the block ends, or earlier by
+    `heed`. Signals that somebody else handles are left to them.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one leaves the clearing away alone
-        raise Terminated
+        if number == signal.SIGTERM:  # a second one leaves the clearing away alone
+            signal.signal(number, signal.SIG_IGN)
+        _come.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise _come[-1]
 
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with ExitStack() as handlers:
+        handlers.callback(_come.clear)
+        for number, usual in (
+            (signal.SIGTERM, signal.SIG_DFL),
+            (signal.SIGINT, signal.default_int_handler),
+        ):
+            if signal.getsignal(number) is usual:
+                handlers.callback(signal.signal, number, usual)
+                signal.signal(number, stop)
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            heed()
+            raise
+        heed()
+
+
+def heed() -> None:
+    """Raise again what a signal has raised and foreign code has dropped."""
+    if _come:
+        raise _come[-1] from None
 
 
 def surely(clear: Callable[[], object]) -> None:
