@@ -375,20 +375,26 @@ def test_the_anchor_settles_before_the_iteration_stops():
     assert float(stats[STATS.index("captured")]) == pytest.approx(want.captured, abs=2e-4)
 
 
-def test_n_space_keeps_directions_that_float32_holds():
-    """Four large directions and many small ones: a block that loses its grading loses those."""
+@pytest.mark.parametrize("seed", range(4))
+def test_n_space_keeps_directions_that_float32_holds(seed):
+    """Four large directions and many small ones: columns that mix them round the small ones.
+
+    The same steps in both precisions, apart by a third of what contract (a) allows for rounding.
+    """
     p = pack([(torch.tensor(b).float(), torch.tensor(a).float()) for b, a in
-              shared(np.random.default_rng(0), count=100, m=420, n=420, noise=0.3)])  # fmt: skip
-    weights, scaling = torch.full((100,), 0.01, dtype=torch.float64), torch.ones(100).double()
-    low, high = (
-        torch.ops.glora.aggregate(
-            p.b.to(dtype), p.a.to(dtype), p.offsets, weights, scaling, 16, power_iters=2
-        )
-        for dtype in (torch.float32, torch.float64)
-    )
+              shared(np.random.default_rng(seed), count=100, m=420, n=420, noise=0.3)])  # fmt: skip
     assert exact_limit(16) < p.b.shape[-2] <= consensus_limit(16, 420, 420)
-    # The same steps in both precisions; the 16th eigenvalue is a fortieth of the first.
-    assert torch.allclose(low[3][:16], high[3][:16], rtol=1e-4, atol=0)
+    weights, scaling = torch.full((100,), 0.01, dtype=torch.float64), torch.ones(100).double()
+    told = []
+    for dtype in (torch.float32, torch.float64):
+        u, s, v, _, _, stats, _ = torch.ops.glora.aggregate(
+            p.b.to(dtype), p.a.to(dtype), p.offsets, weights, scaling, 16
+        )
+        told += [dict(zip(STATS, stats.tolist(), strict=True)), (u.double() * s) @ v.double().mT]
+    low, found, high, want = told
+    assert low["power_iters"] == high["power_iters"]
+    limit = bounds.cut_bound(high["storage_scale"], high["kappa_p"], high["kappa_w"])
+    assert norm(found - want) <= limit / 3
 
 
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])

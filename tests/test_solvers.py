@@ -20,7 +20,7 @@ from glora_ops.linalg.ragged import Ragged
 from glora_ops.solvers.base import Factors, Settings
 from glora_ops.solvers.nspace_exact import ExactSolver
 from glora_ops.solvers.nspace_iterative import IterativeSolver
-from glora_ops.solvers.tall import TallSolver, left_out
+from glora_ops.solvers.tall import TallSolver
 
 SOLVERS = {"exact": ExactSolver, "iterative": IterativeSolver, "tall": TallSolver}
 EVERY = pytest.mark.parametrize("solver", SOLVERS)
@@ -189,14 +189,22 @@ def test_the_op_gives_the_statistics_for_given_bases(basis):
     assert not torch.allclose(other, want, rtol=1e-1, atol=1e-2)
 
 
-def test_what_a_sketch_has_missed_is_told_from_it_alone():
-    """Leave one out: within a few standard errors, and nothing where nothing is missed."""
-    rng = torch.Generator().manual_seed(0)
-    for decay, rank in ((0.0, 400), (0.7, 400), (0.0, 20)):
-        w = torch.randn(500, rank, generator=rng).double() * torch.arange(1, rank + 1) ** -decay
-        q, r = torch.linalg.qr(w @ torch.randn(rank, 40, generator=rng).sign().double())
-        missed = float((w - q @ (q.mT @ w)).square().sum())
-        assert float(left_out(r[None], 40)) == pytest.approx(missed, rel=0.25, abs=1e-8)
+@pytest.mark.parametrize("make", [disjoint, partly, frozen, shared])
+def test_captured_is_near_the_truth_where_the_norm_is_estimated(make):
+    """N² (d_out + d_in) above what N × N Gram matrices may cost: 1e-3 off, as the contract has it.
+
+    One standard deviation over seeds; nothing where the first sketch has missed nothing.
+    """
+    rng = np.random.default_rng(0)
+    clients = stored(rng, make(rng, count=40, r=8, m=1400, n=1360))
+    mean = sum(b.double().numpy() @ a.double().numpy() for b, a in clients) / 40
+    errors = []
+    for seed in range(6):
+        found = Answer("tall", clients, 16, "update", seed=seed, client_statistics=False)
+        truth = 1 - (norm(found.w_hat - mean) / norm(mean)) ** 2
+        errors.append(found.stat("captured") - truth)
+    print(f"\n{make.__name__}: {norm(errors) / 6**0.5:.1e}")
+    assert norm(errors) / 6**0.5 <= (1e-3 if make in (disjoint, partly) else 1e-6)
 
 
 @pytest.mark.parametrize("solver", ["iterative", "tall"])

@@ -153,17 +153,22 @@ class IterativeSolver(TallSolver):
         # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
         total = total * (total > NOISE * strength.square().sum((-2, -1)))
         return subspace_iteration(
-            self.v, operator, start, rule, lambda r, seen: torch.maximum(total, seen)
+            self.v, operator, start, rule, lambda x, images, seen: torch.maximum(total, seen)
         )
 
     def _leading(self, p: Tensor, seen: Tensor, settled: float | None = None) -> Triplets:
         """Leading triplets in coordinates; `seen` is Zᵀ Ω of a block to start from."""
-        rank, rule = self.settings.rank, StopRule(self.settings, False, self.unit, settled)
-        ritz = self._coordinates(p, self._strength(p) * seen, rule)
+        v, rank = self.v, self.settings.rank
+        rule = StopRule(self.settings, False, self.unit, settled)
+        # Coordinates know nothing of length: a column that holds some of every direction would
+        # round the small ones by the large. Axes of the metric keep them apart.
+        start, _ = v.qr(self._strength(p) * seen)
+        gram = v.inner(start, v.product(self.grams[:1], start))
+        ritz = self._coordinates(p, v.combine(start, v.eigh((gram + gram.mT) / 2)[1]), rule)
         turn = fill(ritz.vectors, rank).to(self.dtype)
         sigma = fill(ritz.theta.sqrt(), max(rank + 1, ritz.theta.shape[-1]))
-        x = self.v.product(ritz.x, turn)
-        y = self._strength(p) * self._inverse(sigma) * self.v.product(self.grams[:1], x)
+        x = v.product(ritz.x, turn)
+        y = self._strength(p) * self._inverse(sigma) * v.product(self.grams[:1], x)
         return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
 
     def _inverse(self, sigma: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def subspace_iteration(
     operator: Operator,
     start: Tensor,
     rule: StopRule,
-    total: Callable[[Tensor, Tensor], Tensor],
+    total: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Ritz:
     """Leading eigenspace of an operator by X ← orth(O X) (Halko, Martinsson, Tropp 2011, 4.4).
 
@@ -160,17 +160,17 @@ def subspace_iteration(
     ----------
     start : Tensor (L, n, k)
         O times something intrinsic, so that iterates depend on O alone.
-    total : callable (R, seen) → (L,)
-        The operator's trace; called once, with R of the first block's QR and the trace in its
+    total : callable (X, images, seen) → (L,)
+        The operator's trace; called once, with the first block, its images and the trace in its
         span.
     """
-    x, r = v.qr(start)
+    x, _ = v.qr(start)
     trace = None
     while True:
         images = operator.images(x)
         theta, vectors = _ritz(v, images)
         if trace is None:
-            trace = total(r, theta.sum(-1))
+            trace = total(x, images.block, theta.sum(-1))
         if rule(x, theta, vectors, trace) or _holds_all(images, theta):
             break
         block = images.block

@@ -7,6 +7,7 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 from __future__ import annotations
 
 from functools import cached_property
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..linalg.canonical import positive
 from ..linalg.clients import Clients, balanced_sizes, canonicalize
 from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
-from ..linalg.random_signs import start_matrix
+from ..linalg.random_signs import sign_matrix, start_matrix
 from ..linalg.vocabulary import Vocabulary, working
 from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
@@ -147,13 +148,12 @@ class TallSolver:
         """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
         mean, settings = self.mean(p), self.settings
         first = start_block(self.a, "right", settings, warm)
-        random = first.shape[-1] - (0 if warm is None else int((warm != 0).any(-2).sum()))
         whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
-        def total(r: Tensor, seen: Tensor) -> Tensor:
+        def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
             if self._is_cheap:
                 return torch.maximum(self._norm2(mean.coef), seen)
-            return seen if whole else seen + left_out(r, random)
+            return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
 
@@ -165,6 +165,14 @@ class TallSolver:
         """‖W‖² from both N × N Gram matrices."""
         both = self.v.overlaps(self.b).double() * self.v.overlaps(self.a)
         return (coef[..., :, None] * both * coef[..., None, :]).sum((-2, -1))
+
+    def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
+        """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.8)."""
+        width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
+        b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
+        a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
+        whole = self.v.product(b.mT, (coef[..., None] * a).to(a.dtype))
+        return (whole - self.v.product(q.mT, w)).double().square().sum((-2, -1))
 
     def _triplets(self, ritz: Ritz) -> Triplets:
         """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""
@@ -181,19 +189,17 @@ class TallSolver:
         return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
 
 
-def left_out(r: Tensor, columns: int) -> Tensor:
-    """‖(I − QQᵀ)W‖² from the last `columns`, random ones, of W Ω = Q R, each left out in turn.
+def count_sketch(rows: Tensor, side: int, width: int, seed: int) -> Tensor:
+    """(L, n, width): rows (L, n, d) with random signs, numbers that are `width` apart added up.
 
-    mean_j 1/‖row_j R⁻¹‖² (Epperly and Tropp 2024, section 2.3): what a basis of one column less
-    misses of the column it lacks; no further product (12.8).
+    Squared lengths of sketched combinations of rows have a relative error of √(2/width) at most.
+    An odd width does not keep step with what repeats along a row, such as heads.
     """
-    r = r.double()
-    diagonal = r.diagonal(0, -2, -1)
-    least = 2.0**-53 * diagonal.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    diagonal.copy_(torch.where(diagonal.abs() > least, diagonal, least))
-    eye = torch.eye(r.shape[-1], dtype=r.dtype, device=r.device).expand_as(r)
-    rows = torch.linalg.solve_triangular(r, eye, upper=True)[..., -columns:, :]
-    return (1 / rows.square().sum(-1)).mean(-1)
+    signs = sign_matrix(seed, "probe", rows.shape[-1], 2, rows.dtype, rows.device)[:, side]
+    out = rows.new_zeros(*rows.shape[:-1], width, dtype=working(rows.dtype))
+    for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
+        out[..., : len(sign)].addcmul_(part, sign)
+    return out
 
 
 def start_block(rows: Tensor, side: str, settings: Settings, *known: Tensor | None) -> Tensor:
