@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import bindings  # noqa: F401  # registers torch.ops.glora
 from .packing import pack
 
 __all__ = ["align", "canonical_bases", "mean_over_modules"]

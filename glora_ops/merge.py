@@ -102,8 +102,7 @@ def aggregate_adapters(
     State
         Whose settings also hold ``weights_from``, ``skipped`` (the reasons), ``remarks`` (what was
         found out about the clients' files) and ``dense_from`` (the clients that had a dense
-        tensor, where some had not), and whose ``record`` is what
-        `update_adapters` needs.
+        tensor, where some had not), and whose ``record`` is what `update_adapters` needs.
 
     Raises
     ------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,13 +93,14 @@ def lines(state: State) -> list[Line]:
 def notes(state: State) -> list[Note]:
     """What deserves a second look; empty when nothing does."""
     out = []
+    modules, clients = f"{len(state.modules)} modules", f"{len(state.clients)} clients"
     tied = state.ambiguous
     if tied:
         out.append(
             Note(
-                f"the cut at rank {state.rank} falls into a tie in {len(tied)} of "
-                f"{len(state.modules)} modules{_some(tied)}: rounding decides which of several "
-                'equally good directions are kept; another rank, or the basis "update", avoids it',
+                f"the cut at rank {state.rank} falls into a tie in {_part(tied, modules)}: "
+                "rounding decides which of several equally good directions are kept; another "
+                'rank, or the basis "update", avoids it',
                 warning=True,
             )
         )
@@ -117,9 +119,9 @@ def notes(state: State) -> list[Note]:
     if unheard:
         out.append(
             Note(
-                f"in {len(unheard)} of {len(state.modules)} modules{_some(unheard)} clients have "
-                "directions below the precision they were stored in, which have no vote: the state "
-                'does not hold them at any rank; the basis "consensus" or "update" does',
+                f"in {_part(unheard, modules)} clients have directions below the precision they "
+                "were stored in, which have no vote: the state does not hold them at any rank; the "
+                'basis "consensus" or "update" does',
                 warning=True,
             )
         )
@@ -137,10 +139,7 @@ def notes(state: State) -> list[Note]:
     silent = _silent_clients(state) if told else []
     if silent:
         out.append(
-            Note(
-                f"{len(silent)} of {len(state.clients)} clients sent an update of zero"
-                f"{_some(silent)}: untrained, or alpha is 0"
-            )
+            Note(f"{_part(silent, clients)} sent an update of zero: untrained, or alpha is 0")
         )
     for name in _strangers(state):
         out.append(
@@ -158,9 +157,8 @@ def notes(state: State) -> list[Note]:
     if opposed:
         out.append(
             Note(
-                f"{len(opposed)} of {len(state.clients)} clients pull against the mean"
-                f"{_some(opposed)}: their updates have a negative inner product with the server's; "
-                "glora compare shows signed cosines"
+                f"{_part(opposed, clients)} pull against the mean: their updates have a negative "
+                "inner product with the server's; glora compare shows signed cosines"
             )
         )
     if not told:
@@ -169,10 +167,7 @@ def notes(state: State) -> list[Note]:
     if partial:
         how = "counts as zero there" if state.settings["missing"] == "zero" else "is left out there"
         out.append(
-            Note(
-                f"{len(partial)} of {len(state.modules)} modules are not in every client"
-                f"{_some(partial)}; a client without one {how}"
-            )
+            Note(f"{_part(partial, modules)} are not in every client; a client without one {how}")
         )
     return [*out, *map(Note, state.settings.get("remarks", []))]
 
@@ -181,9 +176,10 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    shown = [n for n in names[:3] if n]
-    return f" ({', '.join(shown)}{', …' if len(names) > 3 else ''})" if shown else ""
+def _part(names: Sequence[str], whole: str) -> str:
+    """How many of the whole, and the first of their names; the module of bare pairs has none."""
+    shown = ", ".join(n for n in names[:3] if n) + ", …" * (len(names) > 3)
+    return f"{len(names)} of {whole}" + (f" ({shown})" if shown else "")
 
 
 def _silent_clients(state: State) -> list[str]:

@@ -77,7 +77,10 @@ Integer64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Section(BaseModel):
-    """JSON as it stands: "1" is no number, 1 is no truth value, and no other key is known."""
+    """JSON as it stands: "1" is no number, 1 is no truth value, and no other key is known.
+
+    A default only says that the key may be missing: what is judged is not filled in.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -175,6 +178,7 @@ class Arguments(Section):
     power_iters: Annotated[int, Field(ge=-1, lt=2**31)] = -1
     tol: Positive = 1e-3
     seed: Integer64 = 0
+    client_statistics: bool = True
     max_bytes: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     robust: Rule | None = None
     clip: Positive = 2.0

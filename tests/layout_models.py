@@ -89,6 +89,16 @@ def towers() -> nn.Module:
     return _seeded(Towers)
 
 
+def numbered() -> nn.Module:
+    """Two encoders side by side."""
+    return _seeded(
+        lambda: nn.ModuleDict(
+            {f"encoder_{i}": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+             for i in (1, 2)}
+        )
+    )  # fmt: skip
+
+
 def adapt(folder: Path, base: Base, seed: int, **config: Any) -> Path:
     """A client of `base`: every trainable number moved by seeded noise, saved by PEFT."""
     saved = config.pop("saved", {})

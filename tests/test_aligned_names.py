@@ -77,13 +77,18 @@ def test_the_name_of_most_clients_is_written(tmp_path: Path) -> None:
     models.assert_mean(base, tmp_path / "two/r8", [first, new[0]])
 
 
-@pytest.mark.parametrize("wrapper", ["module", "wrapped", "base_model.model"])
-def test_a_wrapper_is_never_the_name_that_is_written(wrapper: str, tmp_path: Path) -> None:
-    renamed = {"base_model.model.": f"base_model.model.{wrapper}."}
-    plain = [models.adapt(tmp_path / f"p{i}", models.llama, i, **LISTED) for i in range(2)]
-    wrapped = client(tmp_path / "w", models.llama, 0, renamed, **LISTED)
-    readout([wrapped, plain[1]], tmp_path)
-    models.assert_served(models.llama, tmp_path / "r8", plain)
+@pytest.mark.parametrize(
+    ("wrapper", "count"), [("module", 2), ("base_model.model", 2), ("unknown", 1)]
+)
+def test_a_wrapper_is_never_the_name_that_is_written(
+    wrapper: str, count: int, tmp_path: Path
+) -> None:
+    """Known ones not even where most clients have them."""
+    base, renamed = models.llama, {"base_model.model.": f"base_model.model.{wrapper}."}
+    plain = [models.adapt(tmp_path / f"p{i}", base, i, **LISTED) for i in range(count + 1)]
+    wrapped = [client(tmp_path / f"w{i}", base, i, renamed, **LISTED) for i in range(count)]
+    readout([*wrapped, plain[-1]], tmp_path)
+    models.assert_served(base, tmp_path / "r8", plain)
 
 
 def test_full_weights_and_embeddings_move_along(tmp_path: Path) -> None:
@@ -111,6 +116,10 @@ APART: dict[str, tuple[Base, list[dict[str, Any]]]] = {
         models.towers,
         [{"target_modules": r"layers\.0\.fc"}, {"target_modules": r"single_layers\.0\.fc"}],
     ),
+    "numbered": (
+        models.numbered,
+        [{"target_modules": rf"encoder_{i}\.layers\.0"} for i in (1, 2)],
+    ),
     "down and up": (
         models.unet,
         [{"target_modules": ["down_blocks.0"]}, {"target_modules": ["up_blocks.0"]}],
@@ -134,11 +143,34 @@ def test_clients_that_are_apart_on_purpose_stay_apart(case: str, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:.* shares no module")
 def test_an_excluded_tower_is_not_the_module_without_it(tmp_path: Path) -> None:
     towers = models.towers
-    left = {"target_modules": ["fc"], "exclude_modules": ["tower.layers.0.fc"]}
+    tower = [f"tower.layers.{i}.fc" for i in range(24)]
+    left = {"target_modules": ["fc"], "exclude_modules": tower}
     one = models.adapt(tmp_path / "one", towers, 1, r=2, **left)
     other = models.adapt(tmp_path / "other", towers, 2, r=2, target_modules=["tower.layers.0.fc"])
     readout([one, other], tmp_path)
     models.assert_served(towers, tmp_path / "r8", [one, other])
+
+
+@pytest.mark.filterwarnings("ignore:.* shares no module")
+def test_a_layer_without_an_index_is_another_under_another_name(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": ["to_q"]}
+    clients = [
+        client(tmp_path / name, models.unet, seed, {"model.to_q": f"model.{name}.to_q"}, **config)
+        for seed, name in enumerate(("embed", "head"))
+    ]
+    assert aggregate_adapters(clients, rank=4).modules.keys() == {"embed.to_q", "head.to_q"}
+
+
+def test_layers_that_could_be_either_of_two_are_refused(tmp_path: Path) -> None:
+    plain = models.adapt(tmp_path / "plain", models.llama, 1, **LISTED)
+    renamed = {"model.model.layers": "model.model.one.layers"}
+    twice = client(tmp_path / "twice", models.llama, 2, renamed, **LISTED)
+    edit_tensors(
+        twice, lambda t: t.update({k.replace(".one.", ".other."): 2 * x for k, x in t.items()})
+    )
+    with pytest.raises(Refused, match="the same layers may stand under two names") as caught:
+        aggregate_adapters([plain, twice], rank=8)
+    assert len(caught.value.refusals) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.* shares no module")

@@ -9,6 +9,7 @@ import shutil
 import weakref
 from collections import Counter
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -400,6 +401,23 @@ def test_an_updated_state_is_a_fresh_one_bit_for_bit(
         assert_same_bits(kept, aggregate_adapters([other, b, c], given(3, 1, 2), **settings))
     # There and back.
     assert_same_bits(update_adapters(added, remove=["client-3"]), state)
+
+
+def test_every_setting_is_saved_and_heeded_by_an_update(four: list[Path], tmp_path: Path) -> None:
+    settings = {
+        "rank": 4, "captured": 0.8, "basis": "projector", "missing": "renormalise",
+        "normalise": False, "robust": "clip", "clip": 3.0, "tau_rel": 0.2, "anchor": 0.5,
+        "oversample": 8, "power_iters": 2, "tol": 1e-4, "seed": 3, "max_bytes": 10**6,
+        "client_statistics": False,
+    }  # fmt: skip
+    of_clients = {"clients", "weights", "scalings", "names"}
+    not_kept = {"progress", "warm", "scratch"}
+    assert settings.keys() == signature(aggregate).parameters.keys() - of_clients - not_kept
+    aggregate_adapters(four[:3], **settings).save(tmp_path / "s.safetensors")
+    updated = update_adapters(State.load(tmp_path / "s.safetensors"), add=four[3:])
+    fresh = aggregate_adapters(four, **settings)
+    assert_same_bits(updated, fresh)
+    assert updated.record == fresh.record
 
 
 def test_auto_rank_is_found_anew(four: list[Path]) -> None:

@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def test_what_may_go_is_replaced_and_what_may_not_comes_back(
         (path if kind == "file" else path / "x").write_text("three")
     assert (target if kind == "file" else target / "x").read_text() == "two"
     assert names(tmp_path) == {"out"}
+
+
+def test_what_comes_during_the_block_is_replaced_on_request_only(way: str, tmp_path: Path) -> None:
+    """Even where it is glora's own: whoever did not ask for it replaces nothing."""
+    target = tmp_path / "out"
+    for overwrite, kept in ((False, "theirs"), (True, "mine")):
+        refused = nullcontext() if overwrite else pytest.raises(GloraError, match="meanwhile")
+        with refused, outputs.new_folder(target, lambda path: [], overwrite=overwrite) as path:
+            (path / "x").write_text("mine")
+            target.mkdir(exist_ok=True)
+            (target / "x").write_text("theirs")
+        assert names(tmp_path) == {"out"}
+        assert (target / "x").read_text() == kept
 
 
 def test_what_cannot_come_back_is_kept_where_it_is(

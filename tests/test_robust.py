@@ -467,7 +467,7 @@ def test_the_report_names_who_pulls_against_the_mean() -> None:
     problem = spoilt(crowd(5), c3=-1.0)
     names = ["ann", "bob", "cyd", "dan", "eve"]
     state = glora.aggregate(problem.clients, None, problem.scaling.tolist(), 6, names=names)
-    assert "1 of 5 clients pull against the mean (dan)" in state.report()
+    assert "1 of 5 clients (dan) pull against the mean" in state.report()
     assert "against the mean" not in glora.aggregate(crowd(5).clients, rank=6).report()
 
 

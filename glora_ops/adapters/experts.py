@@ -28,7 +28,6 @@ __all__ = [
     "nested",
     "owners",
     "parameter_pairs",
-    "unwrapped",
 ]
 
 Pair = tuple[Tensor, Tensor]
@@ -44,7 +43,7 @@ MAX_CANDIDATES = 64  # parameters that one pair could belong to
 _WRAPPED = ".base_layer"
 
 
-def unwrapped(path: str) -> tuple[str, int]:
+def _unwrapped(path: str) -> tuple[str, int]:
     """The module that `path` wraps, and behind how many other wrappers."""
     depth = 0
     while path.endswith(_WRAPPED):
@@ -79,7 +78,7 @@ def owners(
     """
     levels: dict[str, dict[int, str]] = defaultdict(dict)
     for path in rows:
-        holder, depth = unwrapped(path)
+        holder, depth = _unwrapped(path)
         levels[holder][depth] = path
     parameters: dict[str, str] = {}
     unclear: dict[str, tuple[str, ...]] = {}

@@ -20,7 +20,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 class Place:
     """A client's name and its folder or file, absolute; of a URL, as it was given.
 
-    `named` where the name was given and is not the end of the path.
+    `named` where the name was given, and not taken from the path.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""PEFT LoRA folders: inspected by their headers, read tensor by tensor."""
+"""LoRA adapters on disk: inspected by their headers, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Adapter:
     Attributes
     ----------
     name : str
-        The folder's name, by which every message calls this client.
+        By which every message calls this client: given, or the end of the path (`find_places`).
     path : Path
-        The folder, absolute.
+        The folder or file, absolute.
     stored : Stored
         Its tensors.
     modules : mapping of str to Module
@@ -68,7 +68,7 @@ class Adapter:
     modules_to_save : tuple of str
         As the configuration names them.
     config : mapping
-        ``adapter_config.json`` as it stands.
+        ``adapter_config.json`` as it stands, or what a file says of itself instead.
     remarks : tuple of str
         What whoever merges it should know.
     """
@@ -137,7 +137,7 @@ class Adapter:
 def inspect_adapter(
     folder: str | os.PathLike[str] | Place, *, max_bytes: int = MAX_BYTES
 ) -> tuple[Adapter | None, list[Refusal]]:
-    """Check a PEFT LoRA folder by its headers and configuration; no tensor is read.
+    """Check a LoRA adapter by its headers and configuration; no factor is read.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def inspect_adapter(
     -------
     adapter : Adapter, or None if anything was refused
     refusals : list of Refusal
-        All problems that can be seen without reading tensors.
+        All problems that can be seen without reading factors.
     """
     (place,) = find_places([folder])
     path, client = place.path, place.name

@@ -401,19 +401,10 @@ def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) 
         content = parse_json_object(read_bytes(path))
     except GloraError:
         raise
-    except OSError as error:
-        found = f"{error.strerror}: {str(path)!r}"
+    except (OSError, ValueError) as error:
+        problem = "the weights cannot be read"
         raise Refused(
-            [Refusal("the weights cannot be read", None, str(path), None, found, wanted, remedy)]
-        ) from None
-    except ValueError as error:
-        found = str(error)
-        raise Refused(
-            [
-                Refusal(
-                    "the weights are no JSON object", None, str(path), None, found, wanted, remedy
-                )
-            ]
+            [Refusal(problem, None, str(path), None, str(error), wanted, remedy)]
         ) from None
     names = dict.fromkeys(clients)
     refusals = Refusals(

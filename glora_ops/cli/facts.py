@@ -25,7 +25,6 @@ __all__ = [
     "held_energy",
     "load_state",
     "padding_note",
-    "print_clients",
     "print_state",
     "state_facts",
 ]
@@ -178,7 +177,7 @@ def print_state(facts: Mapping[str, Any]) -> None:
             f", basis {facts['basis']}, {_count(modules, 'module')}{base}\n",
         )
     )
-    print_clients(facts)
+    _print_clients(facts)
     if facts["rank_to_captured"]:
         ranks = table("rank", "captured", left=0)
         for rank, captured in facts["rank_to_captured"].items():
@@ -204,7 +203,7 @@ def print_state(facts: Mapping[str, Any]) -> None:
         to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
 
 
-def print_clients(facts: Mapping[str, Any]) -> None:
+def _print_clients(facts: Mapping[str, Any]) -> None:
     """One row per client."""
     stored = any("ranks" in client for client in facts["clients"])
     judged = any("cosine" in client for client in facts["clients"])

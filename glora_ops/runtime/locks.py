@@ -54,10 +54,7 @@ def _holder(path: Path) -> str | None:
         about = json.loads(text or "{}")
         which = f" ({about['glora']} on {about['host']})" if text else ""
         return f"another process{which}"
-    except (
-        FileNotFoundError,
-        PermissionError,
-    ):  # let go of just now, or unreadable
+    except (FileNotFoundError, PermissionError):  # let go of just now, or not to be read
         return "another process"
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -193,8 +193,8 @@ def ours(path: Path) -> list[str]:
 
 
 def write_text(path: Path, text: str, strangers: Strangers = ours) -> None:
-    with new_file(path, strangers) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with new_file(path, strangers) as building:
+        building.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from glora_ops import State, merge, renew
 from glora_ops.adapters.write import strangers as strangers_in_adapter
 from glora_ops.cli.outputs import strangers
-from glora_ops.runtime import outputs, rename
+from glora_ops.runtime import hidden, outputs, rename
 
 TENSORS = "adapter_model.safetensors"
 
@@ -155,25 +155,41 @@ def test_a_lock_that_is_not_gloras_is_kept(work: Path) -> None:
     assert (work / ".out.lock").read_text() == "the key to my diary"
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigterm_clears_away_and_ends_with_143(
-    signals: int, work: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "again", "code", "says"),
+    [
+        (signal.SIGTERM, 0, 143, "terminated"),
+        (signal.SIGTERM, 9, 143, "terminated"),
+        (signal.SIGINT, 0, 130, "interrupted"),
+        (signal.SIGINT, 1, 130, "interrupted"),  # that somebody presses Ctrl-C twice
+    ],
+)
+def test_signals_clear_away_whole_also_where_more_come_meanwhile(
+    number: int, again: int, code: int, says: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glora("aggregate", "ann", "-o", "deep/out")
     before = everything(work)
+    plain = hidden._clear_unlocked
+    more: list[int] = []
 
     def stop(*_: object, **__: object) -> None:
-        for _ in range(signals):
-            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+
+    def clear(*arguments: Any) -> None:
+        if more:
+            os.kill(os.getpid(), more.pop())
+        plain(*arguments)
 
     monkeypatch.setattr(State, "write_adapter", stop)
+    monkeypatch.setattr(hidden, "_clear_unlocked", clear)
     for arguments in (
         ["aggregate", *CLIENTS, "-o", "deep/out", "--overwrite", "--readout", 2],
         ["aggregate", *CLIENTS, "-o", "other/deep/out", "--readout", 2],
         ["readout", "deep/out", "-r", 2, "-o", "x"],
     ):
-        said = glora(*arguments, code=143).stderr
-        assert said == "terminated: nothing is half written\n"
+        more[:] = [number] * again
+        said = glora(*arguments, code=code).stderr
+        assert said == f"{says}: nothing is half written\n"
         assert everything(work) == before
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -63,7 +63,7 @@ def judged(target: str, files: Files) -> tuple[str, str]:
                 found, why = outcome(target, files, Path(folder)), ""
         except Hang as error:
             found, why = "hang", str(error)
-        except Exception:
+        except Exception:  # none is expected: whatever it is, it is the finding
             found, why = "traceback", traceback.format_exc()
     if grown() - held > GROWTH:
         found, why = "memory", f"{(grown() - held) / 2**20:.0f} MiB"
