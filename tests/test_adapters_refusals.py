@@ -183,9 +183,12 @@ def test_num_examples_refused(client: Path, content: str) -> None:
         ),
         (lambda t: t.update({FIRST_A: torch.ones(4, 3, 3)}), [FIRST_A, "(4, 3, 3)", "Conv2d"]),
         (
-            lambda t: t.update({"base_model.model.conv.lora_B.weight": torch.ones(6, 2, 1, 1)}),
-            ["conv.lora_B.weight", "(6, 2, 1, 1)", "grouped"],
+            lambda t: t.update({CONV_B: torch.ones(6, 2, 1, 1)}),
+            [CONV_B, "(6, 2, 1, 1)", "grouped"],
         ),
+        (lambda t: t.update({CONV_B: torch.ones(0)}), [CONV_B, "(0,)", "DeepSpeed"]),
+        (lambda t: t.update({CONV_B: torch.ones(6, 4, 0, 1)}), ["(6, 4, 0, 1)", "DeepSpeed"]),
+        (lambda t: t.update({CONV_A: torch.ones(4, 3, 0, 2)}), [CONV_A, "DeepSpeed"]),
         (lambda t: t.clear(), ["no LoRA factors"]),
         (
             lambda t: t.update({FIRST_A: torch.ones(4, 12, dtype=torch.int64)}),

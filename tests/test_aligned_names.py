@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import layout_models as models
+import peft_models
 import pytest
 from adapter_folders import edit_tensors
 from peft_models import Base
@@ -89,6 +90,28 @@ def test_a_wrapper_is_never_the_name_that_is_written(
     wrapped = [client(tmp_path / f"w{i}", base, i, renamed, **LISTED) for i in range(count)]
     readout([*wrapped, plain[-1]], tmp_path)
     models.assert_served(base, tmp_path / "r8", plain)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize(
+    ("base", "target", "root", "put"),
+    [
+        (models.llama, "q_proj", "model.layers", "layers"),
+        (peft_models.gpt2, "c_attn", "transformer.h", "h"),
+        (peft_models.bert, "query", "bert.encoder", "encoder"),
+        (models.vision_language, "q_proj", "model.language_model.", "language_model.model."),
+    ],
+    ids=["llama", "gpt2", "bert", "vision-language"],
+)
+def test_of_two_clients_the_one_whose_model_has_a_head_names_the_layers(
+    base: Base, target: str, root: str, put: str, odd: int, tmp_path: Path
+) -> None:
+    config = {"r": 2, "target_modules": [target]}
+    plain = [models.adapt(tmp_path / f"p{i}", base, i, **config) for i in range(2)]
+    given = [*plain]
+    given[odd] = client(tmp_path / "odd", base, odd, {f"model.{root}": f"model.{put}"}, **config)
+    readout(given, tmp_path)
+    models.assert_mean(base, tmp_path / "r8", plain)
 
 
 def test_full_weights_and_embeddings_move_along(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ WRAPPERS = {
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 }
+#: Segments under which models with a head keep the layers of those without one.
+ROOTS = {
+    "model", "transformer", "backbone", "bert", "roberta", "distilbert", "albert", "electra",
+    "deberta", "vit", "gpt_neox",
+}  # fmt: skip
 MAX_STEMS = 128  # that some client lacks; pairs of them are compared
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
@@ -246,7 +251,8 @@ def _common_names(
     """The one name of every stem that has several, as far as possible one client's all through.
 
     A client counts more that has no wrappers, then one whose names most have, one whose names say
-    more of the model's parts (as newer libraries do), and one with fewer other segments.
+    more of the model's parts (as newer libraries do), one whose names begin as those of models with
+    a head do, and one with fewer other segments.
     """
     circles: list[set[Stem]] = []
     for pair in joined:
@@ -261,7 +267,8 @@ def _common_names(
         segments = [segment for stem in spelt[i] for segment in stem.segments]
         parts = sum(bool(_parts(_words([segment]))) for segment in segments)
         followed = sum(len(holders[stem]) for stem in spelt[i])
-        return -len(WRAPPERS & set(segments)), followed, parts, parts - len(segments), -i
+        rooted = sum(not ROOTS.isdisjoint(stem.segments[:1]) for stem in spelt[i])
+        return -len(WRAPPERS & set(segments)), followed, parts, rooted, parts - len(segments), -i
 
     names: dict[Stem, Stem] = {}
     for i in sorted(spelt, key=standing):  # the best last

@@ -292,12 +292,14 @@ def _module(
         "(r, in, kh, kw)" if conv else "(r, vocabulary)" if family == "embedding" else "(r, d_in)"
     )
     if (len(a.shape) != 2 and not conv) or 0 in a.shape:
-        remedy = _GATHER if len(a.shape) < 3 else "adapt linear, Conv2d and embedding layers only"
+        ungathered = 0 in a.shape or len(a.shape) < 3
+        remedy = _GATHER if ungathered else "adapt linear, Conv2d and embedding layers only"
         return 0, "A is misshapen", str(a.shape), f"{form}, none of them 0", remedy
     rows = a.shape[0]
     b_form = f"(d_out, {rows}, 1, 1)" if conv else f"(d_out, {rows})"
     if len(b.shape) != len(a.shape) or 0 in b.shape or b.shape[1:] != (rows,) + (1,) * 2 * conv:
-        remedy = "leave grouped convolutions out of target_modules" if conv else _GATHER
+        whole = conv and len(b.shape) == 4 and 0 not in b.shape
+        remedy = "leave grouped convolutions out of target_modules" if whole else _GATHER
         return 1, "B does not fit A", str(b.shape), b_form, remedy
     for side, info in ((0, a), (1, b)):
         if info.dtype not in FACTOR_DTYPES:
