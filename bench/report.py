@@ -417,12 +417,15 @@ def goals(steps: list[Row], models: list[Row], files: list[dict[str, Any]]) -> s
                 met(value >= least),
             ])  # fmt: skip
 
-    ratio(large + "partly", "update", "peer0", 1.3)
-    ratio(large + "partly", "update", "peer1_qr", 8)
-    ratio(large + "partly", "consensus", "peer1_qr", 3)
-    ratio(small, "update", "peer1_qr", 1.3)
-    ratio(small, "consensus", "peer1_qr", 1)
-    ratio(many, "update", "peer3_lowrank", 1)
+    ratio(large + "partly", "update", "peer0", 0.5)
+    ratio(large + "shared", "update", "peer0", 0.5)
+    ratio(large + "disjoint", "update", "peer0", 0.9)
+    ratio(large + "partly", "consensus", "peer0_q1", 0.6)
+    ratio(large + "partly", "consensus", "peer1_qr", 2.5)
+    ratio(small, "update", "peer1_qr", 0.5)
+    ratio(small, "consensus", "peer1_qr", 0.3)
+    ratio(many, "update", "peer0", 0.6)
+    ratio(many, "update", "peer1_qr", 3)
     for kind in ("shared", "partly"):
         row = found.get((large + kind, "consensus"))
         if row is not None:
@@ -430,13 +433,14 @@ def goals(steps: list[Row], models: list[Row], files: list[dict[str, Any]]) -> s
             body.append([f"{row.case}: consensus captured / attainable ≥ 0.98", f"{held:.4f}",
                          met(held >= 0.98)])  # fmt: skip
     for row in models:
-        value = of_one_alone(row)
-        body.append([f"{row.case}, {row.info['basis']}: a module ≤ 0.7 × one alone",
-                     f"× {value:.2f}", met(value <= 0.7)])  # fmt: skip
+        value = min(row.arms[arm]["ratio"] for arm in ("peer0_q1", "peer1_qr"))
+        least = {"update": 1.3, "consensus": 0.7}[row.info["basis"]]
+        body.append([f"{row.case}: {row.info['basis']} ≥ {least:g} × the best peer's loop",
+                     f"×{value:.2f}", met(value >= least)])  # fmt: skip
     for i in files:
         what = f"files, K = {i['clients']}"
-        body.append([f"{what}: ≥ 60 % of the in-memory rate", f"{100 * i['rate_of_memory']:.0f} %",
-                     met(i["rate_of_memory"] >= 0.6)])  # fmt: skip
+        body.append([f"{what}: ≥ 85 % of the in-memory rate", f"{100 * i['rate_of_memory']:.0f} %",
+                     met(i["rate_of_memory"] >= 0.85)])  # fmt: skip
         body.append([f"{what}: peak ≤ state + 2 × largest module + 300 MB",
                      f"{i['peak_mb']:.0f} of {allowed(i):.0f} MB",
                      met(i["peak_mb"] <= allowed(i))])  # fmt: skip
@@ -464,6 +468,8 @@ def page(
         conditions(rows),
         "## Goals",
         goals(steps, models, files),
+        "No bench yet: `update` without per-client statistics (≥ 1.0 × (0) at the same power "
+        "steps), and 16 modules of 2048² (≥ 1.5 and 0.35 × the best peer's loop).",
         "## One server step",
         steps_table(steps),
     ]

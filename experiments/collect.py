@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from glora_ops.fl.report import load_runs
+from glora_ops.fl.load import load_runs
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("config", "method", "seed", "lr", "round", "score", "loss", "received",
@@ -30,13 +31,13 @@ def off_diagonal(table: list[list[float | None]]) -> float | str:
     return fmean(values) if values else ""
 
 
-def row(run: Any, line: dict[str, Any], received: float | None) -> dict[str, Any]:
+def row(run: Any, line: dict[str, Any], received: Sequence[float]) -> dict[str, Any]:
     """One round of one run; empty where nothing was measured."""
     aligned = line.get("alignment")
     numbers = {
         "score": line.get("metrics", {}).get(run.metric, ""),
         "loss": line.get("metrics", {}).get("loss", ""),
-        "received": "" if received is None else received,
+        "received": fmean(received) if received else "",
         **{k: v for k, v in line.get("update", {}).items() if k != "spectrum"},
         **line.get("misalignment", {}),
         "columns": off_diagonal(aligned["columns"]) if aligned else "",
@@ -52,7 +53,7 @@ def main(home: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     runs, _ = load_runs(p for p in sorted(home.iterdir()) if p.is_dir() and p.name != "sweep")
     rows = [
-        row(run, line, run.received if line is run.lines[-1] else None)
+        row(run, line, run.received if line is run.lines[-1] else [])
         for run in runs if run.done for line in run.lines
     ]  # fmt: skip
     path, fresh = RESULTS / "rounds.csv", {x["config"] for x in rows}

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from bounds import BOUNDS
 from protocol import ARMS, CELLS, RESULTS, SEEDS, TUNING, Ledger
 from statistics_of_runs import holm, mcnemar, sign_permutation
 
-from glora_ops.fl.report import bootstrap
+from glora_ops.fl.report import table
+from glora_ops.fl.summary import bootstrap
 
 MODES = ("consensus", "restart", "momentum")  # candidates for glora, fixed on the tuning seeds
 Run = Mapping[str, Any]
@@ -53,13 +55,20 @@ def mode_of_glora(scores: Mapping[str, Mapping[str, Mapping[Choice, float]]]) ->
 
 
 def cell_table(arms: Mapping[str, Mapping[int, Run]], glora: str) -> str:
-    """One row an arm: end point, personalised scores, bytes, and glora minus the arm."""
+    """One row an arm: end point, the clients' own scores, bytes, and glora minus the arm.
+
+    Bounds are described and not tested: Holm's family is the arms that compete.
+    """
     gains = {
         arm: [arms[glora][s]["end_point"] - runs[s]["end_point"] for s in sorted(runs)
               if s in arms.get(glora, {})]
         for arm, runs in arms.items()
     }  # fmt: skip
-    p = {arm: sign_permutation(x) for arm, x in gains.items() if arm != glora and len(x) > 1}
+    p = {
+        arm: sign_permutation(x)
+        for arm, x in gains.items()
+        if arm not in (glora, *BOUNDS) and len(x) > 1
+    }
     corrected = holm(p)
     rows = []
     for arm, runs in sorted(arms.items(), key=lambda x: -fmean(mean_of(x[1]))):
@@ -67,15 +76,17 @@ def cell_table(arms: Mapping[str, Mapping[int, Run]], glora: str) -> str:
         worst = [min(x for x in r["own"] if x is not None) for r in runs.values()]
         first = next(iter(runs.values()))
         row = [
-            arm + (" **(glora)**" if arm == glora else ""), shown(first["lr"], first["knobs"]),
-            str(len(runs)), pm(mean_of(runs)), pm(own), pm(worst),
+            arm + " **(glora)**" * (arm == glora) + " *(bound)*" * (arm in BOUNDS),
+            shown(first["lr"], first["knobs"]), str(len(runs)),
+            pm(mean_of(runs)), pm(own), pm(worst),
             f"{fmean(r['bytes'] for r in runs.values()) / 1e6:.1f}",
         ]  # fmt: skip
-        if arm in p:
+        if arm != glora and len(gains[arm]) > 1:
             low, high = bootstrap(gains[arm])
             won = sum(x > 0 for x in gains[arm])
             row += [f"{fmean(gains[arm]):+.3f}", f"{low:+.3f} … {high:+.3f}",
-                    f"{won} of {len(gains[arm])}", f"{p[arm]:.3f}", f"{corrected[arm]:.3f}",
+                    f"{won} of {len(gains[arm])}",
+                    *(f"{x[arm]:.3f}" if arm in x else "–" for x in (p, corrected)),
                     instances(arms[glora], runs)]  # fmt: skip
         else:
             row += ["–"] * 6
@@ -109,11 +120,6 @@ def pm(values: Sequence[float]) -> str:
 
 def shown(lr: float, knobs: Mapping[str, Any]) -> str:
     return ", ".join([f"{lr:.4g}", *(f"{k} {v}" for k, v in knobs.items())])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def main() -> None:

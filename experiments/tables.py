@@ -9,13 +9,14 @@ import csv
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
 from scipy.stats import spearmanr
 
-from glora_ops.fl.report import bootstrap
+from glora_ops.fl.report import table
+from glora_ops.fl.summary import bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 GRIDS = ("digits_dirichlet_", "digits_iid_", "digits_one_rate_", "text_")
@@ -53,11 +54,6 @@ def late(runs: dict[int, list[Row]]) -> dict[int, float]:
 def pm(values: Iterable[float]) -> str:
     x = list(values)
     return "–" if not x else f"{fmean(x):.3f}" + (f" ± {stdev(x):.3f}" if len(x) > 1 else "")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def difference(one: dict[int, float], other: dict[int, float]) -> tuple[str, str, str]:

@@ -209,6 +209,21 @@ def test_every_module_has_its_place() -> None:
     assert {name for name, _ in modules()} == known
 
 
+def test_small_decompositions_go_where_their_fallback_is() -> None:
+    """LAPACK gives up now and then: `linalg.eigen` knows what then, `torch.linalg` does not."""
+    calls = {"svd", "svdvals", "eigh", "eigvalsh", "cholesky", "cholesky_ex"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for name, path in modules()
+        if name != "reference" and path.name != "eigen.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr in calls
+        and ast.unparse(node.value) == "torch.linalg"
+    ]
+    assert not wrong
+
+
 def test_kernels_know_torch_and_triton_only() -> None:
     standard = {"__future__", "collections", "contextlib", "dataclasses", "functools", "inspect",
                 "itertools", "math", "typing"}  # fmt: skip

@@ -163,19 +163,18 @@ def report(
 ) -> None:  # fmt: skip
     """Tables, paired differences and pictures of finished runs, configuration by configuration."""
     with answering(as_json, writes=True) as outcome:
+        from ..fl.load import load_runs, with_finished
         from ..fl.pictures import draw
         from ..fl.report import (
             COLUMNS,
             difference_rows,
-            load_runs,
             markdown,
             rows_of,
             strangers,
-            summarise,
             unfinished,
-            with_finished,
             write_report,
         )
+        from ..fl.summary import summarise
         from ..runtime.outputs import apart, claimed, new_folder
 
         found, sweeps = load_runs(runs)

@@ -17,6 +17,7 @@ from ..alignment import align, canonical_bases, mean_over_modules
 from ..linalg import eigen
 from ..robust import cosines
 from ..state import Factors
+from .gauge import procrustes
 from .messages import Pairs, Reply, Sent
 from .robust import inner
 from .tasks.base import Answer
@@ -115,12 +116,12 @@ def misalignment(replies: Sequence[Reply]) -> dict[str, float]:
                 (x.factors[m][0][:, :rank].double(), x.factors[m][1][:rank].double())
                 for x in (one, other)
             )
-            u, sigma, vt = eigen.svd(b.mT @ c + a @ d.mT)
-            eye = torch.eye(rank, dtype=u.dtype)
+            q, gain = procrustes((b, a), (c, d))
+            eye = torch.eye(rank, dtype=q.dtype)
             own = float(sum(x.square().sum() for x in (a, b, c, d))) or 1.0
-            turns.append(float(torch.linalg.matrix_norm(u @ vt - eye)) / (2 * rank**0.5))
+            turns.append(float(torch.linalg.matrix_norm(q - eye)) / (2 * rank**0.5))
             apart.append(1 - 2 * float((b * c).sum() + (a * d).sum()) / own)
-            turned.append(1 - 2 * float(sigma.sum()) / own)
+            turned.append(1 - 2 * gain / own)
     return {
         name: sum(values) / len(values) if values else 0.0
         for name, values in (("turn", turns), ("apart", apart), ("apart_turned", turned))
@@ -131,7 +132,7 @@ def own_score(answers: Sequence[Answer], held: np.ndarray) -> float | None:
     """Mean score in a client's own mix of labels; None where nothing is judged of what it holds.
 
     Σ_l p_l · (mean score of the answers of label l), p_l the share of label l in its training
-    examples, over the labels that were judged.
+    examples, over the labels that were judged; `held` (L,) counts those examples, label by label.
     """
     scores: dict[int, list[float]] = defaultdict(list)
     for answer in answers:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import Refusal, Refused, listing, require
+from ..errors import GloraError, Refusal, Refused, listing, require
 from ..runtime.outputs import check_free, write_text
 from .config import Config
+from .forms import read_sweep
 from .records import replied
 from .run import EngineFactory, Plan, local_engine, run
 from .tensorboard import mirror, require_tensorboard
@@ -124,8 +125,7 @@ def learning_rate(
 def _no_sweep(path: Path) -> list[str]:
     """The name of a file that is no sweep's outcome."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        found = None
-    own = isinstance(found, dict) and found.keys() == {"metric", "scores", "chosen", "seed"}
-    return [] if own else [path.name]
+        read_sweep(path)
+    except (GloraError, OSError):
+        return [path.name]
+    return []

@@ -58,6 +58,11 @@ class Aligned(Form):
     clients: list[int]
     columns: list[list[float | None]]
     rows: list[list[float | None]]
+    cosines: list[list[float | None]] | None = None  # older runs have none
+
+
+class Judged(Form):
+    left_out: list[str]
 
 
 class Line(Form):
@@ -75,6 +80,7 @@ class Line(Form):
     sent_ranks: list[int] | None = None
     own: list[float | None] | None = None
     update: Update | None = None
+    robust: Judged | None = None
     alignment: Aligned | None = None
     misalignment: dict[str, float] | None = None
 
@@ -94,7 +100,7 @@ class Line(Form):
         if self.alignment is not None:
             found = self.alignment
             known = {c.client for c in self.clients}
-            sides = (found.columns, found.rows)
+            sides = [x for x in (found.columns, found.rows, found.cosines) if x is not None]
             square = all([len(row) for row in side] == [len(found.clients)] * len(found.clients)
                          for side in sides)  # fmt: skip
             require(square and known >= set(found.clients), "alignment", found.clients,

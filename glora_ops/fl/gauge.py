@@ -5,26 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linalg import eigen
 from ..state import Factors
 from .messages import Pairs
 from .seeds import torch_stream
 
-__all__ = ["regauge", "turned"]
+__all__ = ["procrustes", "regauge", "turned"]
+
+
+def procrustes(pair: Factors, towards: Factors) -> tuple[Tensor, float]:
+    """Q (r, r) orthogonal that minimises ‖B Q − B'‖² + ‖Qᵀ A − A'‖², and what it gains; fp64.
+
+    Q = polar(M), M = Bᵀ B' + A A'ᵀ of pairs of one rank; tr(Qᵀ M), the sum of M's singular values.
+    """
+    (b, a), (b_to, a_to) = pair, towards
+    u, s, vt = eigen.svd(b.double().mT @ b_to.double() + a.double() @ a_to.double().mT)
+    return u @ vt, float(s.sum())
 
 
 def turned(factors: Pairs, towards: Pairs) -> Pairs:
-    """(B Q, Qᵀ A), Q orthogonal, of every module, nearest to `towards` of the same shapes.
-
-    Q = polar(Bᵀ B' + A A'ᵀ) minimises ‖B Q − B'‖² + ‖Qᵀ A − A'‖²; fp64.
-    """
-    return {m: _turned(pair, towards[m]) for m, pair in factors.items()}
-
-
-def _turned(pair: Factors, towards: Factors) -> Factors:
-    b, a = (x.double() for x in pair)
-    u, _, vt = torch.linalg.svd(b.mT @ towards[0].double() + a @ towards[1].double().mT)
-    q = u @ vt
-    return (b @ q).to(pair[0].dtype), (q.mT @ a).to(pair[1].dtype)
+    """(B Q, Qᵀ A), Q orthogonal, of every module, nearest to `towards` of the same shapes."""
+    out = {}
+    for m, (b, a) in factors.items():
+        q, _ = procrustes((b, a), towards[m])
+        out[m] = (b.double() @ q).to(b.dtype), (q.mT @ a.double()).to(a.dtype)
+    return out
 
 
 def regauge(factors: Pairs, condition: float, seed: int) -> Pairs:

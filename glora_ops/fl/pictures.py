@@ -19,7 +19,7 @@ from ..plots import (
     plot_alignment,
     save_figure,
 )
-from .report import RunData
+from .load import RunData
 
 __all__ = ["draw", "draw_partition"]
 
@@ -118,10 +118,10 @@ def _alignment(runs: Sequence[RunData], reference: str, path: Path) -> bool:
     if not lines or len(lines[-1]["alignment"]["clients"]) < 2:
         return False
     found = lines[-1]["alignment"]
-    found.setdefault("cosines", [[None] * len(row) for row in found["rows"]])  # of older runs
+    unknown = [[None] * len(row) for row in found["rows"]]
     columns, rows, cosines = (
-        torch.tensor([[np.nan if v is None else v for v in row] for row in found[side]])
-        for side in ("columns", "rows", "cosines")
+        torch.tensor([[np.nan if v is None else v for v in row] for row in side])
+        for side in (found["columns"], found["rows"], found.get("cosines") or unknown)
     )
     ranks = {c["client"]: c["rank"] for c in lines[-1]["clients"]}
     names = [f"client {i}, r {ranks[i]}" for i in found["clients"]]

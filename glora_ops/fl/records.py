@@ -42,6 +42,11 @@ __all__ = ["Run", "replied", "server_from", "server_tensors"]
 FORMAT_VERSION = 2  # 1 had no digest
 
 
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+
+
 def server_tensors(server: Server) -> dict[str, Tensor]:
     """All tensors of a server state by name."""
     out = {f"dense/{n}": x for n, x in server.dense.items()}
@@ -74,7 +79,7 @@ def server_from(tensors: Mapping[str, Tensor], about: Mapping[str, Any], fresh: 
         factors=named("factors", "BA"),
         svd={m: SVD(*x) for m, x in named("svd", "usv").items()},
         merged=tuple(named(f"merged{k}", "BA") for k in range(about["merged"])),
-        moments={n[8:]: x for n, x in copied.items() if n.startswith("moments/")},
+        moments=under("moments/", copied),
         notes={},
     )
 
@@ -226,17 +231,13 @@ class Run:
         require(digest == _digest(tensors, text), "checkpoint",
                 f"{self.checkpoint_path}, whose content has changed since it was written",
                 "the digest it carries", "restore it, or run anew into another folder")  # fmt: skip
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
-
-        server = server_from(under("server/"), about["server"], fresh)
+        server = server_from(under("server/", tensors), about["server"], fresh)
         kept = self.lines()[: server.round + 1]
         require(len(kept) == server.round + 1, "metrics", f"{len(kept)} lines in {self.folder}",
                 f"one for each of the checkpoint's rounds, 0 … {server.round}",
                 "restore metrics.jsonl, or run anew into another folder")  # fmt: skip
         write_text(self.metrics_path, "".join(json.dumps(x, sort_keys=True) + "\n" for x in kept))
-        engine = {n: x.clone() for n, x in under("engine/").items()}
+        engine = {n: x.clone() for n, x in under("engine/", tensors).items()}
         return server, engine, about["engine"]
 
     def lines(self) -> list[dict[str, Any]]:

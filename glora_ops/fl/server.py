@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..arguments import check_padding
+from ..state import Factors
 from .messages import Client, Pairs, draw_factors
 from .seeds import number
 
@@ -21,6 +22,11 @@ class SVD(NamedTuple):
     u: Tensor
     s: Tensor
     v: Tensor
+
+    @property
+    def pair(self) -> Factors:
+        """(u · diag(s), vᵀ): the update as one product."""
+        return self.u * self.s.to(self.u.dtype), self.v.mT
 
 
 @dataclass(frozen=True, eq=False)

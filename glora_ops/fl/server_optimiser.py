@@ -19,7 +19,7 @@ from ..errors import require_all
 from ..state import Factors
 from .messages import Client, Pairs
 from .methods import Method
-from .methods.base import pad_rank
+from .methods.base import pad_rank, truncated
 from .server import SVD, Server
 
 __all__ = ["ServerOptimiser"]
@@ -133,14 +133,13 @@ def _dense(x: SVD) -> Tensor:
 
 
 def _truncated(w: Tensor, rank: int, dtype: torch.dtype) -> SVD:
-    u, s, vt = torch.linalg.svd(w, full_matrices=False)
-    u, v = u[:, :rank].to(dtype).contiguous(), vt[:rank].mT.to(dtype).contiguous()
-    return SVD(u, s[:rank].contiguous(), v)
+    u, s, v = truncated(w, rank)
+    return SVD(u.to(dtype), s, v.to(dtype))
 
 
 def _pair(w: Tensor, dtype: torch.dtype) -> Factors:
     """Factors of w at its numerical rank, at least one."""
     x = _truncated(w, min(w.shape), dtype)
     rank = max(1, int((x.s > NOTHING * x.s[0]).sum()))
-    b, a = (x.u * x.s.to(dtype))[:, :rank], x.v.mT[:rank]
-    return b.contiguous(), a.contiguous()
+    b, a = x.pair
+    return b[:, :rank].contiguous(), a[:rank].contiguous()

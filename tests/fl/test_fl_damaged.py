@@ -76,6 +76,8 @@ FIELDS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "a round twice": ("metrics.jsonl", lambda x: x.update(round=0)),
     "no metrics at the end": ("metrics.jsonl", lambda x: x.pop("metrics")),
     "a matrix that is none": ("metrics.jsonl", lambda x: x["alignment"].update(rows=[[1.0], []])),
+    "cosines that are no matrix": ("metrics.jsonl", lambda x: x["alignment"].update(cosines=[[]])),
+    "a verdict that is none": ("metrics.jsonl", lambda x: x.update(robust={"left_out": 3})),
     "a rank of nobody": ("metrics.jsonl", lambda x: x.update(sent_ranks=[99])),
     "null for an update": ("metrics.jsonl", lambda x: x.update(update=None)),
     "a rate that is a list": ("../../sweep/it.json", lambda x: x.update(chosen=[1])),
@@ -131,7 +133,7 @@ def test_a_diverged_run_is_reported_with_what_is_not_a_number(
     assert summary["methods"]["it"]["score"] == {"mean": None, "spread": None}
 
 
-def resumed(folder: Path, finished: Path) -> list[dict[str, Any]]:
+def resumed(folder: Path) -> list[dict[str, Any]]:
     made = config({"it": {"kind": "glora"}}, training=TRAINING)
     return run(Plan(made, "it", 0, made.training.lr), folder, resume=True)
 
@@ -167,7 +169,7 @@ def test_resume_refuses_a_damaged_checkpoint(damage: str, finished: Path, tmp_pa
     CHECKPOINTS[damage](folder / "checkpoint.safetensors")
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises((GloraError, OSError), match=r"checkpoint|symbolic"):
-        resumed(folder, finished)
+        resumed(folder)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -179,7 +181,7 @@ def test_resume_names_the_file_that_is_damaged(
     folder = unfinished(finished, tmp_path)
     DAMAGE[damage](folder / name)
     with pytest.raises(GloraError, match=r"run\.json|metrics"):
-        resumed(folder, finished)
+        resumed(folder)
 
 
 def test_a_run_that_lost_its_beginning_is_not_left_out_silently(
@@ -197,4 +199,4 @@ def test_what_a_run_left_without_its_beginning_is_no_new_run(
     shutil.copytree(finished / "small/it/seed0", tmp_path / "run")
     (tmp_path / "run/run.json").unlink()
     with pytest.raises(GloraError, match=r"metrics\.jsonl, predictions\.jsonl but no"):
-        resumed(tmp_path / "run", finished)
+        resumed(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import fl_dense as dense
@@ -106,7 +105,7 @@ def test_a_frozen_a_is_never_moved() -> None:
 
 def test_clients_with_starts_of_their_own_begin_at_the_averaged_a() -> None:
     method = METHODS["fedit"]()
-    server = replace(method.start(setup(EQUAL, shared=False)))
+    server = method.start(setup(EQUAL, shared=False))
     proposal = method.combine(server, train(method, server))
     stepped = ServerOptimiser("fedavgm", 0.5).step(method, server, proposal)
     for m in SHAPES:

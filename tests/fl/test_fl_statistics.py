@@ -1,9 +1,10 @@
-"""The tests of experiments/statistics.py against published and independent values."""
+"""The tests of experiments/statistics_of_runs.py against published and independent values."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
 from protocol import FIRST, Ledger, end_point, rate_at, wanted
+from protocol_tables import cell_table
 from statistics_of_runs import bootstrap_accuracy, holm, mcnemar, sign_permutation
 
 
@@ -29,6 +31,7 @@ def test_sign_permutation_against_scipy_and_its_least_value() -> None:
         found = stats.permutation_test(
             (x,), np.mean, permutation_type="samples", n_resamples=np.inf
         )
+        # Exact but for n = 18, where 100,000 patterns have a standard error of at most 0.0016.
         assert sign_permutation(list(x)) == pytest.approx(found.pvalue, abs=0.005)
     assert sign_permutation([1.0] * 10) == 2 / 1024
     assert sign_permutation([0.1, -0.1, 0.2, -0.2]) == 1.0
@@ -42,7 +45,23 @@ def test_holm_by_hand() -> None:
     assert holm({"a": 0.6, "b": 0.9}) == pytest.approx({"a": 1.0, "b": 1.0})
     rng = np.random.default_rng(0)
     wrong = sum(min(holm(dict(enumerate(rng.random(5)))).values()) < 0.05 for _ in range(2000))
-    assert wrong / 2000 < 0.065  # familywise
+    assert wrong / 2000 < 0.065  # familywise: 0.05 and three standard errors of 2,000 draws
+
+
+def test_bounds_are_shown_and_change_no_arms_p_value() -> None:
+    def runs(*scores: float) -> dict[int, dict[str, Any]]:
+        return {seed: {"end_point": x, "own": [x], "lr": 0.1, "knobs": {}, "bytes": 1,
+                       "predictions": "0", "labels": "0"}
+                for seed, x in enumerate(scores)}  # fmt: skip
+
+    arms = {"restart": runs(0.9, 0.8, 0.7, 0.9), "fedit": runs(0.5, 0.6, 0.6, 0.4),
+            "flora": runs(0.9, 0.7, 0.8, 0.85)}  # fmt: skip
+    alone = cell_table(arms, "restart").splitlines()
+    among = cell_table(arms | {"central": runs(0.99, 0.98, 0.95, 0.97)}, "restart").splitlines()
+    (bound,) = set(among) - set(alone)
+    assert set(alone) < set(among)
+    assert bound.startswith("| central *(bound)* |")
+    assert "| – | – | 0 : 0 |" in bound
 
 
 def test_mcnemar_by_the_binomial_tail() -> None:
@@ -55,6 +74,7 @@ def test_mcnemar_by_the_binomial_tail() -> None:
 
 
 def test_bootstrap_of_an_accuracy_is_the_binomials() -> None:
+    # A quantile falls on a digit of 300 (0.0033), and the binomial is off the normal by another.
     low, high = bootstrap_accuracy([True] * 210 + [False] * 90)
     assert low == pytest.approx(0.7 - 1.96 * (0.21 / 300) ** 0.5, abs=0.006)
     assert high == pytest.approx(0.7 + 1.96 * (0.21 / 300) ** 0.5, abs=0.006)

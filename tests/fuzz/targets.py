@@ -27,8 +27,10 @@ from glora_ops.adapters.patterns import PatternError, Patterns
 from glora_ops.adapters.safetensors_header import read_header
 from glora_ops.errors import GloraError, Refused
 from glora_ops.fl.config import Config, load_config, shipped
+from glora_ops.fl.load import by_config, load_runs
 from glora_ops.fl.records import Run
-from glora_ops.fl.report import by_config, load_runs, markdown, summarise
+from glora_ops.fl.report import markdown
+from glora_ops.fl.summary import summarise
 
 Files = dict[str, bytes]
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...errors import require
+from ...linalg import eigen
 from ..messages import Client, Pairs, Reply, Sent
-from ..server import Server, Setup, untrained
+from ..server import SVD, Server, Setup, untrained
 
 __all__ = [
     "Method",
@@ -20,9 +21,11 @@ __all__ = [
     "mean_dense",
     "mean_factors",
     "next_state",
+    "pad_rank",
     "shares",
     "slice_rank",
     "stack",
+    "truncated",
 ]
 
 
@@ -43,7 +46,8 @@ class Method(ABC):
             "clients.ranks",
             sorted(set(ranks)),
             f"one rank for all clients: {name} averages factors of one shape",
-            "use a method for mixed ranks (glora, flora, flexlora, hetlora, fedit zero-padded)",
+            "use a method for mixed ranks (glora, flora, flexlora, hetlora, raflora, fedplora, "
+            "fedit zero-padded)",
         )
         require(
             shared_start or not self.needs_shared_start,
@@ -66,7 +70,7 @@ class Method(ABC):
         """The state after a round with these replies, at least one, in client order."""
 
     def exact(self, server: Server, replies: Sequence[Reply]) -> Pairs:
-        """What `combine` would add to the frozen weights beside ``server.merged``, untruncated."""
+        """The update beside ``server.merged`` if `combine` lost nothing; here Σ w_i s B_i A_i."""
         weights = [r.sent.scaling * w for r, w in zip(replies, shares(replies), strict=True)]
         return stack([r.factors for r in replies], weights)
 
@@ -141,6 +145,12 @@ def pad_rank(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - a.shape[0]
     pad = torch.nn.functional.pad
     return (pad(b, (0, missing)), pad(a, (0, 0, 0, missing))) if missing > 0 else pair
+
+
+def truncated(w: Tensor, rank: int) -> SVD:
+    """The leading triplets, at most `rank`, of w (d_out, d_in): a dense SVD."""
+    u, s, vt = eigen.svd(w, full_matrices=False)
+    return SVD(u[:, :rank].contiguous(), s[:rank].double(), vt[:rank].mT.contiguous())
 
 
 def slice_rank(factors: Pairs, rank: int) -> Pairs:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...linalg import eigen
 from ..messages import Client, Pairs, Reply, Sent
-from ..server import SVD, Server
-from .base import Method, next_state, shares, stack
+from ..server import Server
+from .base import Method, next_state, shares, stack, truncated
 
 __all__ = ["FlexLoRA"]
 
@@ -31,11 +30,8 @@ class FlexLoRA(Method):
     def combine(self, server: Server, replies: Sequence[Reply]) -> Server:
         s = server.setup.scaling
         stacked = stack([r.factors for r in replies], [s * w for w in shares(replies)])
-        svd = {}
-        for m, (b, a) in stacked.items():
-            u, sigma, vt = eigen.svd(b @ a, full_matrices=False)
-            keep = max(a.shape[0], server.setup.max_rank)
-            svd[m] = SVD(u[:, :keep].contiguous(), sigma[:keep].double(), vt[:keep].mT.contiguous())
+        most = server.setup.max_rank
+        svd = {m: truncated(b @ a, max(a.shape[0], most)) for m, (b, a) in stacked.items()}
         return next_state(server, replies, svd=svd)
 
     def model(self, server: Server) -> Sent:

@@ -151,7 +151,7 @@ class Glora(Method):
     ) -> tuple[list[Pairs], list[float], list[float]]:
         """Updates, votes and scalings whose weighted sum is W_{t+1} before truncation."""
         s, w = server.setup.scaling, shares(replies)
-        before: Pairs = {m: (x.u * x.s.to(x.u.dtype), x.v.mT) for m, x in server.svd.items()}
+        before: Pairs = {m: x.pair for m, x in server.svd.items()}
         if self.mode == "adapter":
             updates, scalings = [r.factors for r in replies], [s] * len(replies)
             if self.momentum == 0 or not before:
@@ -173,13 +173,8 @@ class Glora(Method):
         """W_t of rank q without its `first` leading directions: what is frozen at a client."""
         rank = self._server_rank(server.setup)
         part = slice(first, rank if self.context_rank is None else min(self.context_rank, rank))
-        kept = {
-            m: (
-                (x.u * x.s.to(x.u.dtype))[:, part].contiguous(),
-                x.v[:, part].mT.contiguous(),
-            )
-            for m, x in server.svd.items()
-        }
+        whole = {m: x.pair for m, x in server.svd.items()}
+        kept = {m: (b[:, part].contiguous(), a[part].contiguous()) for m, (b, a) in whole.items()}
         kept = {m: pair for m, pair in kept.items() if pair[1].shape[0]}
         return (kept,) if kept else ()
 

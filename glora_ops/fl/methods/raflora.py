@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
-
 from ..messages import Client, Pairs, Reply, Sent
-from ..server import SVD, Server
-from .base import Method, next_state, shares, stack
+from ..server import Server
+from .base import Method, next_state, shares, stack, truncated
 
 __all__ = ["RaFLoRA"]
 
@@ -50,9 +48,6 @@ class RaFLoRA(Method):
                 for r in holders
             ]
             weights += [s * w for w in shares(holders)] if holders else []
-        svd = {}
-        for m, (b, a) in stack(slices, weights).items():
-            u, sigma, vt = torch.linalg.svd(b @ a, full_matrices=False)
-            u, v = u[:, :largest].contiguous(), vt[:largest].mT.contiguous()
-            svd[m] = SVD(u, sigma[:largest].double(), v)
+        whole = stack(slices, weights)
+        svd = {m: truncated(b @ a, largest) for m, (b, a) in whole.items()}
         return next_state(server, replies, svd=svd)
