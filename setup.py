@@ -9,6 +9,7 @@ setup(
     packages=[
         "glora_ops",
         "glora_ops.adapters",
+        "glora_ops.analysis",
         "glora_ops.bindings",
         "glora_ops.cli",
         "glora_ops.fl",
@@ -17,6 +18,7 @@ setup(
         "glora_ops.fl.tasks",
         "glora_ops.kernels",
         "glora_ops.linalg",
+        "glora_ops.merging",
         "glora_ops.runtime",
         "glora_ops.solvers",
     ],

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from statistics import fmean, pstdev
 
-import glora_ops
 import torch
 from populations import Case, population
+
+import glora_ops
 
 SEEDS = 20
 

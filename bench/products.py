@@ -20,7 +20,7 @@ import torch
 from measure import conditions
 from torch import Tensor
 
-from glora_ops.isolation import exact_products
+from glora_ops.runtime.threads import exact_products
 
 K = 48
 SHAPES = [(n, d) for d in (1024, 4096) for n in (64, 512, 1024)]

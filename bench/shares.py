@@ -19,7 +19,7 @@ from glora_ops.bindings.ops import Ops
 from populations import Case, population
 
 from glora_ops import STATS
-from glora_ops.isolation import exact_products, one_thread
+from glora_ops.runtime.threads import exact_products, one_thread
 
 WORDS = (
     "pair", "gram", "canonical", "turned", "overlaps", "product", "times", "lift", "combine",

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from glora_ops import scratch
-from glora_ops.isolation import all_threads, keep_freed
 from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
 from glora_ops.linalg.ragged import Ragged
+from glora_ops.runtime import scratch
+from glora_ops.runtime.threads import all_threads, keep_freed
 from glora_ops.solvers.base import fill
 
 __all__ = ["CpuVocabulary"]

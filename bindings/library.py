@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from glora_ops.errors import GloraError
-from glora_ops.isolation import exact_products, one_thread
 from glora_ops.linalg.vocabulary import Vocabulary
+from glora_ops.runtime.threads import exact_products, one_thread
 
 from . import checks
 

@@ -8,13 +8,14 @@ from math import inf
 import torch
 from torch import Tensor
 
-from glora_ops import algorithm, scratch
+from glora_ops import algorithm
 from glora_ops.certificates import CLIENT_STATS, STATS
 from glora_ops.errors import require
 from glora_ops.linalg.canonical import positive
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import Vocabulary, working
 from glora_ops.packing import check_pair, pack, shown
+from glora_ops.runtime import scratch
 from glora_ops.solvers.base import Factors, Settings, fill
 from glora_ops.solvers.nspace_exact import exact_limit
 from glora_ops.solvers.operators import Voters

@@ -14,8 +14,8 @@ from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
 
 if TYPE_CHECKING:
-    from .merge import aggregate_adapters
-    from .renew import update_adapters
+    from .merging.aggregate import aggregate_adapters
+    from .merging.update import update_adapters
 
 __all__ = [
     "CLIENT_STATS",
@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name in ("aggregate_adapters", "update_adapters"):  # read folders: loaded when wanted
-        from . import merge, renew
+        from .merging import aggregate, update
 
-        return getattr(merge if name == "aggregate_adapters" else renew, name)
+        return getattr(aggregate if name == "aggregate_adapters" else update, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,8 +22,8 @@ from torch import Tensor
 from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
-from .isolation import workers
-from .scratch import empty, in_folder
+from .runtime.scratch import empty, in_folder
+from .runtime.threads import workers
 from .state import Factors, ModuleState, State
 
 __all__ = ["Batch", "Pair", "Source", "check_ranks", "compare", "directions", "plan", "solve"]

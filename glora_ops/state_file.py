@@ -26,7 +26,7 @@ from torch import Tensor
 from .adapters.safetensors_header import DTYPES, MAX_NAME, Header, TensorInfo, read_header
 from .adapters.stored import Stored, signature
 from .errors import Refusal, Refusals, Refused, require, unfit
-from .reading import parse_json_object
+from .runtime.reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
 
 __all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "encode", "read"]

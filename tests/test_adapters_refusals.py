@@ -32,6 +32,9 @@ from torch import Tensor
 from glora_ops.adapters import check_values, read_adapter
 from glora_ops.errors import Refused
 
+CONV_A = "base_model.model.conv.lora_A.weight"
+CONV_B = "base_model.model.conv.lora_B.weight"
+
 
 @pytest.mark.parametrize(
     ("change", "needles"),

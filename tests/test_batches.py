@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glora_ops as glora
 from glora_ops import State, batches
 from glora_ops.batches import BATCH_BYTES, PADDING, plan
-from glora_ops.isolation import workers
+from glora_ops.runtime.threads import workers
 
 pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
 SHAPES = {"q": (96, 80), "k": (64, 80), "up": (120, 96)}

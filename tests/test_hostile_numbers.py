@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_ops import GloraError, GloraWarning, State, aggregate, pack, reference
-from glora_ops.isolation import exact_products
+from glora_ops.runtime.threads import exact_products
 
 Pair = tuple[Tensor, Tensor]
 OPS = torch.ops.glora

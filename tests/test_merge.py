@@ -33,8 +33,8 @@ from glora_ops import aggregate
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.stored import Stored
 from glora_ops.errors import GloraError, GloraWarning, Refused
-from glora_ops.merge import aggregate_adapters
-from glora_ops.renew import update_adapters
+from glora_ops.merging.aggregate import aggregate_adapters
+from glora_ops.merging.update import update_adapters
 from glora_ops.state import State
 
 MERGED: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -205,7 +205,7 @@ def test_heads_without_a_mean_are_refused_by_the_headers(
     def read(*_: object) -> None:
         raise AssertionError("tensors were read")
 
-    monkeypatch.setattr("glora_ops.merge.check_values", read)
+    monkeypatch.setattr("glora_ops.merging.aggregate.check_values", read)
     folders = save_merged("bert", tmp_path)
     with pytest.raises(Refused, match=r"classifier\.bias.*none negative"):
         aggregate_adapters(folders, [2, -1], basis="update", normalise=False)

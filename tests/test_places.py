@@ -21,8 +21,8 @@ from glora_ops import State
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.places import find_places
 from glora_ops.errors import Refused
-from glora_ops.merge import aggregate_adapters
-from glora_ops.renew import update_adapters
+from glora_ops.merging.aggregate import aggregate_adapters
+from glora_ops.merging.update import update_adapters
 
 PLAIN = {"r": 2, "target_modules": ["q_proj"]}
 

@@ -13,7 +13,8 @@ import torch
 from test_batches import Counting, factors, model, same
 
 import glora_ops as glora
-from glora_ops import GloraError, batches, scratch
+from glora_ops import GloraError, batches
+from glora_ops.runtime import scratch
 
 pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
 
@@ -77,7 +78,7 @@ def test_nothing_is_left_after_a_failure(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="files without a name")
 def test_nothing_is_left_after_a_kill(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys, torch; from glora_ops import scratch\n"
+        "import os, signal, sys, torch; from glora_ops.runtime import scratch\n"
         "with scratch.in_folder(sys.argv[1]): x = scratch.empty((1000,), torch.float32)\n"
         "x.fill_(1); print(float(x.sum()), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

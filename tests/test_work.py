@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glora_ops  # noqa: F401  # registers the ops
-from glora_ops.isolation import exact_products
 from glora_ops.linalg.ragged import Ragged
+from glora_ops.runtime.threads import exact_products
 
 P = 16
 

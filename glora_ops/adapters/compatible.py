@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
-from ..reading import open_regular
+from ..runtime.reading import open_regular
 from .config import CONFIG_NAME
 from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloraError, Refusal
-from ..reading import parse_json_object, read_bytes
+from ..runtime.reading import parse_json_object, read_bytes
 
 __all__ = ["find_file", "only_adapter", "read_json_object", "unread_weights", "what_else"]
 

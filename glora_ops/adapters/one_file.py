@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import Refusal, Refusals
-from ..reading import parse_json_object
+from ..runtime.reading import parse_json_object
 from .config import LoraSettings, StoredTable, is_alpha, judge_settings
 from .modules import PREFIX, Module, sort_tensors
 from .safetensors_header import TensorInfo

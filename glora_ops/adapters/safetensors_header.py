@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import Refusal, Refusals
-from ..reading import open_regular, parse_json_object
+from ..runtime.reading import open_regular, parse_json_object
 
 __all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refusal, Refused
-from ..reading import open_regular
+from ..runtime.reading import open_regular
 from .safetensors_header import TensorInfo
 
 __all__ = ["Stored", "signature"]

@@ -199,8 +199,8 @@ def aggregate(
 
     with answering(as_json, writes=True) as outcome, ExitStack() as held:
         from ..adapters.places import find_places
-        from ..merge import merge
-        from ..renew import renew
+        from ..merging.aggregate import merge
+        from ..merging.update import renew
         from ..runtime.outputs import apart, check_free, claimed, new_folder
         from .client_list import read_client_list
         from .facts import (
@@ -235,7 +235,7 @@ def aggregate(
             weighed, given = read_client_list(client_list)
         inputs += [place.path for place in weighed]
         if plot:
-            from ..plots import plot_state, require_matplotlib
+            from ..analysis.plots import plot_state, require_matplotlib
 
             with listing(refusals):
                 require_matplotlib()
@@ -393,7 +393,7 @@ def _numbers(text: str, clients: int) -> list[float]:
 def _from_file(path: Path, clients: Sequence[str], settings: Mapping[str, Any]) -> list[float]:
     """Weights by the clients' names; every name that lacks one or has one for nothing is listed."""
     from ..arguments import check_weights
-    from ..reading import parse_json_object, read_bytes
+    from ..runtime.reading import parse_json_object, read_bytes
 
     wanted = "one number for each client folder, by its name"
     remedy = 'write {"folder name": number, …}, or give the numbers in order: --weights 3,1,2'

@@ -60,7 +60,7 @@ def read_client_list(file: Path) -> tuple[list[Place], list[float] | None]:
 
 
 def _lines(file: Path) -> list[str]:
-    from ..reading import read_bytes
+    from ..runtime.reading import read_bytes
 
     try:
         return read_bytes(file).decode("utf-8").splitlines()
@@ -74,7 +74,7 @@ def _lines(file: Path) -> list[str]:
 def _entry(text: str) -> dict[str, Any] | str:
     """The fields of a line, or what is wrong with it."""
     from ..adapters.places import is_name
-    from ..reading import parse_json_object
+    from ..runtime.reading import parse_json_object
 
     if text.startswith("{"):
         try:

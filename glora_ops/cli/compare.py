@@ -59,11 +59,11 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             inspect_adapter,
         )
         from ..adapters.places import find_places
-        from .measure import compare_clients
+        from ..analysis.compare import compare_clients
 
         places = find_places(clients)
         if plot is not None:
-            from ..plots import check_picture
+            from ..analysis.plots import check_picture
 
             check_picture(plot, [place.path for place in places])
         inspected = [inspect_adapter(place) for place in places]
@@ -110,7 +110,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
             "plot": None if plot is None else str(plot),
         }
         if plot is not None:
-            from ..plots import plot_alignment
+            from ..analysis.plots import plot_alignment
 
             plot_alignment(names, found.columns, found.rows, found.cosines, plot)
             outcome.wrote(plot)

@@ -47,7 +47,7 @@ def inspect(
         from .facts import find_state
 
         if plot is not None:
-            from ..plots import check_picture
+            from ..analysis.plots import check_picture
 
             check_picture(plot, [path])
         facts = _state(path, plot) if find_state(path) else _adapter(path, plot)
@@ -74,7 +74,7 @@ def _state(path: Path, plot: Path | None) -> dict[str, Any]:
 
     state, file = load_state(path)
     if plot is not None:
-        from ..plots import plot_state
+        from ..analysis.plots import plot_state
 
         plot_state(state, plot)
     facts = state_facts(state)
@@ -84,8 +84,8 @@ def _state(path: Path, plot: Path | None) -> dict[str, Any]:
 
 def _adapter(path: Path, plot: Path | None) -> dict[str, Any]:
     from ..adapters import check_values, read_adapter
+    from ..analysis.compare import spectra
     from ..errors import Refused
-    from .measure import spectra
 
     adapter = read_adapter(path)
     problems = check_values(adapter)
@@ -93,7 +93,7 @@ def _adapter(path: Path, plot: Path | None) -> dict[str, Any]:
         raise Refused(problems)
     found = spectra(adapter)
     if plot is not None:
-        from ..plots import plot_adapter
+        from ..analysis.plots import plot_adapter
 
         plot_adapter(adapter.name, found, plot)
     return {

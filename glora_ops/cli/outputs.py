@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters.write import strangers as strangers_in_adapter
 from ..adapters.write import strangers_unmarked
-from ..plots import no_picture
+from ..analysis.plots import no_picture
 from ..runtime.tensors import read_mark
 from ..state_file import MARK
 from .facts import STATE_NAME

@@ -22,8 +22,8 @@ from pydantic import (
 )
 
 from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
-from ..reading import MAX_DEPTH, read_bytes, too_deep
 from ..robust import CLIP
+from ..runtime.reading import MAX_DEPTH, read_bytes, too_deep
 from .methods import METHODS, Method
 from .robust import Rule
 from .server_optimiser import ServerOptimiser

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..alignment import align, canonical_bases, mean_over_modules
+from ..analysis.alignment import align, canonical_bases, mean_over_modules
 from ..linalg import eigen
 from ..robust import cosines
 from ..state import Factors

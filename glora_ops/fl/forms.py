@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from ..errors import require, unfit
-from ..reading import parse_json_object, read_bytes, read_json_object
+from ..runtime.reading import parse_json_object, read_bytes, read_json_object
 from .config import Config, Label
 
 __all__ = ["read_about", "read_lines", "read_sweep"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..plots import (
+from ..analysis.plots import (
     FAINT,
     INK,
     label_axes,

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GloraError, require, unfit
-from ..reading import open_regular, parse_json_object
 from ..runtime.hidden import sweep
 from ..runtime.locks import lock
 from ..runtime.outputs import new_file, ours, write_text
+from ..runtime.reading import open_regular, parse_json_object
 from .forms import read_about, read_lines
 from .messages import Pairs
 from .server import SVD, Server

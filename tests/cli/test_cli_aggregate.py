@@ -16,7 +16,7 @@ from peft_models import gpt2, mixed, save_client
 
 from glora_ops import State
 from glora_ops.adapters import read_adapter
-from glora_ops.cli.measure import compare_clients
+from glora_ops.analysis.compare import compare_clients
 
 # --- aggregate -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from commands import CLIENTS, edit_config, edit_tensors, glora, glora_json, loud
 from peft_models import mixed, save_client
 from torch import Tensor
 
-from glora_ops.cli.measure import align
+from glora_ops.analysis.compare import align
 
 
 def test_alignment_is_the_mean_squared_cosine() -> None:

@@ -18,9 +18,10 @@ from peft_models import gpt2, load, save_client
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from glora_ops import State, merge, renew
+from glora_ops import State
 from glora_ops.adapters.write import strangers as strangers_in_adapter
 from glora_ops.cli.outputs import strangers
+from glora_ops.merging import aggregate, update
 from glora_ops.runtime import hidden, outputs, rename
 
 TENSORS = "adapter_model.safetensors"
@@ -28,15 +29,15 @@ TENSORS = "adapter_model.safetensors"
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do something while `glora aggregate` computes."""
-    assert renew.merge is merge.merge  # imported before, or it would keep what is put here
-    plain = merge.merge
+    assert update.merge is aggregate.merge  # imported before, or it would keep what is put here
+    plain = aggregate.merge
 
     def busy(*args: Any, **kwargs: Any) -> State:
         state = plain(*args, **kwargs)
         act()
         return state
 
-    monkeypatch.setattr(merge, "merge", busy)
+    monkeypatch.setattr(aggregate, "merge", busy)
 
 
 def remark(path: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:

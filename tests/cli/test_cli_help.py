@@ -52,8 +52,8 @@ def test_examples_of_the_help_parse(work: Path) -> None:
 def test_importing_the_command_line_is_light() -> None:
     code = (
         "import sys, glora_ops.cli; "
-        "print([m for m in ('peft', 'transformers', 'matplotlib', 'scipy', 'glora_ops.merge', "
-        "'glora_ops.plots') if m in sys.modules])"
+        "print([m for m in ('peft', 'transformers', 'matplotlib', 'scipy', 'glora_ops.merging', "
+        "'glora_ops.analysis.plots') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

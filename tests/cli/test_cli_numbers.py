@@ -46,7 +46,7 @@ def test_absurd_ranks_are_refused_before_any_factor_is_read(
         raise AssertionError("a factor was read")
 
     monkeypatch.setattr("glora_ops.adapters.read.Adapter.factors", never)
-    monkeypatch.setattr("glora_ops.merge.check_values", never)
+    monkeypatch.setattr("glora_ops.merging.aggregate.check_values", never)
     before = everything(work)
     said = glora("aggregate", *CLIENTS, "-o", "out", *options, code=1).stderr
     assert f"{name}: got" in said or f"{name} cannot be used" in said

@@ -27,7 +27,7 @@ def test_pictures(work: Path) -> None:
 
 
 def test_many_modules_and_many_clients_fit_a_picture(work: Path) -> None:
-    from glora_ops.plots import plot_adapter, plot_alignment
+    from glora_ops.analysis.plots import plot_adapter, plot_alignment
 
     plot_adapter("many", {f"layer {i}": torch.rand(4) for i in range(30)}, "many.png")
     cosines = torch.rand(40, 40)
@@ -43,8 +43,8 @@ HOSTILE = ["$\\frac{$", "$$", r"\$x$", "_hidden", "\udcff\x07", "{\\bf", "é" * 
 
 def test_names_are_drawn_as_they_stand_whatever_they_spell(work: Path) -> None:
     """Mathematics, control characters, halves of characters, legends' private names, long ones."""
+    from glora_ops.analysis.plots import plain, plot_adapter, plot_alignment
     from glora_ops.fl.pictures import draw_partition
-    from glora_ops.plots import plain, plot_adapter, plot_alignment
 
     cosines = torch.rand(len(HOSTILE), len(HOSTILE))
     for name in HOSTILE:

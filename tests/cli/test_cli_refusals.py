@@ -56,7 +56,7 @@ def test_one_list_of_everything_that_headers_and_arguments_tell(
     def read(*_: object) -> None:
         raise AssertionError("tensors were read")
 
-    monkeypatch.setattr("glora_ops.merge.check_values", read)
+    monkeypatch.setattr("glora_ops.merging.aggregate.check_values", read)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     spoil(work)
     (work / "out").mkdir()
@@ -114,7 +114,7 @@ def test_arguments_refused_before_tensors_are_read(
     def read(*_: object) -> None:
         raise AssertionError("tensors were read")
 
-    monkeypatch.setattr("glora_ops.merge.check_values", read)
+    monkeypatch.setattr("glora_ops.merging.aggregate.check_values", read)
     (work / "ann" / "glora.json").write_text('{"num_examples": 0}')
     for arguments, needle in (
         (["--rank", "auto", "--captured", 0], "captured cannot be used"),

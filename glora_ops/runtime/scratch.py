@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .errors import unfit
+from ..errors import unfit
 
 __all__ = ["empty", "in_folder"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .errors import require, unfit
-from .runtime.outputs import apart, check_free, new_file
-from .state import State
+from ..errors import require, unfit
+from ..runtime.outputs import apart, check_free, new_file
+from ..state import State
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import os
 import stat
 from typing import Any, BinaryIO
 
-from .errors import GloraError, require, unfit
+from ..errors import GloraError, require, unfit
 
 __all__ = [
     "MAX_BYTES",

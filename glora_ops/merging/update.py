@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters.places import Place, find_places, is_name
-from .adapters.read import MAX_BYTES
-from .arguments import kind
-from .errors import Refusal, Refused, listing, require, unfit
-from .merge import Progress, merge
-from .state import State
+from ..adapters.places import Place, find_places, is_name
+from ..adapters.read import MAX_BYTES
+from ..arguments import kind
+from ..errors import Refusal, Refused, listing, require, unfit
+from ..state import State
+from .aggregate import Progress, merge
 
 __all__ = ["renew", "update_adapters"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter
-from ..alignment import align, canonical_bases, mean_over_modules
 from ..inner_products import check_pairs, of_pairs
 from ..robust import cosines, median_cosines
 from ..state import Factors
+from .alignment import align, canonical_bases, mean_over_modules
 
 __all__ = ["Comparison", "compare_clients", "spectra"]
 

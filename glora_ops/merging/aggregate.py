@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from .adapters.aligned_names import align_names
-from .adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
-from .adapters.config import CONFIG_NAME
-from .adapters.places import Place, find_places
-from .adapters.read import (
+from ..adapters.aligned_names import align_names
+from ..adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
+from ..adapters.config import CONFIG_NAME
+from ..adapters.places import Place, find_places
+from ..adapters.read import (
     EXAMPLES_NAME,
     MAX_BYTES,
     TENSORS_NAME,
@@ -25,10 +25,14 @@ from .adapters.read import (
     check_values,
     inspect_adapter,
 )
-from .api import aggregate
-from .arguments import check_settings, check_weights
-from .batches import check_ranks
-from .dense import (
+from ..api import aggregate
+from ..arguments import check_settings, check_weights
+from ..batches import check_ranks
+from ..errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from ..inner_products import check_pairs
+from ..runtime.threads import release_freed, workers
+from ..state import State
+from .modules_to_save import (
     base_copies,
     dense_holders,
     dense_means,
@@ -37,10 +41,6 @@ from .dense import (
     with_dense,
     without_mean,
 )
-from .errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
-from .inner_products import check_pairs
-from .isolation import release_freed, workers
-from .state import State
 
 __all__ = ["Progress", "aggregate_adapters", "merge"]
 

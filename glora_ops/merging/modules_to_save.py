@@ -10,10 +10,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .adapters.modules import DenseTensor
-from .adapters.read import TENSORS_NAME, Adapter
-from .errors import Refusal, Refusals, listing, require
-from .state import State
+from ..adapters.modules import DenseTensor
+from ..adapters.read import TENSORS_NAME, Adapter
+from ..errors import Refusal, Refusals, listing, require
+from ..state import State
 
 __all__ = [
     "base_copies",

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .packing import pack
+from ..packing import pack
 
 __all__ = ["align", "canonical_bases", "mean_over_modules"]
 

@@ -1,0 +1,1 @@
+"""How clients stand to each other and to the mean, and pictures of it."""
