@@ -491,7 +491,7 @@ def page(
         parts += [
             "## Growth",
             "One size at a time, two power steps. Predicted: the exponent, fitted over the same "
-            "values, of N·d·(N + 2R) on the Gram route and N·d·(R + 16) on the Krylov route.",
+            "values, of N·d·(N + 2R) solved exactly and N·d·(R + 16) by iterations.",
             growth_table(growth),
             "![Growth](growth.png)",
         ]

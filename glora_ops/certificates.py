@@ -46,7 +46,7 @@ STATS = (
     "effective_rank",  # singular values of the state above rounding
     "storage_scale",  # S = Σ w_i|s_i|‖B_i‖_F‖A_i‖_F, the unit of rounding errors
     "power_iters",  # power iterations taken (0 on the exact route)
-    "krylov",  # 0: exact Gram route, 1: randomized block Krylov route
+    "iterative",  # 0: solved exactly, 1: by iterations
 )
 
 #: Those of `stats` that need the clients' canonical forms; NaN where nobody asks for them.
@@ -152,7 +152,7 @@ def certify(
         "effective_rank": real.sign().sum(-1),
         "storage_scale": scale * unit,
         "power_iters": torch.full_like(scale, found.steps),
-        "krylov": torch.full_like(scale, found.randomized),
+        "iterative": torch.full_like(scale, found.randomized),
     } | clients
     unknown = torch.full_like(scale, torch.nan)
     return torch.stack([values.get(name, unknown).double() for name in STATS], -1)

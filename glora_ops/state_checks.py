@@ -123,9 +123,9 @@ _MOST = {
     **dict.fromkeys(("captured", "attainable", "gap_u", "gap_v", "gap_w", "ambiguous"), 1.0),
     **dict.fromkeys(("norm", "storage_scale"), LARGEST),
     **dict.fromkeys(("kappa_p", "kappa_w", "rho_max"), math.inf),
-    **dict.fromkeys(("power_iters", "krylov"), 2.0**31),
+    **dict.fromkeys(("power_iters", "iterative"), 2.0**31),
 }
-_COUNTS = ("voices", "ambiguous", "info_limited", "effective_rank", "power_iters", "krylov")
+_COUNTS = ("voices", "ambiguous", "info_limited", "effective_rank", "power_iters", "iterative")
 
 
 def _wrong_stats(

@@ -215,7 +215,7 @@ def test_power_of_two_gauges_are_bit_equal(basis, dtype):
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_power_of_two_gauges_are_bit_equal_on_the_krylov_route(basis):
+def test_power_of_two_gauges_are_bit_equal_on_the_iterative_solvers(basis):
     rng = np.random.default_rng(0)
     clients = [(torch.randn(40, 4), torch.randn(4, 30)) for _ in range(80)]
     scaled = []
@@ -232,7 +232,7 @@ def test_power_of_two_gauges_are_bit_equal_on_the_krylov_route(basis):
 
 
 @pytest.mark.parametrize("basis", BASES)
-def test_gauge_and_order_on_the_krylov_route(basis):
+def test_gauge_and_order_on_the_iterative_solvers(basis):
     """Random numbers live in the long space, so the randomized route is as invariant."""
     rng = np.random.default_rng(0)
     u, v = orthonormal(rng, 60, 30), orthonormal(rng, 50, 30)

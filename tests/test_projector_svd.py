@@ -1,4 +1,4 @@
-"""`projector_svd`: leading eigenpairs of the mean projector, exact or by block Krylov."""
+"""`projector_svd`: leading eigenpairs of the mean projector, exact or by subspace iteration."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_factor_form_agrees_with_the_matmul_of_the_same_projectors():
     assert abs(float(explained) - float(want.flip(0)[:5].sum() / p.trace())) < 1e-6
 
 
-# --- many rows: block Krylov -------------------------------------------------------------------
+# --- many rows: subspace iteration --------------------------------------------------------------
 
 
 def decaying(power: float, d: int = 120, clients: int = 320) -> tuple:

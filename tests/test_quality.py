@@ -266,23 +266,23 @@ def test_the_anchor_pairs_the_two_sides(make, least):
 
 def test_the_route_is_chosen_by_the_number_of_rows():
     rng = np.random.default_rng(0)
-    for count, krylov in ((32, 0), (33, 1)):
+    for count, iterative in ((32, 0), (33, 1)):
         assert exact_limit(8) == 128
         clients = stored(rng, shared(rng, count=count, m=40, n=30))
-        assert Result(clients, 8, "consensus").stat("krylov") == krylov
+        assert Result(clients, 8, "consensus").stat("iterative") == iterative
 
 
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 @pytest.mark.parametrize("make", [shared, noisy, partly, frozen])
 @pytest.mark.parametrize("rank", [4, 8])
 @pytest.mark.parametrize(("m", "n"), [(90, 70), (400, 360)], ids=["tall blocks", "N-space"])
-def test_krylov_keeps_up_with_the_exact_route(make, basis, rank, m, n):
+def test_iterations_keeps_up_with_the_exact_route(make, basis, rank, m, n):
     """N = 320: captured within 1e-3 of the reference's, error ≤ 1.01 × its error + 1e-3·‖W̄‖."""
     rng = np.random.default_rng(0)
     assert (consensus_limit(rank, m, n) >= 320) == (m == 400)
     clients = stored(rng, make(rng, count=80, m=m, n=n))
     result = Result(clients, rank, basis)
-    assert result.stat("krylov") == 1
+    assert result.stat("iterative") == 1
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
     want = reference.aggregate(
         arrays, np.full(80, 1 / 80), np.ones(80), rank, basis, unit_roundoff=2.0**-24
@@ -333,7 +333,7 @@ def test_more_steps_in_n_space_never_lose_anything(basis, steps):
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
     weights, ones = np.full(count, 1 / count), np.ones(count)
     want = reference.aggregate(arrays, weights, ones, 16, basis, unit_roundoff=2.0**-24)
-    assert result.stat("krylov") == 1
+    assert result.stat("iterative") == 1
     assert result.stat("captured") == pytest.approx(want.captured, abs=1e-3)  # the contract
     # N² overlaps in float32, 6e-8 each, summed: no probes in N-space.
     assert result.stat("norm") == pytest.approx(norm(want.w_bar), rel=1e-5)
@@ -349,7 +349,7 @@ def test_mean_projectors_settle_before_the_iteration_stops():
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
     weights, ones = np.full(count, 1 / count), np.ones(count)
     want = reference.aggregate(arrays, weights, ones, 12, unit_roundoff=2.0**-24)
-    assert result.stat("krylov") == 1
+    assert result.stat("iterative") == 1
     assert not want.flagged
     assert result.stat("captured") == pytest.approx(want.captured, abs=2e-4)
 
@@ -370,7 +370,7 @@ def test_the_anchor_settles_before_the_iteration_stops():
     want = reference.aggregate(
         arrays, weights / weights.sum(), np.ones(count), 39, unit_roundoff=2.0**-24
     )
-    assert stats[STATS.index("krylov")] == 1
+    assert stats[STATS.index("iterative")] == 1
     assert not want.flagged
     assert float(stats[STATS.index("captured")]) == pytest.approx(want.captured, abs=2e-4)
 
@@ -399,21 +399,21 @@ def test_n_space_keeps_directions_that_float32_holds(seed):
 
 @pytest.mark.parametrize("basis", ["consensus", "projector", "update"])
 @pytest.mark.parametrize(("m", "n"), [(90, 70), (400, 360)], ids=["tall blocks", "N-space"])
-def test_krylov_is_exact_where_the_rank_holds_everything(basis, m, n):
+def test_iterations_is_exact_where_the_rank_holds_everything(basis, m, n):
     """Spaces of dimension 4 shared by all 80 clients, R = 8: contract (a), exact mode."""
     rng = np.random.default_rng(0)
     clients = stored(rng, shared(rng, count=80, m=m, n=n))
     result = Result(clients, 8, basis)
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
     limit = bounds.exact_bound(bounds.storage_scale(arrays, np.full(80, 1 / 80), np.ones(80)))
-    assert result.stat("krylov") == 1
+    assert result.stat("iterative") == 1
     assert norm(result.w_hat - result.w_bar) <= limit
 
 
 @pytest.mark.parametrize("basis", ["consensus", "update"])
 @pytest.mark.parametrize("level", [2e-5, 5e-6, 1e-6])
 @pytest.mark.parametrize(("m", "n"), [(200, 180), (400, 360)], ids=["tall blocks", "N-space"])
-def test_krylov_is_exact_where_all_but_one_direction_are_weak(level, basis, m, n):
+def test_iterations_is_exact_where_all_but_one_direction_are_weak(level, basis, m, n):
     """Sixteen times one update of rank 12, R = 16: what is weak adds up to many times the bound."""
     rng = np.random.default_rng(0)
     count, r = 16, 12
@@ -429,7 +429,7 @@ def test_krylov_is_exact_where_all_but_one_direction_are_weak(level, basis, m, n
     limit = bounds.exact_bound(
         bounds.storage_scale(arrays, np.full(count, 1 / count), np.ones(count))
     )
-    assert result.stat("krylov") == 1
+    assert result.stat("iterative") == 1
     assert norm(result.w_hat - result.w_bar) <= limit
     assert norm(u[:, :1] @ v[:, :1].T - result.w_bar) > limit
 
@@ -479,7 +479,7 @@ def test_the_randomized_route_does_not_mind_the_size_of_the_update(basis, power)
         got = torch.ops.glora.aggregate(
             b * 2.0**left, a * 2.0**right, offsets, weights, scaling, 16, basis
         )
-        assert got[5][STATS.index("krylov")] == 1
+        assert got[5][STATS.index("iterative")] == 1
         assert got[0].equal(want[0])
         assert got[2].equal(want[2])
         assert got[1].equal(want[1] * 2.0 ** (left + right))
@@ -497,7 +497,7 @@ def test_small_spaces_are_searched_whole(basis, d, seed):
         result = Result(clients, 8, basis, seed=seed)
         arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
         limit = bounds.exact_bound(bounds.storage_scale(arrays, np.full(80, 1 / 80), np.ones(80)))
-        assert result.stat("krylov") == 1
+        assert result.stat("iterative") == 1
         assert norm(result.w_hat - result.w_bar) <= limit
 
 
@@ -515,6 +515,6 @@ def test_a_warm_start_of_lower_rank_loses_nothing(m, n, rank, known, basis):
     )
     cold = Result(kept, rank, basis)
     warm = Result(kept, rank, basis, warm_u=warm_u, warm_v=warm_v)
-    assert warm.stat("krylov") == 1
+    assert warm.stat("iterative") == 1
     assert warm.stat("captured") >= bounds.solver_captured(cold.stat("captured"))
     assert warm.stat("attainable") >= bounds.solver_captured(cold.stat("attainable"))

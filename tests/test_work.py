@@ -119,7 +119,7 @@ def test_products_of_the_gram_route(
     [("update", 0, 5), ("update", 2, 9), ("consensus", 0, 16), ("consensus", 2, 26)],
 )
 @pytest.mark.parametrize("shape", [(80, 16, 1024, 16), (160, 16, 1024, 16)])
-def test_products_of_the_krylov_route(
+def test_products_of_the_iterative_solvers(
     basis: str, steps: int, most: float, shape: tuple[int, int, int, int]
 ) -> None:
     v = counted(basis, *shape, steps=steps)
@@ -141,7 +141,7 @@ def test_products_grow_in_proportion(
     large: tuple[int, int, int, int],
     factor: float,
 ) -> None:
-    """Twice the dimension, or on the Krylov route twice the clients: twice the work, no more."""
+    """Twice the dimension, or in iterations twice the clients: twice the work, no more."""
     one, two = (counted(basis, *shape, steps=2) for shape in (small, large))
     ratio = two.flops.total() / one.flops.total()
     assert ratio <= 1.02 * factor
@@ -164,7 +164,7 @@ def test_eigenproblems_of_the_gram_route(basis: str) -> None:
 
 
 @pytest.mark.parametrize(("basis", "most"), [("update", 8), ("consensus", 30), ("projector", 30)])
-def test_eigenproblems_of_the_krylov_route(basis: str, most: int) -> None:
+def test_eigenproblems_of_the_iterative_solvers(basis: str, most: int) -> None:
     """None of them knows N: their orders are those of the block, R + p, and of its powers."""
     for clients in (80, 240):
         v = counted(basis, clients, 16, 512, 16, steps=2)
@@ -185,10 +185,10 @@ def test_the_counts_would_notice(basis: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Counted, "gram", wasteful)
     with pytest.raises(AssertionError):
-        test_products_of_the_krylov_route(basis, 2, {"update": 9, "consensus": 26}[basis],
+        test_products_of_the_iterative_solvers(basis, 2, {"update": 9, "consensus": 26}[basis],
                                           (80, 16, 1024, 16))  # fmt: skip
     with pytest.raises(AssertionError):
-        test_eigenproblems_of_the_krylov_route(basis, {"update": 8, "consensus": 30}[basis])
+        test_eigenproblems_of_the_iterative_solvers(basis, {"update": 8, "consensus": 30}[basis])
 
 
 @pytest.mark.parametrize(("d", "k", "m"), [(192, 8192, 32), (4096, 48, 16), (700, 900, 900)])

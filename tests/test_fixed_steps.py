@@ -1,4 +1,4 @@
-"""The captured route in the CPU's words: its quality beside the exact route, and its blindness.
+"""The fixed steps in the CPU's words: its quality beside the exact route, and its blindness.
 
 In the words it is for it runs in test_kernel_ops.py.
 """

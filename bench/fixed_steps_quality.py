@@ -1,6 +1,6 @@
-"""The captured route's error beside the reference's, for docs/ops.md: a table, no clock.
+"""The fixed steps' error beside the reference's, for docs/ops.md: a table, no clock.
 
-python bench/captured_quality.py
+python bench/fixed_steps_quality.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STEPS = (0, 1, 2, 4)
 
 
 def errors(kind: str, basis: str) -> list[float]:
-    """‖Ŵ − W̄‖/‖W̄‖ of the reference, then of the captured route after each of `STEPS`."""
+    """‖Ŵ − W̄‖/‖W̄‖ of the reference, then of fixed steps after each of `STEPS`."""
     p = population(Case(512, 384, 32, (8,), 16, kind))
     offsets = 8 * torch.arange(33)
     mean = p.b.double().mT @ (p.coef * p.a.double())
