@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from bounds import BOUNDS
+from outer_bounds import BOUNDS
 from protocol import ARMS, CELLS, RESULTS, SEEDS, TUNING, Ledger
 from statistics_of_runs import holm, mcnemar, sign_permutation
 
