@@ -32,7 +32,8 @@ SETTLED, ANCHORED = 2.0, 8.0
 JITTER = 4.0
 # A Ritz value, a square, below this fraction of the top is the rounding of fp32 blocks.
 EMPTY = 1e-13
-# Squared length, over the longest, of coordinates below which they hold no vector.
+# Squared length, over the longest, of coordinates below which they hold no vector; of images, below
+# which rounding of the long ones would show in their axes.
 DROP = 1e-5
 
 
@@ -109,8 +110,11 @@ class StopRule:
 
     def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         lead = theta[..., : self.rank]
-        found = lead.sum(-1)
+        found, spare = lead.sum(-1), theta[..., self.rank :].sum(-1)
         outside = (total - theta.sum(-1)).clamp(min=0)
+        if self.settled is None:  # (12.8)
+            share = self.rank / max(theta.shape[-1] - 1, self.rank)
+            outside = torch.minimum(outside, spare + share * outside)
         if self._little(outside, found, total):
             return True
         before, self.before = self.before, lead
@@ -118,7 +122,7 @@ class StopRule:
             return False
         gains = lead - before
         gains = gains * (gains > self.jitter * theta[..., :1])  # (12.4)
-        bulk = theta[..., self.rank :].sum(-1, keepdim=True) / max(theta.shape[-1] - self.rank, 1)
+        bulk = spare[..., None] / max(theta.shape[-1] - self.rank, 1)
         shift = 0.0 if self.half else theta[..., -1:] / 2
         apart = positive(lead - shift)
         rate = ((bulk - shift) / apart).clamp(min=0, max=SLOWEST) ** self.power
@@ -154,7 +158,8 @@ def subspace_iteration(
     """Leading eigenspace of an operator by X ← orth(O X) (Halko, Martinsson, Tropp 2011, 4.4).
 
     Only the span matters: blocks are kept apart by a Householder QR of the coordinates, and what
-    the metric says is left to the Ritz problem.
+    the metric says is left to the Ritz problem. Images of a half-step, whose Gram matrix is solved
+    already, are orthonormal along its axes (Stathopoulos and Wu 2002, SVQB).
 
     Parameters
     ----------
@@ -174,9 +179,12 @@ def subspace_iteration(
         if rule(x, theta, vectors, trace) or _holds_all(images, theta):
             break
         block = images.block
-        if not operator.half:  # what is left out lies in [0, θ_k], now around zero (12.3)
-            block = block - (theta[..., None, -1:] / 2).to(x.dtype) * x
-        x, _ = v.qr(block)
+        if operator.half and bool((theta[..., -1] > DROP * theta[..., 0]).all()):
+            x = v.combine(block, vectors / theta.sqrt()[..., None, :])
+        else:
+            if not operator.half:  # what is left out lies in [0, θ_k], now around zero (12.3)
+                block = block - (theta[..., None, -1:] / 2).to(x.dtype) * x
+            x, _ = v.qr(block)
         operator = operator.next
     steps = -(-rule.asked // (1 + operator.half))
     return Ritz(x, images, theta, vectors, trace, rule.asked, steps)

@@ -171,8 +171,9 @@ class TallSolver:
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        whole = self.v.product(b.mT, (coef[..., None] * a).to(a.dtype))
-        return (whole - self.v.product(q.mT, w)).double().square().sum((-2, -1))
+        whole = self.v.lift(b, coef[..., None].to(a.dtype) * a)
+        missed = whole - self.v.lift(q, w)
+        return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
         """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""
