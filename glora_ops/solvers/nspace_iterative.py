@@ -111,7 +111,8 @@ class IterativeSolver(TallSolver):
 
         def energies(x: Tensor, vectors: Tensor) -> Tensor:
             crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
-            return (crossed * v.product(grams.flip(0), crossed)).sum(-2).clamp(min=0).double()
+            back = v.product(grams, crossed.flip(0)).flip(0)
+            return (crossed * back).sum(-2).clamp(min=0).double()
 
         known = ref[..., (ref != 0).any(-2).any(0)]
         signs = replace(settings, rank=max(rank - known.shape[-1], 0))
