@@ -23,10 +23,12 @@ from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.scratch import empty, in_folder
-from .runtime.threads import workers
+from .runtime.threads import one_thread, workers
 from .state import Factors, ModuleState, State
 
-__all__ = ["Batch", "Pair", "Source", "check_ranks", "compare", "directions", "plan", "solve"]
+__all__ = [
+    "Batch", "Pair", "Reader", "Source", "check_ranks", "compare", "directions", "plan", "solve",
+]  # fmt: skip
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
 #: cache. A module may be larger alone.
@@ -61,6 +63,15 @@ class Source(Protocol):
 
     def factors(self, module: str) -> Factors:
         """B (d_out, r) and A (r, d_in)."""
+        ...
+
+
+@runtime_checkable
+class Reader(Source, Protocol):
+    """A source that reads to where the factors are wanted, without a copy on the way."""
+
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """Write Bᵀ (r, d_out) and A (r, d_in) into contiguous rows of a stack, in its dtypes."""
         ...
 
 
@@ -196,6 +207,10 @@ def solve(
         with in_folder(place(batch)):
             return _stack(sources, batch, device)
 
+    def stack_beside(batch: Batch) -> list[Tensor]:
+        with one_thread():  # a second one would wait for the workers at every copy
+            return stack(batch)
+
     def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
         present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
         w = torch.tensor(weights, dtype=torch.float64) * present
@@ -229,7 +244,7 @@ def solve(
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
                     del flying[future]
                     finish(future.result())
-            flying[pool.submit(compute, batch, stack(batch))] = batch.bytes
+            flying[pool.submit(compute, batch, stack_beside(batch))] = batch.bytes
         for future in flying:
             finish(future.result())
     return done
@@ -256,7 +271,7 @@ def compare(
     room = _room(largest, len(sources), max_bytes, on_cpu and scratch is not None)
 
     def stack(batch: Batch) -> list[Tensor]:
-        with in_folder(scratch if batch.bytes > room else None):
+        with in_folder(scratch if batch.bytes > room else None), one_thread():
             return _stack(sources, batch, device)
 
     def products(batch: Batch, box: list[Tensor]) -> Tensor:
@@ -309,15 +324,23 @@ def _stack(sources: Sequence[Source], batch: Batch, device: torch.device) -> lis
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
         for l, name in enumerate(batch.modules):
-            end = start
-            if name in source.modules:
-                left, right = source.factors(name)
-                end += right.shape[0]
-                b[l, start:end] = left.detach().mT
-                a[l, start:end] = right.detach()
-            b[l, end : start + rows] = 0
-            a[l, end : start + rows] = 0
+            pair = source.modules.get(name)
+            end = start if pair is None else start + pair.rank
+            if pair is not None:
+                _read_into(source, name, b[l, start:end], a[l, start:end])
+            if end < start + rows:
+                b[l, end : start + rows] = 0
+                a[l, end : start + rows] = 0
     return [b, a, offsets]
+
+
+def _read_into(source: Source, name: str, b: Tensor, a: Tensor) -> None:
+    if isinstance(source, Reader):
+        source.read_into(name, b, a)
+    else:
+        left, right = source.factors(name)
+        b.copy_(left.detach().mT)
+        a.copy_(right.detach())
 
 
 def _warm(state: State, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:
