@@ -15,5 +15,5 @@ def renew(page: Path, parts: dict[str, str]) -> None:
         place = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not place.search(text):
             raise SystemExit(f"{page} has no lines <!-- begin {name} --> and <!-- end {name} -->")
-        text = place.sub(lambda found, part=part: f"{found[1]}\n{part}\n\n{found[2]}", text)
+        text = place.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
     page.write_text(text, encoding="utf-8")

@@ -79,6 +79,8 @@ def pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
 def both_table(rows: list[Row]) -> str:
     body = []
     for mean, consensus in pairs(rows):
+        if mean.info["population"] != "partly" or mean.has(d_out=1024, dtype="bfloat16"):
+            continue  # in bench/results/cpu.md
         body.append([
             mean.case, ms(mean.ms), against(mean.matched, named=True), against(mean.peer("1")),
             ms(consensus.ms), f"×{consensus.matched['ratio']:.2f}" if consensus.matched else "–",
@@ -92,19 +94,25 @@ def both_table(rows: list[Row]) -> str:
 
 
 def model_table(rows: list[Row]) -> str:
+    """A line for each model; everything in ms a module."""
+    found = {(r.case, r.info["basis"], r.info["client_statistics"]): r for r in rows}
+    body = []
+    for case in dict.fromkeys(case for case, _, _ in found):
+        lean, mean = found[case, "update", False], found[case, "update", True]
+        consensus, modules = found[case, "consensus", True], mean.info["modules"]
+        zero, one = mean.peer("0", 1), mean.peer("1")
+        body.append([
+            case, ms(lean.ms / modules), *(
+                f"{ms(r.ms / modules)} (× {1 / (modules * r.arms['one_module']['ratio']):.2f})"
+                for r in (mean, consensus)
+            ),
+            *("–" if a is None else ms(a["median_ms"] / modules) for a in (zero, one)),
+            f"{mean.info['captured_of_optimum']:.4f}", mean.memory,
+        ])  # fmt: skip
     header = [
-        "model", "call", "ms a module", "of one module alone", "vs loop of (0), q = 1",
-        "vs loop of (1)", "captured / optimum", "peak beyond inputs",
-    ]  # fmt: skip
-    body = [
-        [
-            row.case, row.call.removeprefix("glora_ops.aggregate, "),
-            ms(row.ms / row.info["modules"]),
-            f"× {1 / (row.info['modules'] * row.arms['one_module']['ratio']):.2f}",
-            against(row.peer("0", 1)), against(row.peer("1")),
-            f"{row.info['captured_of_optimum']:.4f}", row.memory,
-        ]
-        for row in rows
+        "ms a module (of one module alone)", "`update`, no client statistics", "`update`",
+        "`consensus`", "loop of (0), q = 1", "loop of (1)", "captured / optimum",
+        "peak beyond inputs",
     ]  # fmt: skip
     return table(header, body)
 
@@ -256,7 +264,7 @@ def main() -> None:
         "conditions": about, "goals": goals([*steps, *models], runs),
         "update": update_table(steps), "both": both_table(steps), "models": model_table(models),
         "files": files_table(runs),
-        "pictures": "![Times of one server step](performance.png)\n\n![Growth](growth.png)",
+        "pictures": "![Times of one server step](performance.png)\n![Growth](growth.png)",
     })  # fmt: skip
     renew(given.root / "README.md", {"speed": readme_table(steps, models)})
     results = given.root / "bench" / "results"

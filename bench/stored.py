@@ -52,8 +52,11 @@ class Row:
         self.is_step = "basis" in self.info
 
     def has(self, **facts: Any) -> bool:
-        """Whether the stored facts are these; None stands for one that is not there."""
-        return all(self.info.get(name) == value for name, value in facts.items())
+        """Whether the stored facts are these, or among these; None: not there."""
+        return all(
+            self.info.get(name) in (value if isinstance(value, tuple) else (value,))
+            for name, value in facts.items()
+        )
 
     def peer(self, number: str, steps: int | None = None) -> dict[str, Any] | None:
         """The fastest form of a peer, if it took part."""
