@@ -1,4 +1,4 @@
-"""The site: pages from all over the repository, generated references, mathematics without a network.
+"""The site: pages from all over the repository, generated references, mathematics offline.
 
 Pages stay readable where they lie, with links to each other's files; here they are brought
 together, their links follow, and what leads to source code becomes text.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
     "kernels/README.md": "kernels.md",
-    "bench/README.md": "bench/index.md",
+    "bench/README.md": "bench/how.md",
     "bench/results/cpu.md": "bench/cpu.md",
     "bench/results/gpu.md": "bench/gpu.md",
     "experiments/results/tables.md": "experiments/tables.md",
@@ -123,7 +124,9 @@ def schemas() -> str:
     for name, op in OPS.items():
         packet, _, overload = name.partition(".")
         schema = getattr(getattr(torch.ops.glora, packet), overload or "default")._schema
-        parts += [f"## {name}", inspect.getdoc(op) or "", f"```\n{schema}\n```"]
+        text = re.sub(r"\d\.\d{9,}", lambda x: repr(float(x[0])), str(schema))  # 0.1, not 0.1000…
+        lines = textwrap.fill(text, 96, subsequent_indent="    ")
+        parts += [f"## {name}", inspect.getdoc(op) or "", f"```\n{lines}\n```"]
     return "\n\n".join(parts)
 
 
