@@ -1,11 +1,14 @@
 """Lays the folders bindings/ and kernels/ into the package: glora_ops.bindings, glora_ops.kernels.
 
+Beside the package stands `glora_command`, where the command `glora` starts.
+
 Nothing else lives here: metadata is in pyproject.toml.
 """
 
 from setuptools import setup
 
 setup(
+    py_modules=["glora_command"],
     packages=[
         "glora_ops",
         "glora_ops.adapters",

@@ -12,6 +12,7 @@ from .certificates import CLIENT_STATS, STATS
 from .errors import GloraError, GloraWarning, Refusal, Refused
 from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
+from .version import __version__
 
 if TYPE_CHECKING:
     from .merging.aggregate import aggregate_adapters
@@ -27,13 +28,13 @@ __all__ = [
     "Refusal",
     "Refused",
     "State",
+    "__version__",
     "aggregate",
     "aggregate_adapters",
     "pack",
     "pack_modules",
     "update_adapters",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from ..runtime.streams import steady
+from ..version import __version__
 from . import aggregate, compare, fl, inspect, readout
 
 __all__ = ["app", "main"]
@@ -20,7 +20,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="glora",
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

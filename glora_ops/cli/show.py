@@ -30,6 +30,7 @@ from rich.text import Text
 from ..errors import GloraError, Refusal, clean
 from ..runtime.signals import Terminated, terminable
 from ..runtime.streams import output_trouble
+from .loading import load
 
 __all__ = [
     "Outcome",
@@ -134,6 +135,7 @@ def answering(as_json: bool, *, writes: bool, kept: str = "") -> Iterator[Outcom
     kept : str
         What else is said of the files after Ctrl-C (exit code 130) and SIGTERM (143).
     """
+    load()
     from safetensors import SafetensorError
 
     outcome = Outcome(writes)
