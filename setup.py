@@ -16,6 +16,7 @@ setup(
         "glora_ops.bindings",
         "glora_ops.cli",
         "glora_ops.fl",
+        "glora_ops.fl.configs",
         "glora_ops.fl.flower",
         "glora_ops.fl.methods",
         "glora_ops.fl.tasks",
@@ -26,5 +27,5 @@ setup(
         "glora_ops.solvers",
     ],
     package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
-    package_data={"glora_ops": ["py.typed"], "glora_ops.fl": ["configs/*.toml"]},
+    package_data={"glora_ops": ["py.typed"], "glora_ops.fl.configs": ["*.toml"]},
 )
