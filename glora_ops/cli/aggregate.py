@@ -69,7 +69,7 @@ def aggregate(
     out: Annotated[
         Path | None,
         option(
-            "--out", "-o", metavar="OUT", default=None, example="-o merged",
+            "--out", "-o", metavar="OUT", default="the recipe's", example="-o merged",
             help="New folder for server.safetensors and one adapter folder per readout.",
         ),
     ] = None,

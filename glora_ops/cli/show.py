@@ -59,9 +59,8 @@ _STEPS = {
     "modules": "aggregating modules",
 }
 LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
-LINE = (
-    100  # characters of a line of JSON, but for plain lists, which have one whatever their length
-)
+LINE = 100  # characters of a line of JSON that holds a field with entries
+ENTRY = 4  # spaces before an entry of a field
 _quiet = False  # whether the command that is answering was called with --quiet
 
 
@@ -135,10 +134,11 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 
 def _laid_out(value: Any, indent: int = 0) -> str:
-    """JSON of one line where it fits, and for every list of plain values."""
+    """JSON with a line for every field, and for every entry of a field that is long."""
     flat = json.dumps(value, allow_nan=False)
     plain = isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
-    if plain or not isinstance(value, (dict, list)) or indent + len(flat) <= LINE:
+    short = 0 < indent <= LINE - len(flat)
+    if plain or short or indent >= ENTRY or not value or not isinstance(value, (dict, list)):
         return flat
     inner = " " * (indent + 2)
     if isinstance(value, list):
