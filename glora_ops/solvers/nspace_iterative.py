@@ -17,7 +17,7 @@ from ..linalg.canonical import positive
 from .base import Found, Principal, Triplets, fill, row_votes
 from .operators import NSpaceProjector, NSpaceUpdate, Voters
 from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
-from .tall import CANCELLED, SIDES, TallSolver, start_block
+from .tall import CANCELLED, SIDES, TallSolver, has_long_terms, start_block
 
 __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 
@@ -25,8 +25,6 @@ __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 RESOLVED = 1e-5
 # What is to come of a mean, over what is found, from which N-space is nearer than more steps.
 FLAT = 1e-2
-# Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
-LONG = 2.0**8
 
 
 def consensus_limit(rank: int, d_out: int, d_in: int) -> int:
@@ -55,9 +53,7 @@ class IterativeSolver(TallSolver):
         return self._turned(self.b, self.clients.t_u), self._turned(self.a, self.clients.t_v)
 
     def _turned(self, rows: Tensor, t: Tensor) -> Tensor:
-        """In fp64 where rounding would tell: terms of T_iᵀ x_i that are far longer than one."""
-        terms = self.ragged.segment_sum((t.abs() * self.v.lengths(rows)[..., None]).amax(-1))
-        wide = rows.double() if bool((terms > LONG).any()) else rows
+        wide = rows.double() if has_long_terms(self.v, rows, self.ragged, t) else rows
         return self.v.turned(wide, self.ragged, t).to(self.dtype)
 
     @cached_property
