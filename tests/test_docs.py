@@ -19,6 +19,7 @@ from markdown_it.token import Token
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import glora_ops
 from glora_ops.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,22 @@ def test_every_link_leads_to_a_file_and_an_anchor_of_it(name: str) -> None:
     assert not broken, f"{name}: {broken}"
 
 
+def test_every_page_is_in_the_index_and_in_the_site() -> None:
+    index, site = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/README.md", "mkdocs.yml")
+    )
+    for page in (Path(name).name for name in PAGES if name.startswith("docs/")):
+        assert page == "README.md" or (f"({page})" in index and f": {page}" in site), page
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|bench|bindings|kernels|docs|glora_ops)/[\w./*-]*)`", text))
+    missing = [name for name in named if not list(ROOT.glob(name))]
+    assert named
+    assert not missing
+
+
 def commands(page: str) -> list[list[str]]:
     """Lines of its code that call glora, as words."""
     lines = "\n".join(code(page, "") + code(page, "bash")).replace("\\\n", " ").splitlines()
@@ -118,6 +135,20 @@ def test_the_python_of_the_first_page_runs() -> None:
     exec(example, {})
     assert Path("server.safetensors").is_file()
     assert Path("out/r8/adapter_config.json").is_file()
+
+
+def test_the_check_of_a_state_that_reliability_shows_finds_a_changed_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (check,) = code("docs/reliability.md", "python")
+    glora_ops.aggregate([(torch.randn(8, 2), torch.randn(2, 6))]).save("server.safetensors")
+    exec(check, {})
+    saved = bytearray(Path("server.safetensors").read_bytes())
+    saved[-1] ^= 1
+    Path("server.safetensors").write_bytes(saved)
+    with pytest.raises(AssertionError):
+        exec(check, {})
 
 
 @pytest.mark.usefixtures("clients")
