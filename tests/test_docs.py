@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 import typer.main
+from glora_ops.bindings.library import OPS
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from safetensors.torch import save_file
@@ -91,6 +92,31 @@ def test_files_that_contributing_names_are_there() -> None:
     missing = [name for name in named if not list(ROOT.glob(name))]
     assert named
     assert not missing
+
+
+def plain(argument: str) -> str:
+    """0.001 for 1e-3."""
+    name, _, default = argument.partition("=")
+    return f"{name}={float(default)}" if re.match(r"-?\d", default) else argument
+
+
+def test_the_signatures_of_the_ops_page_are_those_of_the_schemas() -> None:
+    shown = re.findall(
+        r"^\| `([\w.]+)\((.*?)\)` \|", (ROOT / "docs/ops.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in shown} == OPS.keys()
+    for name, signature in shown:
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.glora, packet), overload or "default")._schema
+        arguments = [
+            x.name + (f"={x.default_value!r}".replace("'", '"') if x.has_default_value() else "")
+            for x in schema.arguments
+        ]
+        given = [plain(x) for x in signature.split(", ")]
+        expected = [plain(x) for x in arguments]
+        if given[-1] == "…":
+            given, expected = given[:-1], expected[: len(given) - 1]
+        assert given == expected, name
 
 
 def commands(page: str) -> list[list[str]]:
