@@ -28,7 +28,7 @@ from ..adapters.read import (
 from ..api import aggregate
 from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
-from ..errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
 from ..runtime.threads import release_freed, workers
 from ..state import State
@@ -41,6 +41,7 @@ from .modules_to_save import (
     with_dense,
     without_mean,
 )
+from .selection import check_patterns, select, unselected
 
 __all__ = ["Progress", "aggregate_adapters", "merge"]
 
@@ -57,6 +58,8 @@ def aggregate_adapters(
     dense: str = "mean",
     on_bad_client: str = "refuse",
     base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     captured: float = 0.9,
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
@@ -88,14 +91,18 @@ def aggregate_adapters(
         ``settings["skipped"]``; the weights of the others stand.
     base : str, optional
         Vouches that all clients adapt the same base although its names differ, and names it.
+    include, exclude : sequence of str
+        Only modules whose path, or the end of it after a dot, matches a pattern of `include` (if
+        there are any) and none of `exclude`: ``["q_proj", "*.layers.0.*"]``. Weights saved in full
+        are not modules: `dense` decides on them.
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
         Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
         "dense".
     **settings
-        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
-        factors are read once more.
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, device, …. With
+        `robust` all factors are read once more.
 
     Returns
     -------
@@ -113,8 +120,8 @@ def aggregate_adapters(
     """
     return merge(
         folders, weights, rank=rank, basis=basis, missing=missing, dense=dense,
-        on_bad_client=on_bad_client, base=base, captured=captured, max_file_bytes=max_file_bytes,
-        progress=progress, **settings,
+        on_bad_client=on_bad_client, base=base, include=include, exclude=exclude,
+        captured=captured, max_file_bytes=max_file_bytes, progress=progress, **settings,
     )  # fmt: skip
 
 
@@ -125,8 +132,11 @@ def merge(
     dense: str = "mean",
     on_bad_client: str = "refuse",
     base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
+    planned: Callable[[Sequence[Adapter]], None] | None = None,
     known: Sequence[Refusal] = (),
     entries: Mapping[int, Mapping[str, Any]] | None = None,
     readouts: Sequence[int] = (),
@@ -136,7 +146,8 @@ def merge(
 
     `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
-    is not the same any more is refused.
+    is not the same any more is refused. `planned` is called with the clients whose headers are in
+    order, before any value is read.
     """
     require(
         not isinstance(folders, (str, os.PathLike)),
@@ -150,6 +161,9 @@ def merge(
 
     # What no client is to blame for cannot be skipped with one.
     common = list(known)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        with listing(common):
+            check_patterns(name, patterns)
     with listing(common):
         require(dense in ("mean", "refuse"), "dense", repr(dense), "'mean' or 'refuse'")
     with listing(common):
@@ -182,6 +196,11 @@ def merge(
         aligned, problems = align_names(list(clients.values()), base)
         clients = dict(zip(clients, aligned, strict=True))
         _note(refused, clients, problems + incompatible(aligned, base))
+    if (include or exclude) and not common:
+        for i, adapter in clients.items():
+            clients[i] = select(adapter, include, exclude)
+            if not clients[i].modules:
+                refused[i].append(unselected(adapter, include, exclude))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
@@ -192,6 +211,8 @@ def merge(
         common += without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
+    if planned is not None:
+        planned(list(clients.values()))
 
     digests: dict[int, str] = {}
     with workers(torch.get_num_threads()) as pool:
@@ -208,7 +229,7 @@ def merge(
     # Shortened: they are kept in the state, and clients decide how long their values are.
     skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
     if skipped:
-        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), SkippedClientWarning, stacklevel=3)
 
     adapters = list(clients.values())
     voices, weights_from = _voices(clients, weights)
@@ -229,6 +250,9 @@ def merge(
     holders = dense_holders(adapters)
     means = dense_means(adapters, holders, heeded(state, voices), tell)
     copies, uneven = base_copies(adapters)
+    layout = adapter_layout(adapters, base)
+    if include or exclude:
+        layout["exact"] = True  # names that end alike are not adapted with those that are
     recorded = {
         "weights_from": weights_from,
         "skipped": skipped,
@@ -243,10 +267,11 @@ def merge(
         state,
         settings=state.settings | recorded,
         dense=means | copies,
-        layout=adapter_layout(adapters, base),
+        layout=layout,
         record={
             "arguments": {"dense": dense, "base": base}
-            | {name: value for name, value in settings.items() if name not in ("warm", "scratch")},
+            | {k: list(v) for k, v in (("include", include), ("exclude", exclude)) if v}
+            | {k: v for k, v in settings.items() if k not in ("warm", "scratch", "device")},
             "clients": [
                 _entry(
                     adapter,
