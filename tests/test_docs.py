@@ -152,6 +152,10 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, rank in (("clients/a", 4), ("clients/b", 2), ("new/c", 3)):
         client(Path(name), rank)
+    Path("MODEL").mkdir()
+    base = {"model.layers.0.self_attn.q_proj.weight": torch.randn(16, 24)}
+    save_file(base, "MODEL/model.safetensors", metadata={"format": "pt"})
+    Path("MODEL/config.json").write_text("{}")
 
 
 @pytest.mark.usefixtures("clients")
@@ -180,20 +184,15 @@ def test_the_check_of_a_state_that_reliability_shows_finds_a_changed_byte(
 @pytest.mark.usefixtures("clients")
 def test_the_command_lines_of_the_first_page_run() -> None:
     asked = [words for words in commands("README.md") if words[0] != "fl"]
-    assert [words[0] for words in asked] == [
-        "aggregate",
-        "readout",
-        "aggregate",
-        "inspect",
-        "compare",
-    ]
+    ways = ["aggregate", "readout", "update", "apply", "inspect", "compare"]
+    assert [words[0] for words in asked] == ways
     for words in asked:
         expanded = [
             x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])
         ]
         result = CliRunner().invoke(app, expanded)
         assert result.exit_code == 0, result.output
-    for made in ("merged/r8", "merged-r2", "spectra.png", "alignment.png"):
+    for made in ("merged/r8", "merged-r2", "merged-model", "spectra.png", "alignment.png"):
         assert Path(made).exists(), made
 
 
