@@ -20,6 +20,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
+    "SECURITY.md": "security.md",
     "kernels/README.md": "kernels.md",
     "bench/README.md": "bench/how.md",
     "bench/results/cpu.md": "bench/cpu.md",
