@@ -30,6 +30,7 @@ LAYERS = [
     {"batches"},
     {"api"},
     {"merging"},
+    {"job"},
     {"analysis"},
     {"fl"},
     {"cli"},

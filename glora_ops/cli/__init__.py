@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..runtime.streams import steady
-from . import aggregate, compare, fl, inspect, readout
+from . import aggregate, compare, fl, inspect, job, readout
 
 __all__ = ["app", "main"]
 
@@ -54,6 +54,8 @@ def glora(
     3. **Read out.** **glora readout** slices an adapter of any rank out of the state;
     PeftModel.from_pretrained loads it.
 
+    **glora job** aggregates in parts, with any number of processes on any machines.
+
     **glora fl** runs federated experiments: training, aggregation, reports.
 
     Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted,
@@ -64,6 +66,7 @@ def glora(
 for module in (inspect, compare, aggregate, readout):
     app.command(epilog=module.EXAMPLE)(getattr(module, module.__name__.rpartition(".")[2]))
 app.add_typer(fl.app)
+app.add_typer(job.app)
 
 
 def main() -> None:
