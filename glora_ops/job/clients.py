@@ -83,6 +83,12 @@ class Careful(Adapter):
             self._look_at(key, x)
         return b, a
 
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """`factors` in rows: Bᵀ (r, d_out) into b, A into a."""
+        left, right = self.factors(module)
+        b.copy_(left.mT)
+        a.copy_(right)
+
     def dense_tensor(self, name: str) -> Tensor:
         x = super().dense_tensor(name)
         if x.is_floating_point() and not bool(x.float().isfinite().all()):

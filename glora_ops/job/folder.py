@@ -21,7 +21,16 @@ from ..runtime.reading import parse_json_object, read_bytes
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-__all__ = ["PLAN_NAME", "Job", "read_job", "sealed", "strangers", "unsealed", "write_sealed"]
+__all__ = [
+    "FOLDERS",
+    "PLAN_NAME",
+    "Job",
+    "read_job",
+    "sealed",
+    "strangers",
+    "unsealed",
+    "write_sealed",
+]
 
 PLAN_NAME = "plan.json"
 MAX_BYTES = 2**28  # of a plan: some hundreds of bytes a client

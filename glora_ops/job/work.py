@@ -13,9 +13,11 @@ import torch
 
 from ..errors import GloraError, GloraWarning, Refusals, Refused, clean, require, unfit
 from ..merging.aggregate import Inspected, Progress, examine
+from ..runtime.hidden import sweep
+from ..runtime.outputs import ours
 from ..runtime.threads import release_freed, workers
 from .clients import look_again
-from .folder import Job, read_job, write_sealed
+from .folder import FOLDERS, Job, read_job, write_sealed
 from .parts import is_made, make_part
 
 __all__ = ["Share", "Worked", "share", "work"]
@@ -130,6 +132,8 @@ def work(
     mine = share(index, of)
     planned = read_job(job)
     outcome = Worked()
+    for name in FOLDERS:
+        sweep(planned.folder / name, ours)  # what killed workers were at
     numbers = range(mine.index, len(planned.about["parts"]), mine.of)
     todo = [number for number in numbers if not _is_there(planned, number, outcome)]
     checks = range(mine.index, len(planned.about["checks"]), mine.of)
