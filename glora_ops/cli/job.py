@@ -25,8 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Aggregate in parts: plan once, work in any number of processes on any machines that see "
     "the same files, join at the end. The result is that of **glora aggregate**, to the bit.",
-    epilog="Example: **glora job plan --clients list.txt -o job; torchrun --nproc-per-node 4 "
-    "--no-python glora job work job; glora job join job -o out --readout 8,16**",
+    epilog="Example: **glora job plan --clients list.txt -o job && glora job work job --workers 4 "
+    "&& glora job join job -o out --readout 8,16**",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that plan made.")]
@@ -140,19 +140,32 @@ def work(
         int | None,
         typer.Option(metavar="N", help="How many workers there are. By default as --index."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1,
+            help="Instead of being one, start so many workers on this machine with torchrun, which "
+            "starts them again when one is killed.",
+        ),
+    ] = None,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Make this worker's parts, but for those that are made.
 
     A worker may be killed and started again, and two may have the same index. It reads the
     folders that JOB names, and computes on as many threads as torch has (OMP_NUM_THREADS).
     """
+    if workers is not None and (index, of) != (None, None):
+        raise typer.BadParameter("starts workers, and is none itself", param_hint="--workers")
     with answering(as_json, writes=False, kept="finished parts are kept; the same command goes on"):
+        from ..job import torchrun
         from ..job import work as do
 
+        if workers is not None:
+            torchrun(job, workers)
         with warnings.catch_warnings(record=True) as said, progress() as report:
             warnings.simplefilter("always", GloraWarning)
-            done = do(job, index, of, progress=report)
+            done = do(job, *((0, 1) if workers else (index, of)), progress=report)
         if as_json:
             print_json(asdict(done))
             return

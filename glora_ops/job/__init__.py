@@ -8,7 +8,20 @@ there are not made again, so that any worker may be killed, repeated or doubled.
 
 from .join import join
 from .plan import plan
+from .run import aggregate, submit, torchrun
 from .status import Status, status
 from .work import Share, Worked, share, work
 
-__all__ = ["Share", "Status", "Worked", "join", "plan", "share", "status", "work"]
+__all__ = [
+    "Share",
+    "Status",
+    "Worked",
+    "aggregate",
+    "join",
+    "plan",
+    "share",
+    "status",
+    "submit",
+    "torchrun",
+    "work",
+]

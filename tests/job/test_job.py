@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import sys
+import weakref
+from concurrent.futures import ProcessPoolExecutor
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from job_clients import save_client, save_clients
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glora_ops import job
+from glora_ops import batches, job
 from glora_ops.cli import app
 from glora_ops.errors import GloraError, GloraWarning, Refused
 from glora_ops.merging.aggregate import aggregate_adapters
@@ -340,3 +344,44 @@ def test_a_status_tells_what_is_missing_and_estimates_by_bytes(
     )
     job.work(tmp_path / "job", 1, 2)
     assert job.status(tmp_path / "job").left == 0
+
+
+def test_an_executor_does_the_work_and_raises_what_a_worker_refuses(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"max_bytes": LIMIT, "weights": [1, 2, 3, 4]}
+    expected = saved(aggregate_adapters(clients, **how), tmp_path / "state.safetensors")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        state = job.aggregate(clients, tmp_path / "job", pool, 3, **how)
+        assert saved(state, tmp_path / "state.safetensors") == expected
+        bad = clients[3] / "adapter_model.safetensors"
+        save_file({k: x * float("inf") for k, x in load_file(bad).items()}, bad)
+        with pytest.raises(Refused) as refused:
+            job.aggregate(clients, tmp_path / "again", pool, 2, **how)
+    assert {refusal.client for refusal in refused.value.refusals} == {"c3"}
+
+
+def test_no_worker_holds_more_factors_than_of_a_part_for_each_of_its_threads(
+    clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    most = held = 0
+    stack = batches._stack
+
+    def release(size: int) -> None:
+        nonlocal held
+        held -= size
+
+    def counted(*arguments: Any) -> list[torch.Tensor]:
+        nonlocal held, most
+        made = stack(*arguments)
+        size = sum(x.numel() * x.element_size() for x in made[:2])
+        held += size
+        weakref.finalize(made[0], release, size)
+        most = max(most, held)
+        return made
+
+    monkeypatch.setattr(batches, "_stack", counted)
+    job.work(tmp_path / "job", 0, 1)
+    largest = max(part["bytes"] for part in planned.about["parts"])
+    assert largest <= most <= torch.get_num_threads() * largest

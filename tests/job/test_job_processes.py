@@ -104,3 +104,13 @@ def test_together_workers_read_each_byte_once_to_check_it_and_once_to_compute(
         assert process.returncode == 0, said
         read.append(int(said))
     assert sum(read) == sum(sizes) + sum(sizes) - sum(headers)
+
+
+def test_the_command_starts_workers_of_its_own(tmp_path: Path) -> None:
+    clients = save_clients(tmp_path / "clients", 3)
+    planned = job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    command = "from glora_ops.cli import app; app()"
+    launched = started("-c", command, "job", "work", tmp_path / "job", "--workers", 2)
+    said, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, said
+    assert f"0 parts made, {len(planned.about['parts'])} were there" in said
