@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.aligned_names import align_names
 from ..adapters.config import CONFIG_NAME
 from ..adapters.places import Place
-from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, inspect_adapter
+from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
 from ..errors import Refusal, Refusals, Refused
 from ..merging.aggregate import Inspected
 from ..values import value_fault
@@ -34,10 +34,13 @@ def look_again(job: Job) -> Inspected:
     places = [Place(e["name"], Path(e["path"]), named=e["named"]) for e in entries]
     readable: dict[int, Adapter] = {}
     changed = Refusals()
+    layouts = Layouts()
     for i, (place, entry) in enumerate(zip(places, entries, strict=True)):
         if entry["files"] is None:
             continue
-        adapter, refusals = inspect_adapter(place, max_bytes=job.about["max_file_bytes"])
+        adapter, refusals = inspect_adapter(
+            place, max_bytes=job.about["max_file_bytes"], layouts=layouts
+        )
         if adapter is None:
             changed += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
             continue

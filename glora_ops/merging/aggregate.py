@@ -23,6 +23,7 @@ from ..adapters.read import (
     MAX_BYTES,
     TENSORS_NAME,
     Adapter,
+    Layouts,
     check_values,
     inspect_adapter,
 )
@@ -261,8 +262,9 @@ def inspect(
 
     refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
+    layouts = Layouts()
     for i, place in enumerate(places):
-        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes)
+        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes, layouts=layouts)
         if adapter is None and i in recorded:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:
