@@ -1,4 +1,4 @@
-"""What glora says when it will not go on: the thing, its value, what was expected, the remedy."""
+"""Errors and warnings: the thing, its value, what was expected, the remedy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ from typing import Any
 __all__ = [
     "GloraError",
     "GloraWarning",
+    "LeftoverWarning",
+    "LowEnergyWarning",
+    "NodeRefusedWarning",
     "Refusal",
     "Refusals",
     "Refused",
+    "RobustWarning",
+    "SkippedClientWarning",
+    "StrangerWarning",
+    "TaskWarning",
+    "TieWarning",
+    "UncheckedFileWarning",
+    "UnheardWarning",
     "clean",
     "listing",
     "require",
@@ -48,7 +58,47 @@ class GloraError(ValueError):
 
 
 class GloraWarning(UserWarning):
-    """A result that stands, with something about it the caller should know."""
+    """A result that stands, with something about it the caller should know; base of the others."""
+
+
+class LeftoverWarning(GloraWarning):
+    """Files of others lie among what a run that was killed left; they are kept."""
+
+
+class LowEnergyWarning(GloraWarning):
+    """The state holds much less of the mean update than its rank could."""
+
+
+class NodeRefusedWarning(GloraWarning):
+    """A node of a federated run was turned away."""
+
+
+class RobustWarning(GloraWarning):
+    """A robust rule left a client out, or another rule was used."""
+
+
+class SkippedClientWarning(GloraWarning):
+    """Clients were refused, and the others aggregated."""
+
+
+class StrangerWarning(GloraWarning):
+    """A client shares no module with the others."""
+
+
+class TaskWarning(GloraWarning):
+    """Data were read in another way than their form suggests."""
+
+
+class TieWarning(GloraWarning):
+    """A cut falls into a tie: the state is one of several equally good ones."""
+
+
+class UncheckedFileWarning(GloraWarning):
+    """A file of a state has a format that carries no checksums."""
+
+
+class UnheardWarning(GloraWarning):
+    """Directions below the precision that factors were stored in have no vote."""
 
 
 @dataclass(frozen=True)

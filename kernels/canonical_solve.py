@@ -99,12 +99,12 @@ def canonical_kernel(
     d, d_inverse = balance(G_B, G_A, stride, n, N)
     # T_U and T_V hold what is at hand until they hold the result.
     b_G = d[:, None] * load_block(G_B, stride, n, N) * d[None, :]
-    trace_b = tl.sum(diagonal(b_G, N), 0)
+    norm2_b = diagonal(b_G, N)
     square_b = tl.sum(tl.sum(b_G * b_G, 0), 0)
     b_G = d_inverse[:, None] * load_block(G_A, stride, n, N) * d_inverse[None, :]
-    trace_a = tl.sum(diagonal(b_G, N), 0)
+    norm2_a = diagonal(b_G, N)
     square_a = tl.sum(tl.sum(b_G * b_G, 0), 0)
-    tl.store(SIZE + i_b, tl.sqrt(trace_b * trace_a))
+    tl.store(SIZE + i_b, tl.sum(tl.sqrt(norm2_b * norm2_a), 0))
     noise = 16 * n * U64 * tl.sqrt(square_b) * tl.sqrt(square_a)
     cholesky(b_G, T_U, stride, d, n, N)
     store_block(T_V, multiply(G_B, 1, stride, T_U, stride, n, N), stride, n, N)
@@ -147,7 +147,7 @@ def launch_canonical_solve(
     sigma : Tensor (L, K, r) fp64
         Descending; zero where a direction was dropped and beyond a client's rank.
     size : Tensor (L, K) fp64
-        ‖B‖_F ‖A‖_F after balancing.
+        Σ_j ‖b_j‖‖a_j‖, which is ‖B‖_F ‖A‖_F after exact balancing.
     """
     modules, clients, width, _ = gram_b.shape
     if width > MAX_RANK:

@@ -207,6 +207,28 @@ def test_captured_is_near_the_truth_where_the_norm_is_estimated(make):
     assert norm(errors) / 6**0.5 <= (1e-3 if make in (disjoint, partly) else 1e-6)
 
 
+@EVERY
+@pytest.mark.parametrize("basis", ["consensus", "update"])
+@pytest.mark.parametrize(("apart", "condition"), [(1e-3, 10.0), (1e-2, 1e3)])
+def test_the_norm_of_what_nearly_cancels_is_told(solver, basis, apart, condition):
+    """Clients against clients, in bad gauges: ‖W̄‖ is far below the size of its terms."""
+    rng, count, r, m, n = np.random.default_rng(0), 10, 4, 90, 80
+    clients = []
+    for b, a in zip(rng.standard_normal((5, m, r)), rng.standard_normal((5, r, n)), strict=True):
+        for sign in (1, -1):
+            left, right = orthonormal(rng, r, r), orthonormal(rng, r, r)
+            d = np.geomspace(1, condition, r)
+            b_i = sign * b + apart * rng.standard_normal((m, r))
+            a_i = a + apart * rng.standard_normal((r, n))
+            pair = b_i @ (left * d) @ right.T, (right / d) @ left.T @ a_i
+            clients.append(tuple(torch.from_numpy(x).float() for x in pair))
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, ones = np.full(count, 1 / count), np.ones(count)
+    size = norm(reference.mean_update(arrays, weights, ones))
+    assert bounds.storage_scale(arrays, weights, ones) > 1e3 * size
+    assert Answer(solver, clients, 8, basis).stat("norm") == pytest.approx(size, rel=1e-3)
+
+
 @pytest.mark.parametrize("solver", ["iterative", "tall"])
 def test_steps_that_are_asked_for_are_taken(solver):
     """Gains of weak directions are below the rounding of the top; only a complete space ends."""

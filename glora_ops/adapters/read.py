@@ -143,6 +143,28 @@ class Adapter:
         b, a = self.stored.read(m.b_key, m.a_key)
         return b.flatten(1), a.flatten(1)
 
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """`factors`, written into rows: Bᵀ into b (r, d_out), A into a (r, d_in).
+
+        Parameters
+        ----------
+        module : str
+        b, a : Tensor
+            Contiguous, in any dtype that the stored values can be converted to.
+
+        Raises
+        ------
+        Refused
+            As `factors` does.
+        """
+        m = self.modules[module]
+        if m.expert[1] > 1:
+            left, right = self.factors(module)
+            b.copy_(left.mT)
+            a.copy_(right)
+        else:
+            self.stored.read_into(m.b_key, m.a_key, b, a)
+
     @property
     def saved(self) -> list[str]:
         """The entries of `modules_to_save` of which something is stored."""

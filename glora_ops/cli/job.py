@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from inspect import Parameter, Signature, signature
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import GloraWarning, Refusals, clean, listing
-from . import aggregate as one_process
-from .options import Json, Overwrite, Pad
-from .show import answering, console, labelled, number, print_json, progress
+from ..errors import GloraWarning, Refusals, listing
+from . import aggregate as whole
+from .options import Dtype, Json, Overwrite, Pad, Verbose, option
+from .show import answering, clean, console, counted, decimal, labelled, print_json, progress
+from .weights import is_file, numbers, weights_file
 
 __all__ = ["app"]
 
@@ -30,7 +31,7 @@ app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that plan made.")]
-#: Options of `glora aggregate` that a plan takes, as they are there.
+#: Options of `glora aggregate` that a plan takes, as they stand there.
 PLANNED = (
     "clients", "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
     "include", "exclude", "on_bad_client", "dense", "seed",
@@ -38,24 +39,27 @@ PLANNED = (
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the options of `glora aggregate` before its own."""
-    those = signature(one_process.aggregate, eval_str=True).parameters
-    own = [p for p in signature(command, eval_str=True).parameters.values()
-           if p.kind is not Parameter.VAR_KEYWORD]  # fmt: skip
-    taken = [those[name].replace(kind=Parameter.KEYWORD_ONLY) for name in PLANNED if name in those]
-    own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own]
-    command.__signature__ = Signature([*taken, *own])  # type: ignore[attr-defined]  # for typer
+    """`command` with those options before its own."""
+    theirs = signature(whole.aggregate, eval_str=True).parameters
+    own = [
+        p for p in signature(command, eval_str=True).parameters.values()
+        if p.kind is not Parameter.VAR_KEYWORD
+    ]  # fmt: skip
+    all_of_them = [*(theirs[name] for name in PLANNED), *own]
+    command.__signature__ = Signature(  # type: ignore[attr-defined]  # which typer looks at
+        [p.replace(kind=Parameter.KEYWORD_ONLY) for p in all_of_them]
+    )
     return command
 
 
-@app.command(epilog="Example: **glora job plan clients/* -o job --rank 32**")
+@app.command(epilog="Example: **glora job plan clients/ann clients/bob -o job --rank 32**")
 @_with_options
 def plan(
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="JOB",
-            help="New folder, which all workers can reach; one with the same plan is left as it "
+        option(
+            "--out", "-o", metavar="JOB", default=None, example="-o job",
+            help="New folder, which all workers can reach. One with the same plan is left as it "
             "is, with what was done of it.",
         ),
     ],
@@ -72,57 +76,56 @@ def plan(
         raise typer.BadParameter(
             "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
         )
-    rank, weights = one_process._rank(options.pop("rank")), options.pop("weights")
-    in_file = weights is not None and one_process._is_file(weights)
-    if weights is not None and client_list is not None and not in_file:
+    options["rank"], weights = whole.server_rank(options["rank"]), options.pop("weights")
+    if weights is not None and client_list is not None and not is_file(weights):
         raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
-    given = None
-    if weights is not None and not in_file:
-        given = one_process._numbers(weights, len(clients))
+    given = None if weights is None or is_file(weights) else numbers(weights, len(clients))
     with answering(as_json, writes=True) as outcome:
-        from .. import job
         from ..adapters.places import find_places
+        from ..job import plan as make
         from .client_list import read_client_list
 
         refusals = Refusals()
         places = find_places(clients or [])
         if client_list is not None:
             places, given = read_client_list(client_list)
-        if in_file:
+        if is_file(weights):
             with listing(refusals):
-                names = [place.name for place in places]
-                given = one_process._from_file(Path(weights), names, options)
+                given = weights_file(Path(weights), [place.name for place in places], options)
+        options |= {name: options[name] or () for name in ("include", "exclude")}
         with warnings.catch_warnings(), progress() as report:
             warnings.simplefilter("ignore", GloraWarning)
-            planned = job.plan(
-                places, out, given, rank=rank, progress=report, known=refusals,
-                captured=one_process.DEFAULT_CAPTURED, clip=one_process.DEFAULT_CLIP, **options,
-            )  # fmt: skip
+            about = make(
+                places, out, given, captured=whole.DEFAULT_CAPTURED, clip=whole.DEFAULT_CLIP,
+                progress=report, known=refusals, **options,
+            ).about  # fmt: skip
         outcome.wrote(out)
-        about = planned.about
-        kept = sum(client["kept"] for client in about["clients"])
         facts = {
             "job": str(out),
-            "clients": kept,
+            "clients": [client["name"] for client in about["clients"] if client["kept"]],
             "skipped": about["skipped"],
-            "modules": sum(len(part["modules"]) for part in about["parts"]),
-            "parts": len(about["parts"]),
-            "bytes": sum(part["bytes"] for part in about["parts"]),
-            "largest": max(part["bytes"] for part in about["parts"]),
+            "modules": [name for part in about["parts"] for name in part["modules"]],
+            "parts": [part["bytes"] for part in about["parts"]],
         }
         if as_json:
             print_json(facts)
         else:
-            for reason in about["skipped"]:
-                console().print(labelled("left out: ", "bold yellow", clean(reason)))
-            line = (
-                f"{clean(out)}  {kept} clients, {facts['modules']} modules in {facts['parts']} "
-                f"parts of at most {number(facts['largest'] / 1e6)} MB"
-            )
-            console().print(labelled("planned: ", "bold green", line), soft_wrap=True)
-            console().print(f"next: glora job work {clean(out)}", soft_wrap=True)
-    if about["skipped"]:
+            _print_plan(facts)
+    if facts["skipped"]:
         raise typer.Exit(3)
+
+
+def _print_plan(facts: dict[str, Any]) -> None:
+    to = console()
+    for reason in facts["skipped"]:
+        to.print(labelled("left out: ", "bold yellow", clean(reason)), soft_wrap=True)
+    line = (
+        f"{clean(facts['job'])}  {counted(len(facts['clients']), 'client')}, "
+        f"{counted(len(facts['modules']), 'module')} in {counted(len(facts['parts']), 'part')} of "
+        f"at most {decimal(max(facts['parts']))}"
+    )
+    to.print(labelled("planned: ", "bold green", line), soft_wrap=True)
+    to.print(f"next: glora job work {clean(facts['job'])}", soft_wrap=True)
 
 
 @app.command(epilog="Example: **glora job work job --index 0 --of 4**")
@@ -130,20 +133,23 @@ def work(
     job: Folder,
     index: Annotated[
         int | None,
-        typer.Option(
-            metavar="I",
-            help="Which worker this is, from 0. By default what torchrun, Slurm or Kubernetes say "
-            "in the environment, otherwise the only one.",
+        option(
+            "--index", metavar="I", example="--index 0 --of 4",
+            default="what torchrun, Slurm or Kubernetes say in the environment; else 0 of 1",
+            help="Which worker this is, from 0.",
         ),
     ] = None,
     of: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How many workers there are. By default as --index."),
+        option(
+            "--of", metavar="N", default="as --index", example="--of 4",
+            help="How many workers there are.",
+        ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1,
+        option(
+            "--workers", metavar="N", min=1, default="none", example="--workers 4",
             help="Instead of being one, start so many workers on this machine with torchrun, which "
             "starts them again when one is killed.",
         ),
@@ -163,17 +169,18 @@ def work(
 
         if workers is not None:
             torchrun(job, workers)
+            index, of = 0, 1  # nothing is left, or this process does it
         with warnings.catch_warnings(record=True) as said, progress() as report:
             warnings.simplefilter("always", GloraWarning)
-            done = do(job, *((0, 1) if workers else (index, of)), progress=report)
+            done = do(job, index, of, progress=report)
         if as_json:
             print_json(asdict(done))
             return
         for warning in said:
             if issubclass(warning.category, GloraWarning):
                 console(stderr=True).print(clean(warning.message), soft_wrap=True)
-        made = len(done.made) + len(done.again)
-        console().print(f"{made} parts made, {len(done.found)} were there", soft_wrap=True)
+        made = counted(len(done.made) + len(done.again), "part")
+        console().print(f"{made} made, {len(done.found)} were there", soft_wrap=True)
 
 
 @app.command(epilog="Example: **glora job status job**")
@@ -187,19 +194,21 @@ def status(job: Folder, as_json: Json = False) -> None:
             print_json(asdict(found))
             return
         to = console()
-        to.print(f"{found.parts - len(found.missing)} of {found.parts} parts are made"
-                 + _which(found.missing), soft_wrap=True)  # fmt: skip
-        if found.checks:
-            to.print(f"{found.checks - len(found.unchecked)} of {found.checks} groups of clients "
-                     f"are checked{_which(found.unchecked)}", soft_wrap=True)  # fmt: skip
-        to.print(f"{number(found.seconds)} seconds of one thread were spent; the rest may take "
-                 + ("nobody knows how many" if found.left is None else number(found.left)),
-                 soft_wrap=True)  # fmt: skip
+        for what, count, missing in (
+            ("parts made", found.parts, found.missing),
+            ("groups of clients checked", found.checks, found.unchecked),
+        ):
+            if count:
+                line = f"{what}: {count - len(missing)} of {count}{_which(missing)}"
+                to.print(line, soft_wrap=True)
+        left = "not known yet" if found.left is None else f"{found.left:.0f} s"
+        line = f"one thread's time: {found.seconds:.0f} s so far, for the rest {left}"
+        to.print(line, soft_wrap=True)
 
 
-def _which(missing: list[int]) -> str:
+def _which(missing: Sequence[int]) -> str:
     more = ", …" * (len(missing) > 10)
-    return f"; missing: {', '.join(map(str, missing[:10]))}{more}" if missing else ""
+    return f", without {', '.join(map(str, missing[:10]))}{more}" if missing else ""
 
 
 @app.command(epilog="Example: **glora job join job -o out --readout 8,16**")
@@ -207,66 +216,51 @@ def join(
     job: Folder,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="OUT",
+        option(
+            "--out", "-o", metavar="OUT", default=None, example="-o merged",
             help="New folder for server.safetensors and one adapter folder per readout.",
         ),
     ],
     readout: Annotated[
         str,
-        typer.Option(
-            metavar="4,8,…",
+        option(
+            "--readout", metavar="4,8,…", default="none", example="--readout 8,16",
             help="Also write adapters of these ranks, as folders r4, r8, … in OUT.",
         ),
     ] = "",
     pad: Pad = "zero",
+    dtype: Dtype = "fp32",
     overwrite: Overwrite = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Put the parts of a job together: what **glora aggregate** writes, to the bit.
 
     All parts have to be there. JOB is left as it is; nothing needs it afterwards.
     """
-    readouts = one_process._readouts(readout)
+    began = monotonic()
+    readouts = whole.ranks(readout)
     with answering(as_json, writes=True) as outcome, ExitStack() as held:
+        from ..errors import Refused
         from ..job import join as put_together
-        from ..runtime.outputs import apart, check_free, claimed, new_folder
-        from .facts import STATE_NAME, held_energy, padding_note, print_state, state_facts
-        from .outputs import strangers
+        from ..job import read_job
+        from .state_folder import StateFolder, print_written
 
-        place = Path(os.path.realpath(out))
-        held.enter_context(claimed(place, strangers))
-        check_free(place, strangers, overwrite=overwrite)
-        apart(out, [job])
+        seed = read_job(job).about["arguments"].get("seed", 0)
+        folder = StateFolder(out, readouts, pad, dtype, seed, False, overwrite, False, began)
+        refusals = Refusals()
+        folder.reserve(held, [job], refusals)
+        if refusals:
+            raise Refused(refusals)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GloraWarning)
             state = put_together(job, readouts=readouts)
-        state = replace(
-            state, record=(state.record or {}) | {"readouts": {"ranks": readouts, "pad": pad}}
-        )
-        facts: dict[str, Any] = state_facts(state)
-        with new_folder(place, strangers, overwrite=overwrite) as building:
-            state.save(building / STATE_NAME)
-            for r in readouts:
-                state.write_adapter(building / f"r{r}", r, pad=pad, seed=state.settings["seed"])
+        facts = folder.write(state)
         outcome.wrote(out)
         held.close()
-        facts["notes"] += padding_note(state, readouts[-1], pad) if readouts else []
-        facts |= _written(out, STATE_NAME, {r: held_energy(state, r) for r in readouts})
         if as_json:
             print_json(facts)
         else:
-            print_state(facts)
-            one_process._print_files(facts)
+            print_written(facts, verbose)
     if facts["skipped"]:
         raise typer.Exit(3)
-
-
-def _written(out: Path, state: str, energy: Mapping[int, float]) -> dict[str, Any]:
-    return {
-        "out": str(out),
-        "state": str(out / state),
-        "readouts": {str(r): str(out / f"r{r}") for r in energy},
-        "energy": {str(r): share for r, share in energy.items()},
-        "plot": None,
-    }

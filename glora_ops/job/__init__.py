@@ -6,6 +6,7 @@ bit what `aggregate_adapters` gives. Who starts the workers is the user's matter
 there are not made again, so that any worker may be killed, repeated or doubled.
 """
 
+from .folder import read_job
 from .join import join
 from .plan import plan
 from .run import aggregate, submit, torchrun
@@ -19,6 +20,7 @@ __all__ = [
     "aggregate",
     "join",
     "plan",
+    "read_job",
     "share",
     "status",
     "submit",

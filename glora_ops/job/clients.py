@@ -15,6 +15,7 @@ from ..adapters.places import Place
 from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
 from ..errors import Refusal, Refusals, Refused
 from ..merging.aggregate import Inspected
+from ..merging.selection import select
 from ..values import value_fault
 from .folder import Job
 from .plan import fingerprint
@@ -58,7 +59,9 @@ def look_again(job: Job) -> Inspected:
         raise Refused(changed)
     arguments = job.about["arguments"]
     aligned, _ = align_names(list(readable.values()), arguments["base"])
-    readable = dict(zip(readable, aligned, strict=True))
+    patterns = arguments.get("include", ()), arguments.get("exclude", ())
+    chosen = [select(adapter, *patterns) if any(patterns) else adapter for adapter in aligned]
+    readable = dict(zip(readable, chosen, strict=True))
     weights = [entry["weight"] for entry in entries]
     return Inspected(
         places,

@@ -127,7 +127,7 @@ def _content(found: Inspected, digests: dict[int, str], max_file_bytes: int) -> 
     unread = [i for i in found.clients if i not in digests]
     return {
         "format_version": 1,
-        "arguments": {k: v for k, v in found.arguments.items() if k not in ("warm", "scratch")},
+        "arguments": {k: v for k, v in found.arguments.items() if k != "scratch"},
         "rank": found.arguments.get("rank") or 2 * largest,
         "max_file_bytes": max_file_bytes,
         "skipped": found.skipped,

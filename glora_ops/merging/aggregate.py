@@ -30,7 +30,7 @@ from ..adapters.read import (
 from ..api import aggregate
 from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
-from ..errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
 from ..runtime.threads import release_freed, workers
 from ..state import State
@@ -43,6 +43,7 @@ from .modules_to_save import (
     with_dense,
     without_mean,
 )
+from .selection import check_patterns, select, unselected
 
 __all__ = [
     "Inspected",
@@ -70,6 +71,8 @@ def aggregate_adapters(
     dense: str = "mean",
     on_bad_client: str = "refuse",
     base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     captured: float = 0.9,
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
@@ -101,14 +104,18 @@ def aggregate_adapters(
         ``settings["skipped"]``; the weights of the others stand.
     base : str, optional
         Vouches that all clients adapt the same base although its names differ, and names it.
+    include, exclude : sequence of str
+        Only modules whose path, or the end of it after a dot, matches a pattern of `include` (if
+        there are any) and none of `exclude`: ``["q_proj", "*.layers.0.*"]``. Weights saved in full
+        are not modules: `dense` decides on them.
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
         Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
         "dense".
     **settings
-        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
-        factors are read once more.
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, device, …. With
+        `robust` all factors are read once more.
 
     Returns
     -------
@@ -126,8 +133,8 @@ def aggregate_adapters(
     """
     return merge(
         folders, weights, rank=rank, basis=basis, missing=missing, dense=dense,
-        on_bad_client=on_bad_client, base=base, captured=captured, max_file_bytes=max_file_bytes,
-        progress=progress, **settings,
+        on_bad_client=on_bad_client, base=base, include=include, exclude=exclude,
+        captured=captured, max_file_bytes=max_file_bytes, progress=progress, **settings,
     )  # fmt: skip
 
 
@@ -148,7 +155,7 @@ class Inspected:
     refused : mapping of int to Refusals
         What is held against others, by place.
     arguments : dict
-        dense and base, and the checked settings of `aggregate`.
+        dense, base, include and exclude if there are any, and checked settings of `aggregate`.
     """
 
     places: list[Place]
@@ -191,7 +198,7 @@ def merge(
     found, digests = examined(found, on_bad_client, tell, entries or {})
     skipped = found.skipped
     if skipped:
-        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), SkippedClientWarning, stacklevel=3)
 
     adapters = list(found.clients.values())
     voices, _ = found.voices
@@ -200,7 +207,8 @@ def merge(
         release_freed()  # a tenth of the time, and memory stays that of a few modules
         tell("modules", done, total)
 
-    settings = {k: v for k, v in found.arguments.items() if k not in ("dense", "base")}
+    own = ("dense", "base", "include", "exclude")
+    settings = {k: v for k, v in found.arguments.items() if k not in own}
     state = aggregate(
         adapters,
         voices,
@@ -220,8 +228,11 @@ def inspect(
     dense: str = "mean",
     on_bad_client: str = "refuse",
     base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     max_file_bytes: int = MAX_BYTES,
     tell: Progress = lambda step, done, total: None,
+    planned: Callable[[Sequence[Adapter]], None] | None = None,
     known: Sequence[Refusal] = (),
     recorded: Collection[int] = (),
     readouts: Sequence[int] = (),
@@ -231,6 +242,7 @@ def inspect(
 
     `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `recorded` are the places of clients that should be as an earlier state recorded them.
+    `planned` is called with the clients whose headers are in order.
     """
     require(
         not isinstance(folders, (str, os.PathLike)),
@@ -243,6 +255,9 @@ def inspect(
 
     # What no client is to blame for cannot be skipped with one.
     common = list(known)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        with listing(common):
+            check_patterns(name, patterns)
     with listing(common):
         require(dense in ("mean", "refuse"), "dense", repr(dense), "'mean' or 'refuse'")
     with listing(common):
@@ -276,6 +291,11 @@ def inspect(
         aligned, problems = align_names(list(clients.values()), base)
         clients = dict(zip(clients, aligned, strict=True))
         _note(refused, clients, problems + incompatible(aligned, base))
+    if (include or exclude) and not common:
+        for i, adapter in clients.items():
+            clients[i] = select(adapter, include, exclude)
+            if not clients[i].modules:
+                refused[i].append(unselected(adapter, include, exclude))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
@@ -286,7 +306,10 @@ def inspect(
         common += without_mean(list(good.values()), voices)
     readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
+    if planned is not None:
+        planned(list(clients.values()))
     arguments = {"dense": dense, "base": base} | settings
+    arguments |= {k: list(v) for k, v in (("include", include), ("exclude", exclude)) if v}
     return Inspected(places, weights, clients, readable, refused, arguments)
 
 
@@ -328,6 +351,9 @@ def described(
     names = [adapter.name for adapter in adapters]
     _, weights_from = found.voices
     copies, uneven = base_copies(adapters)
+    layout = adapter_layout(adapters, found.arguments["base"])
+    if found.arguments.keys() & {"include", "exclude"}:
+        layout["exact"] = True  # names that end alike are not adapted with those that are
     recorded = {
         "weights_from": weights_from,
         "skipped": list(skipped),
@@ -342,12 +368,12 @@ def described(
         state,
         settings=state.settings | recorded,
         dense={**means, **copies},
-        layout=adapter_layout(adapters, found.arguments["base"]),
+        layout=layout,
         record={
             "arguments": {
                 name: value
                 for name, value in sorted(found.arguments.items())
-                if name not in ("warm", "scratch")
+                if name not in ("warm", "scratch", "device")
             },
             "clients": [
                 _entry(

@@ -17,14 +17,12 @@ from ..linalg.canonical import positive
 from .base import Found, Principal, Triplets, fill, row_votes
 from .operators import NSpaceProjector, NSpaceUpdate, Voters
 from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
-from .tall import SIDES, TallSolver, start_block
+from .tall import CANCELLED, SIDES, TallSolver, start_block
 
 __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 
 # An eigenvalue below this fraction of the top is not resolved by fp32 overlaps.
 RESOLVED = 1e-5
-# A sum over pairs of clients this small against the clients' own energy may be rounding.
-NOISE = 2.0**-16
 # What is to come of a mean, over what is found, from which N-space is nearer than more steps.
 FLAT = 1e-2
 # Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
@@ -68,12 +66,18 @@ class IterativeSolver(TallSolver):
         return torch.cat([self.v.overlaps(q) for q in self.turned])
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
-        rank, v = self.settings.rank, self.v
+        if self._cancel(p):
+            return self._far(p, warm, None)
         start = start_block(self.a, "right", self.settings, warm)
         lead = self._leading(p, self._pull(1, start), ANCHORED)
-        if lead.sigma[0, rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
+        if lead.sigma[0, self.settings.rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
             return lead
-        far = super().triplets(p, v.qr(self._lift(1, lead.y))[0])
+        return self._far(p, self.v.qr(self._lift(1, lead.y))[0], lead.norm.square())
+
+    def _far(self, p: Tensor, warm: Tensor | None, norm2: Tensor | None) -> Triplets:
+        """From tall blocks, back in coordinates."""
+        rule = StopRule(self.settings, True, self.unit, ANCHORED)
+        far = self._triplets(self._iterate(p, warm, rule, norm2))
         strength = self._strength(p) * self._inverse(far.sigma)
         x, y = strength * self._pull(1, far.y), strength * self._pull(0, far.x)
         return replace(far, x=x, y=y)
@@ -84,6 +88,8 @@ class IterativeSolver(TallSolver):
         ritz = self._iterate(p, warm, rule)
         if not rule.flat:
             return self._update(self._triplets(ritz))
+        if self._cancel(p):
+            return super().update(p, warm)
         lead = self._leading(p, self._pull(1, ritz.images.block))
         values, steps = lead.sigma, lead.steps + ritz.steps
         left, right = (
@@ -111,7 +117,8 @@ class IterativeSolver(TallSolver):
 
         def energies(x: Tensor, vectors: Tensor) -> Tensor:
             crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
-            return (crossed * v.product(grams.flip(0), crossed)).sum(-2).clamp(min=0).double()
+            back = v.product(grams, crossed.flip(0)).flip(0)
+            return (crossed * back).sum(-2).clamp(min=0).double()
 
         known = ref[..., (ref != 0).any(-2).any(0)]
         signs = replace(settings, rank=max(rank - known.shape[-1], 0))
@@ -136,6 +143,8 @@ class IterativeSolver(TallSolver):
                 continue
             voters = Voters(t, voices, self._lift(side, ref[here]))
             sides.append(self._principal(side, voters, w, basis))
+        if self._cancel(p):
+            return self.between((sides[0], sides[1]), p, *self._spectrum(p, None))
         seen = x[:1] if anchor is not None else strength * pulled[1]
         spectrum = self._coordinates(p, seen, StopRule(settings, False, self.unit))
         sigma = fill(spectrum.theta, rank + 1).sqrt()
@@ -145,15 +154,20 @@ class IterativeSolver(TallSolver):
         """(1, N, 1): D of the mean with weights p."""
         return (self.ragged.per_row(p) * self.clients.sigma)[..., None].to(self.dtype)
 
+    def _energy(self, p: Tensor) -> Tensor:
+        """(1,): ‖W‖² from the overlaps."""
+        strength, (left, right) = self._strength(p), self.grams.split(1)
+        return (strength * self.v.product(left * right, strength)).sum((-2, -1)).double()
+
+    def _cancel(self, p: Tensor) -> bool:
+        """Whether clients cancel so far that products with their overlaps are rounding."""
+        return bool(self._energy(p) <= CANCELLED * self._strength(p).square().sum())
+
     def _coordinates(self, p: Tensor, start: Tensor, rule: StopRule) -> Ritz:
         """Subspace iteration on a mean in N-space, from left coordinates; its norm is exact."""
-        operator = NSpaceUpdate(self.v, self.grams, self._strength(p))
-        both, strength = operator.left * operator.right, operator.strength
-        total = (strength * self.v.product(both, strength)).sum((-2, -1)).double()
-        # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
-        total = total * (total > NOISE * strength.square().sum((-2, -1)))
+        operator, norm2 = NSpaceUpdate(self.v, self.grams, self._strength(p)), self._energy(p)
         return subspace_iteration(
-            self.v, operator, start, rule, lambda x, images, seen: torch.maximum(total, seen)
+            self.v, operator, start, rule, lambda x, images, seen: torch.maximum(norm2, seen)
         )
 
     def _leading(self, p: Tensor, seen: Tensor, settled: float | None = None) -> Triplets:

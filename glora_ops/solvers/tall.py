@@ -29,6 +29,8 @@ SIDES = ("left", "right")
 FLAT = 1e-12
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
+# ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
+CANCELLED = 2.0**-8
 # Singular values over the largest below which their squares in fp64 leave vectors askew.
 WEAK = 1e-5
 
@@ -144,15 +146,20 @@ class TallSolver:
             sigma, norm, values, energies, max(left.steps, right.steps), True,
         )  # fmt: skip
 
-    def _iterate(self, p: Tensor, warm: Tensor | None, rule: StopRule) -> Ritz:
-        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
+    def _iterate(
+        self, p: Tensor, warm: Tensor | None, rule: StopRule, norm2: Tensor | None = None
+    ) -> Ritz:
+        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω.
+
+        norm2 is ‖W‖² where it is known.
+        """
         mean, settings = self.mean(p), self.settings
         first = start_block(self.a, "right", settings, warm)
         whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
         def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
-            if self._is_cheap:
-                return torch.maximum(self._norm2(mean.coef), seen)
+            if norm2 is not None or self._is_cheap:
+                return torch.maximum(self._norm2(p) if norm2 is None else norm2, seen)
             return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
@@ -161,18 +168,28 @@ class TallSolver:
     def _is_cheap(self) -> bool:
         return self.b.shape[-2] ** 2 * (self.b.shape[-1] + self.a.shape[-1]) <= CHEAP
 
-    def _norm2(self, coef: Tensor) -> Tensor:
-        """‖W‖² from both N × N Gram matrices."""
-        both = self.v.overlaps(self.b).double() * self.v.overlaps(self.a)
-        return (coef[..., :, None] * both * coef[..., None, :]).sum((-2, -1))
+    def _norm2(self, p: Tensor) -> Tensor:
+        """‖W‖² from both N × N Gram matrices, in fp64 where their terms cancel."""
+        coef = self.coefficients(p)
+        for gram in (self.v.overlaps, self._precise_gram):
+            terms = coef[..., :, None] * gram(self.b).double() * gram(self.a) * coef[..., None, :]
+            total = terms.sum((-2, -1))
+            if bool((total > CANCELLED * terms.abs().sum((-2, -1))).all()):
+                break
+        return total
+
+    def _precise_gram(self, rows: Tensor) -> Tensor:
+        columns = rows.mT
+        return self.v.inner(columns, columns)
 
     def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
         """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.8)."""
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        whole = self.v.product(b.mT, (coef[..., None] * a).to(a.dtype))
-        return (whole - self.v.product(q.mT, w)).double().square().sum((-2, -1))
+        whole = self.v.lift(b, coef[..., None].to(a.dtype) * a)
+        missed = whole - self.v.lift(q, w)
+        return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
         """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""

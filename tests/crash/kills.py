@@ -198,7 +198,7 @@ def jobs(template: Path) -> list[Job]:
         "aggregate --overwrite": (
             "aggregate clients/cyd clients/bob --readout 2 -o again --overwrite", "again", files,
         ),
-        "aggregate --update": ("aggregate --update m --add clients/cyd --remove bob", "m", files),
+        "update": ("update m --add clients/cyd --remove bob", "m", files),
         "readout": ("readout m -r 2 -o single2", "single2", files),
         "readout --overwrite": ("readout m -r 3 -o single --overwrite", "single", files),
         "job plan": (f"{planned} -o deep/job", "deep/job", files),
