@@ -34,6 +34,7 @@ from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, li
 from ..inner_products import check_pairs
 from ..runtime.threads import release_freed, workers
 from ..state import State
+from ..state_file import check_saveable
 from .modules_to_save import (
     base_copies,
     dense_holders,
@@ -306,6 +307,10 @@ def inspect(
         common += without_mean(list(good.values()), voices)
     readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
+    check_saveable([
+        _entry(adapter, False, "0" * 64, None) | {"path": adapter.path.name}
+        for adapter in clients.values()
+    ])  # fmt: skip
     if planned is not None:
         planned(list(clients.values()))
     arguments = {"dense": dense, "base": base} | settings
