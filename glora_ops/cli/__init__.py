@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from ..runtime.streams import steady
 from ..version import __version__
-from . import aggregate, apply, compare, fl, inspect, readout, update
+from . import aggregate, apply, compare, fl, inspect, job, readout, update
 from .options import option
 from .recipe import RecipeCommand
 
@@ -62,6 +62,8 @@ def glora(
 
     **glora update** adds clients to a state and withdraws others.
 
+    **glora job** aggregates in parts, with any number of processes on any machines.
+
     **glora fl** runs federated experiments: training, aggregation, reports.
 
     Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted,
@@ -74,6 +76,7 @@ for module in (inspect, compare, aggregate, update, readout, apply):
     command = RecipeCommand if module is aggregate else TyperCommand
     app.command(name, cls=command, epilog=module.EXAMPLE)(getattr(module, name))
 app.add_typer(fl.app)
+app.add_typer(job.app)
 
 
 def main() -> None:
