@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test crash fuzz test-kernels test-deep test-deployment test-gpu bench bench-gpu lint clean help
+.PHONY: demo test crash fuzz test-kernels test-deep test-deployment test-gpu bench bench-gpu docs lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -66,6 +66,10 @@ bench-gpu: $(READY)  ## the same question on a GPU, with events, graphs and floo
 	@if $(GPU); then set -e; \
 	$(BIN)/python -m pytest bench/test_gpu.py --benchmark-json bench/results/gpu/$$(date +%Y-%m-%d-%H%M).json; \
 	$(BIN)/python bench/report.py; else $(NO_GPU); fi
+
+docs: $(READY)  ## the pages as a site in build/site; a broken link is an error
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

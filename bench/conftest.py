@@ -33,7 +33,7 @@ def slow(request: pytest.FixtureRequest) -> bool:
 
 
 def rounds_of(case: Case) -> int:
-    """By size: ten minutes for everything."""
+    """By size: six minutes for everything."""
     numbers = case.rows * (case.d_out + case.d_in)
     return 30 if numbers < 2**20 else 15 if numbers < 2**23 else 9
 
@@ -86,8 +86,8 @@ def race(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
                 "median_ms": 1e3 * median, "iqr_ms": [1e3 * low, 1e3 * high],
                 "ratio": ratio[0], "ratio_iqr": ratio[1:], "rounds": len(arm.times),
                 "memory_mb": memory, "answer": arm.answer, "start": arm.start,
-                "variant": arm.variant, **quality[arm.name],
+                "variant": arm.variant, "peer": arm.peer, "steps": arm.steps, "form": arm.form,
+                **quality[arm.name],
             }  # fmt: skip
-            info[f"ratio_to_{arm.name}"] = ratio[0]
 
     return run

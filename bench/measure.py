@@ -36,6 +36,12 @@ class Arm:
         Runs before every call, not timed.
     variant : str
         Which of several equivalent ways was the fastest here.
+    peer : str
+        Its number in bench/README.md; empty for glora's own ways and for plain torch.
+    steps : int, optional
+        Power steps of peer (0).
+    form : str
+        Of `peers.FORMS`, for peer (0).
     seconds : float
         Of one warm call: decides in how many rounds the arm runs.
     """
@@ -46,6 +52,9 @@ class Arm:
     start: str
     reset: Callable[[], None] | None = None
     variant: str = ""
+    peer: str = ""
+    steps: int | None = None
+    form: str = ""
     seconds: float = 0.0
     times: list[tuple[int, float]] = field(default_factory=list)
 

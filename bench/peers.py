@@ -2,11 +2,14 @@
 
 Rules of the house, so that no peer is weak by accident:
 - inputs are those of glora; bf16 ones are converted to fp32 on the peer's clock, as torch's QR and
-  SVD take nothing narrower; peers (0), (1), (3), (4) start from row stacks already in
-  memory (no stacking on their clock), (2) and (5) from the clients' own tensors, as they must;
+  SVD take nothing narrower; peers (0) and (1) start from what glora starts from, row stacks in
+  memory (`stacks`) or the clients' own tensors (`lists`), (3) and (4) from row stacks, (2) and (5)
+  from the clients' own tensors, as they must;
 - test matrices Ω are drawn before the clock starts (glora keeps its own between calls too);
 - LAPACK gets one thread or all of them, whichever is faster for that peer on that machine: the
-  bench tries both (`Lapack`); products always use all;
+  bench tries both; products always use all;
+- peer (0) is raced with Householder QR (`Lapack`) and with CholeskyQR (`Cholesky`); glora is
+  compared with the faster of the two;
 - nothing beyond the answer is computed: no certificates, no per-client statistics, no checks.
 
 Every peer returns (u (d_out, R), s (R,), v (d_in, R)) with answer u·diag(s)·vᵀ.
@@ -24,21 +27,25 @@ from populations import Population
 from torch import Tensor
 
 __all__ = [
+    "FORMS",
     "OVERSAMPLE",
+    "Cholesky",
     "Factors",
     "Lapack",
     "Peft",
     "by_lapack",
     "dense_lowrank",
     "dense_svd",
+    "lists",
     "naive_loop",
     "omega",
     "randomized_svd",
-    "randomized_svd_from_lists",
     "stacked_qr",
+    "stacks",
 ]
 
 Factors = tuple[Tensor, Tensor, Tensor]
+Start = Callable[[Population], tuple[Tensor, Tensor]]
 OVERSAMPLE = 16  # p, as glora's default
 
 
@@ -48,7 +55,7 @@ def omega(d: int, columns: int, seed: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Lapack:
-    """QR and SVD on a given number of threads; threads = 0 leaves the setting alone."""
+    """Householder QR and SVD on a given number of threads; threads = 0 leaves the setting alone."""
 
     threads: int = 0
 
@@ -68,6 +75,10 @@ class Lapack:
     def orthonormal(self, y: Tensor) -> Tensor:
         return self.qr(y)[0]
 
+    def span(self, y: Tensor) -> Tensor:
+        """Columns kept apart, of the same span: between power steps no more is needed."""
+        return self.orthonormal(y)
+
     def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._limited():
             return torch.linalg.svd(x, full_matrices=False)
@@ -81,47 +92,82 @@ class Lapack:
             return torch.ormqr(x, tau, c)
 
 
-def by_lapack(call: Callable[[Lapack], Any]) -> dict[str, Callable[[], Any]]:
+class Cholesky(Lapack):
+    """Shifted CholeskyQR (Fukaya et al. 2020) and the SVD by a Gram matrix, for tall blocks.
+
+    Gram matrices in fp32 between power steps and in fp64 where the result is used; what is k × k
+    is fp64, and its inverse is multiplied, which is faster than a triangular solve of the block.
+    """
+
+    def span(self, y: Tensor) -> Tensor:
+        return self._apart(y, (y.mT @ y).double(), 1e-6)
+
+    def orthonormal(self, y: Tensor) -> Tensor:
+        wide = y.double()
+        return self._apart(y, wide.mT @ wide, 1e-14)
+
+    def _apart(self, y: Tensor, gram: Tensor, shift: float) -> Tensor:
+        gram.diagonal().add_(shift * gram.trace())
+        one = torch.eye(len(gram), dtype=torch.float64)
+        with self._limited():
+            inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), one, upper=False)
+        return y @ inverse.mT.float()
+
+    def svd(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        wide = x.double()
+        gram = wide.mT @ wide
+        with self._limited():
+            squares, vectors = torch.linalg.eigh(gram)
+        s = squares.flip(0).clamp_min(0).sqrt().float()
+        vectors = vectors.flip(1).float()
+        return x @ (vectors / s), s, vectors.mT
+
+
+FORMS: dict[str, type[Lapack]] = {"Householder": Lapack, "CholeskyQR": Cholesky}
+
+
+def by_lapack(
+    call: Callable[[Lapack], Any], form: type[Lapack] = Lapack
+) -> dict[str, Callable[[], Any]]:
     """The same peer with LAPACK on all threads and on one."""
     return {
-        "LAPACK on all threads": lambda: call(Lapack()),
-        "LAPACK on one thread": lambda: call(Lapack(1)),
+        "LAPACK on all threads": lambda: call(form()),
+        "LAPACK on one thread": lambda: call(form(1)),
     }
 
 
-def _implicit(
-    b: Tensor, a: Tensor, coef: Tensor, rank: int, steps: int, om: Tensor, lapack: Lapack
+def stacks(p: Population) -> tuple[Tensor, Tensor]:
+    """Row stacks b (N, d_out) and a (N, d_in), in memory before the clock starts."""
+    return p.b.float(), p.a.float()
+
+
+def lists(p: Population) -> tuple[Tensor, Tensor]:
+    """The same, stacked on the peer's clock from the clients' own lora_B and lora_A."""
+    return torch.cat(p.lora_b, 1).float().mT, torch.cat(p.lora_a).float()
+
+
+def randomized_svd(
+    p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack, start: Start = stacks
 ) -> Factors:
+    """(0) Implicit randomized SVD of the stacks, Y = L(AΩ). Answer: best rank R of the mean.
+
+    Halko, Martinsson, Tropp 2011, algorithms 4.3 and 5.1; `steps` power iterations.
+    """
+    (b, a), coef = start(p), p.coef
     y = b.mT @ (coef * (a @ om))
     for _ in range(steps):  # one QR a step: fp32 bears W̄W̄ᵀ of an orthonormal block
-        y = b.mT @ (coef * (a @ (a.mT @ (coef * (b @ lapack.orthonormal(y))))))
+        y = b.mT @ (coef * (a @ (a.mT @ (coef * (b @ lapack.span(y))))))
     q = lapack.orthonormal(y)
     v, s, xh = lapack.svd(a.mT @ (coef * (b @ q)))  # W̄ᵀq, tall
     return q @ xh[:rank].mT, s[:rank], v[:, :rank]
 
 
-def randomized_svd(p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack) -> Factors:
-    """(0) Implicit randomized SVD of the stacks, Y = L(AΩ). Answer: best rank R of the mean.
-
-    Halko, Martinsson, Tropp 2011, algorithms 4.3 and 5.1; `steps` power iterations.
-    """
-    return _implicit(p.b.float(), p.a.float(), p.coef, rank, steps, om, lapack)
-
-
-def randomized_svd_from_lists(
-    p: Population, rank: int, steps: int, om: Tensor, lapack: Lapack
-) -> Factors:
-    """(0) with the stacking on its clock: from the clients' own lora_B and lora_A."""
-    b, a = torch.cat(p.lora_b, 1).float(), torch.cat(p.lora_a).float()
-    return _implicit(b.mT, a, p.coef, rank, steps, om, lapack)
-
-
-def stacked_qr(p: Population, rank: int, lapack: Lapack) -> Factors:
+def stacked_qr(p: Population, rank: int, lapack: Lapack, start: Start = stacks) -> Factors:
     """(1) Thin QR of both stacks and one N × N SVD. Answer: best rank R of the mean, exactly.
 
     Q stays in reflectors: only the R columns wanted are ever multiplied out.
     """
-    b, a = p.b.float(), p.a.float()
+    b, a = start(p)
     left, tau_l = lapack.geqrf(b.mT * p.coef.mT)
     right, tau_r = lapack.geqrf(a.mT)
     x, s, yh = lapack.svd(left[: min(b.shape)].triu() @ right[: min(a.shape)].triu().mT)

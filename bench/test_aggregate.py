@@ -10,84 +10,87 @@ import pytest
 import torch
 from measure import Arm, Floor
 from peers import (
+    FORMS,
     OVERSAMPLE,
     Lapack,
     Peft,
+    Start,
     by_lapack,
     dense_lowrank,
     dense_svd,
+    lists,
     naive_loop,
     omega,
     randomized_svd,
-    randomized_svd_from_lists,
     stacked_qr,
+    stacks,
 )
 from populations import Case, Population, population
 from truth import Truth, truth_of
 
-import glora_ops
+import glora_ops  # noqa: F401  (registers the ops)
 from glora_ops import STATS
 
 SMALL = Case(1024, 1024, clients=8, ranks=(8,), rank=16)
 LARGE = Case(4096, 4096, clients=32, ranks=(16,), rank=32)
-RAGGED = (4, 8, 16, 32, 64)
+KINDS = [replace(LARGE, kind=kind) for kind in ("partly", "shared", "disjoint")]
 BF16 = torch.bfloat16
-#: Of all products of shape, K, ranks and dtype: each value of each at least twice.
+#: Small and large stacks, every kind of clients, ragged ranks, many clients, both dtypes.
 CASES = [
     SMALL,
     replace(SMALL, dtype=BF16),
     replace(SMALL, clients=32),
-    replace(SMALL, clients=128),
-    replace(LARGE, clients=8),
-    replace(LARGE, clients=8, dtype=BF16),
-    LARGE,
-    replace(LARGE, kind="shared"),
-    replace(LARGE, kind="disjoint"),
+    *KINDS,
     replace(LARGE, dtype=BF16),
-    replace(LARGE, clients=30, ranks=RAGGED),
+    replace(LARGE, clients=30, ranks=(4, 8, 16, 32, 64)),
     replace(LARGE, clients=128, ranks=(8,)),
-    Case(11008, 4096, clients=8, ranks=(16,), rank=32, dtype=BF16),
     Case(11008, 4096, clients=32, ranks=(16,), rank=32),
-    Case(11008, 4096, clients=128, ranks=(8,), rank=32, dtype=BF16),
 ]
+DRAWN = [SMALL, LARGE]  # in docs/performance.png and in the README
+FROM_LISTS = [SMALL, replace(SMALL, clients=32), *KINDS]
 BEST, CONSENSUS = "best rank R of the mean", "plain consensus"
 STACKS, LISTS, ADAPTERS = "row stacks", "the clients' tensors", "adapters in a PEFT model"
-STEPS = (0, 1, 2)
 
 
-def randomized(p: Population, steps: int, peer: Callable = randomized_svd) -> Arm:
-    om = omega(p.case.d_in, p.case.rank + OVERSAMPLE)
-    name = f"peer0_q{steps}" + ("" if peer is randomized_svd else "_lists")
-    start = STACKS if peer is randomized_svd else LISTS
-    calls = by_lapack(lambda lapack: peer(p, p.case.rank, steps, om, lapack))
-    return Arm.fastest(name, calls, BEST, start)
+def randomized(p: Population, steps: int, start: Start = stacks) -> list[Arm]:
+    """Peer (0) with each kind of QR."""
+    om, rank = omega(p.case.d_in, p.case.rank + OVERSAMPLE), p.case.rank
+
+    def arm(form: str) -> Arm:
+        calls = by_lapack(lambda x: randomized_svd(p, rank, steps, om, x, start), FORMS[form])
+        return Arm.fastest(
+            f"peer0 q{steps} {form}", calls, BEST, LISTS if start is lists else STACKS,
+            peer="0", steps=steps, form=form,
+        )  # fmt: skip
+
+    return [arm(form) for form in FORMS]
 
 
-def qr(p: Population) -> Arm:
-    calls = by_lapack(lambda lapack: stacked_qr(p, p.case.rank, lapack))
-    return Arm.fastest("peer1_qr", calls, BEST, STACKS)
+def qr(p: Population, start: Start = stacks) -> Arm:
+    calls = by_lapack(lambda lapack: stacked_qr(p, p.case.rank, lapack, start))
+    return Arm.fastest("peer1", calls, BEST, LISTS if start is lists else STACKS, peer="1")
 
 
 def dense(p: Population, slow: bool) -> list[Arm]:
-    rank, only = p.case.rank, "as it is"
-    arms = [Arm.fastest("peer3_lowrank", {only: lambda: dense_lowrank(p, rank)}, BEST, STACKS)]
+    """Peers that form the mean: at one small and one large case, the slow ones at the small."""
+    rank, only, arms = p.case.rank, "as it is", []
+    if p.case in (SMALL, LARGE):
+        low = {only: lambda: dense_lowrank(p, rank)}
+        arms.append(Arm.fastest("peer3", low, BEST, STACKS, peer="3"))
     if p.case == SMALL or (slow and p.case == LARGE):
+        full = {only: lambda: dense_svd(p, rank)}
+        merge = Peft(p, rank)
         arms += [
-            Arm.fastest("peer4_svd", {only: lambda: dense_svd(p, rank)}, BEST, STACKS),
-            peft(p),
+            Arm.fastest("peer4", full, BEST, STACKS, peer="4"),
+            Arm.fastest("peer2", {only: merge}, BEST, ADAPTERS, reset=merge.reset, peer="2"),
         ]
     return arms
-
-
-def peft(p: Population) -> Arm:
-    merge = Peft(p, p.case.rank)
-    return Arm.fastest("peer2_peft", {"as it is": merge}, BEST, ADAPTERS, reset=merge.reset)
 
 
 def naive(p: Population) -> Arm:
     om_u, om_v = (omega(d, p.case.rank + OVERSAMPLE) for d in (p.case.d_out, p.case.d_in))
     calls = by_lapack(lambda lapack: naive_loop(p, p.case.rank, om_u, om_v, lapack))
-    return Arm.fastest("peer5_loop", calls, CONSENSUS, LISTS)
+    return Arm.fastest("peer5", calls, CONSENSUS, LISTS, peer="5")
 
 
 def matched_steps(p: Population, truth: Truth, captured: float) -> int:
@@ -105,6 +108,17 @@ def operator(p: Population, basis: str, **how: Any) -> Callable[[], tuple[torch.
     def call() -> tuple[torch.Tensor, ...]:
         return torch.ops.glora.aggregate(
             p.b, p.a, p.packed.offsets, p.weights, p.scaling, p.case.rank, basis, **how
+        )
+
+    return call
+
+
+def drop_in(p: Population, **how: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """The drop-in form, torch.ops.glora.aggregate.list, stacking on everybody's clock."""
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return torch.ops.glora.aggregate.list(
+            p.lora_b, p.lora_a, p.weights, p.scaling, p.case.rank, "update", **how
         )
 
     return call
@@ -143,7 +157,7 @@ def judge_update(truth: Truth, rank: int) -> Callable[[str, Any], dict[str, floa
     def judge(name: str, answer: Any) -> dict[str, float]:
         if name != "glora":
             found = figures(truth, rank, *answer)
-            if name in ("peer1_qr", "peer2_peft", "peer4_svd"):
+            if name in ("peer1", "peer2", "peer4"):
                 assert found["captured_of_optimum"] > 0.9999, f"{name} is exact by construction"
             return found
         u, s, v, *_, stats, _ = answer
@@ -157,33 +171,44 @@ def judge_update(truth: Truth, rank: int) -> Callable[[str, Any], dict[str, floa
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_update(case: Case, race: Any, slow: bool) -> None:
-    p = population(case)
-    truth = truth_of(case)
+    p, truth = population(case), truth_of(case)
     call = operator(p, "update")
-    u, s, v, *_ = call()
-    matched = matched_steps(p, truth, truth.captured(u, s, v))
-    arms = [randomized(p, steps) for steps in sorted({*STEPS, matched})]
-    arms += [qr(p), *dense(p, slow)]
+    matched = matched_steps(p, truth, truth.captured(*call()[:3]))
+    arms = [arm for steps in sorted({1, matched}) for arm in randomized(p, steps)]
     race(
-        case, call, arms, floor(case, "update"), judge_update(truth, case.rank),
-        op="aggregate", basis="update", start=STACKS, matched=f"peer0_q{matched}",
+        case, call, [*arms, qr(p), *dense(p, slow)], floor(case, "update"),
+        judge_update(truth, case.rank), op="aggregate", basis="update", start=STACKS,
+        matched=matched, client_statistics=True, drawn=case in DRAWN,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["statistics", "lean"])
+@pytest.mark.parametrize("case", FROM_LISTS, ids=str)
+def test_update_from_lists(case: Case, told: bool, race: Any) -> None:
+    """With and without per-client statistics, which no peer computes."""
+    p, truth = population(case), truth_of(case)
+    call = drop_in(p, client_statistics=told)
+    matched = matched_steps(p, truth, truth.captured(*call()[:3]))
+    arms = [arm for steps in sorted({1, matched}) for arm in randomized(p, steps, lists)]
+    race(
+        case, call, [*arms, qr(p, lists)], floor(case, "update"), judge_update(truth, case.rank),
+        op="aggregate.list", basis="update", start=LISTS, matched=matched, client_statistics=told,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["partly", "shared", "disjoint"])
-def test_update_at_equal_steps(kind: Any, steps: int, race: Any) -> None:
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_update_at_equal_steps(case: Case, steps: int, race: Any) -> None:
     """As many power steps as peer (0), whether they are needed or not: the price of a step."""
-    case = replace(LARGE, kind=kind)
     p, truth = population(case), truth_of(case)
 
     def judge(name: str, answer: Any) -> dict[str, float]:
         return figures(truth, case.rank, *answer[:3])
 
     race(
-        case, operator(p, "update", power_iters=steps), [randomized(p, steps)],
-        floor(case, "update"), judge, op=f"aggregate(power_iters={steps})", basis="update",
-        start=STACKS, matched=f"peer0_q{steps}",
+        case, drop_in(p, power_iters=steps, client_statistics=False), randomized(p, steps, lists),
+        floor(case, "update"), judge, op="aggregate.list", basis="update", start=LISTS,
+        power_iters=steps, matched=steps, client_statistics=False,
     )  # fmt: skip
 
 
@@ -213,51 +238,14 @@ def judge_consensus(truth: Truth, case: Case) -> Callable[[str, Any], dict[str, 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_consensus(case: Case, race: Any) -> None:
-    p = population(case)
-    truth = truth_of(case)
-    arms = [randomized(p, 1), qr(p), naive(p)]
-    projector = operator(p, "projector")
-    arms.append(
-        Arm.fastest("glora_projector", {"as it is": lambda: projector()[:3]}, CONSENSUS, STACKS)
-    )
+    p, truth = population(case), truth_of(case)
+    projector = {"as it is": lambda: operator(p, "projector")()[:3]}
+    arms = [
+        *randomized(p, 1), qr(p), naive(p),
+        Arm.fastest("glora_projector", projector, CONSENSUS, STACKS),
+    ]  # fmt: skip
     race(
         case, operator(p, "consensus"), arms, floor(case, "consensus"),
-        judge_consensus(truth, case), op="aggregate", basis="consensus", start=STACKS,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("case", [SMALL, LARGE], ids=str)
-def test_update_from_lists(case: Case, race: Any) -> None:
-    """The drop-in form, torch.ops.glora.aggregate.list, stacking on everybody's clock."""
-    p = population(case)
-    truth = truth_of(case)
-
-    def call() -> tuple[torch.Tensor, ...]:
-        return torch.ops.glora.aggregate.list(
-            p.lora_b, p.lora_a, p.weights, p.scaling, case.rank, "update"
-        )
-
-    arms = [randomized(p, steps, randomized_svd_from_lists) for steps in STEPS]
-    race(
-        case, call, arms, floor(case, "update"), judge_update(truth, case.rank),
-        op="aggregate.list", basis="update", start=LISTS,
-    )  # fmt: skip
-
-
-def test_python_api(race: Any) -> None:
-    """glora_ops.aggregate: values checked, stacked, aggregated, certified, reported."""
-    p = population(LARGE)
-    truth = truth_of(LARGE)
-    clients = list(zip(p.lora_b, p.lora_a, strict=True))
-
-    def call() -> tuple[torch.Tensor, ...]:
-        state = glora_ops.aggregate(
-            clients, p.weights.tolist(), p.scaling.tolist(), LARGE.rank, basis="update"
-        )
-        m = state.modules[""]
-        return m.u, m.s, m.v, m.eig_u, m.eig_v, m.stats, m.client_stats
-
-    race(
-        LARGE, call, [randomized(p, 1, randomized_svd_from_lists)], floor(LARGE, "update"),
-        judge_update(truth, LARGE.rank), op="glora_ops.aggregate", basis="update", start=LISTS,
+        judge_consensus(truth, case), op="aggregate", basis="consensus", start=STACKS, matched=1,
+        client_statistics=True, drawn=case in DRAWN,
     )  # fmt: skip

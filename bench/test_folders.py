@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +20,14 @@ import glora_ops
 from glora_ops import GloraWarning, State
 from glora_ops.adapters import read_adapter
 
-MODEL, RANK, DTYPE, SERVER = "llama-3.2-1b", 24, torch.float32, 32
+MODEL, CLIENTS, RANK, DTYPE, SERVER = "llama-3.2-1b", 32, 24, torch.float32, 32
 
 
-@pytest.fixture(scope="module", params=[8, 32], ids="K{}".format)
-def clients(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """Folders just written: their pages are in the system's cache."""
     root = tmp_path_factory.mktemp("clients")
-    folders = write_clients(root, MODEL, request.param, RANK, DTYPE)
+    folders = write_clients(root, MODEL, CLIENTS, RANK, DTYPE)
     yield folders
     for file in root.rglob("*.safetensors"):
         file.unlink()
@@ -53,8 +54,6 @@ def test_files_to_result(clients: list[Path], benchmark: Any) -> None:
         return glora_ops.aggregate_adapters(clients, rank=SERVER)
 
     def setup() -> None:
-        import time
-
         start = time.perf_counter()
         from_memory()
         in_memory.append(time.perf_counter() - start)
@@ -66,8 +65,7 @@ def test_files_to_result(clients: list[Path], benchmark: Any) -> None:
             assert all(torch.equal(m.u, two.modules[k].u) for k, m in one.modules.items())
             state = one
         else:
-            rounds = 3 if len(clients) <= 8 else 2
-            state = benchmark.pedantic(from_files, setup=setup, rounds=rounds)
+            state = benchmark.pedantic(from_files, setup=setup, rounds=3)
     info = benchmark.extra_info
     info.update(
         op="aggregate_adapters", model=MODEL, clients=len(clients), rank=SERVER, r=RANK,

@@ -1,48 +1,77 @@
-"""A whole model in one call, against a loop over the best peers and against one module alone."""
+"""Whole models in one call, against a loop over the best peers and against one module alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from measure import Arm, Floor
-from peers import OVERSAMPLE, by_lapack, omega, randomized_svd, stacked_qr
-from populations import Case, population
-from test_aggregate import BEST, CONSENSUS, LISTS, STACKS, floor, judge_consensus, judge_update
+from peers import FORMS, OVERSAMPLE, by_lapack, lists, omega, randomized_svd, stacked_qr
+from populations import Case, Population, population
+from test_aggregate import BEST, CONSENSUS, LISTS, SMALL, floor, judge_consensus, judge_update
 from truth import truth_of
 
 import glora_ops
 
-MODULES = 112
-CASE = Case(1024, 1024, clients=8, ranks=(8,), rank=16)
+#: By name: modules, the case of each, and whether peer (1) takes part (its SVD is of order N).
+MODELS = {
+    "112 small": (112, SMALL, True),
+    "16 like Llama-3.2-1B's": (16, Case(2048, 2048, clients=32, ranks=(24,), rank=48), False),
+}
 
 
-@pytest.mark.parametrize("basis", ["update", "consensus"])
-def test_whole_model(basis: str, race: Any) -> None:
-    """glora starts from the clients' tensors and checks their values; peers from row stacks."""
-    p = population(CASE)
-    truth = truth_of(CASE)
-    om = omega(CASE.d_in, CASE.rank + OVERSAMPLE)
-    clients = [
-        {f"layer {l}": (b.clone(), a.clone()) for l in range(MODULES)}
-        for b, a in zip(p.lora_b, p.lora_a, strict=True)
+def copies(p: Population, modules: int) -> list[Population]:
+    """Modules of their own memory: nobody multiplies what the last product left in the cache."""
+    return [
+        replace(p, lora_b=[x.clone() for x in p.lora_b], lora_a=[x.clone() for x in p.lora_a])
+        for _ in range(modules)
     ]
 
-    def merge(modules: int) -> Any:
-        held = [{m: c[m] for m in list(c)[:modules]} for c in clients]
+
+def loops(model: list[Population], exact: bool) -> list[Arm]:
+    """Peers (0), at q = 1, and (1), module by module, from the clients' tensors."""
+    case = model[0].case
+    om = omega(case.d_in, case.rank + OVERSAMPLE)
+
+    def each(peer: Callable[[Population, Any], Any]) -> Callable[[Any], list[Any]]:
+        return lambda lapack: [peer(p, lapack) for p in model]
+
+    zero = each(lambda p, lapack: randomized_svd(p, case.rank, 1, om, lapack, lists))
+    arms = [
+        Arm.fastest(f"peer0 q1 {form}", by_lapack(zero, kind), BEST, LISTS,
+                    peer="0", steps=1, form=form)
+        for form, kind in FORMS.items()
+    ]  # fmt: skip
+    if exact:
+        one = by_lapack(each(lambda p, lapack: stacked_qr(p, case.rank, lapack, lists)))
+        arms.append(Arm.fastest("peer1", one, BEST, LISTS, peer="1"))
+    return arms
+
+
+@pytest.mark.parametrize(("basis", "told"), [("update", True), ("update", False),
+                                             ("consensus", True)])  # fmt: skip
+@pytest.mark.parametrize("model", MODELS)
+def test_whole_model(model: str, basis: str, told: bool, race: Any) -> None:
+    """glora checks the clients' values as well."""
+    modules, case, exact = MODELS[model]
+    truth = truth_of(case)
+    parts = copies(population(case), modules)
+    weights, scalings = parts[0].weights.tolist(), parts[0].scaling.tolist()
+
+    def merge(parts: list[Population]) -> Any:
+        clients = [
+            {f"layer {l}": (p.lora_b[i], p.lora_a[i]) for l, p in enumerate(parts)}
+            for i in range(case.clients)
+        ]
         state = glora_ops.aggregate(
-            held, p.weights.tolist(), p.scaling.tolist(), CASE.rank, basis=basis
+            clients, weights, scalings, case.rank, basis=basis, client_statistics=told
         )
         return list(state.modules.values())[-1]
 
-    loops = {
-        "peer1_qr": lambda lapack: [stacked_qr(p, CASE.rank, lapack) for _ in range(MODULES)],
-        "peer0_q1": lambda lapack: [
-            randomized_svd(p, CASE.rank, 1, om, lapack) for _ in range(MODULES)
-        ],
-    }
-    judged = judge_update(truth, CASE.rank) if basis == "update" else judge_consensus(truth, CASE)
+    judged = judge_update(truth, case.rank) if basis == "update" else judge_consensus(truth, case)
 
     def judge(name: str, answer: Any) -> dict[str, float]:
         if name.startswith("peer"):
@@ -51,34 +80,34 @@ def test_whole_model(basis: str, race: Any) -> None:
         return judged("glora", (m.u, m.s, m.v, m.eig_u, m.eig_v, m.stats, m.client_stats))
 
     answer = BEST if basis == "update" else CONSENSUS
-    arms = [Arm.fastest(name, by_lapack(call), BEST, STACKS) for name, call in loops.items()]
-    arms.append(Arm.fastest("one_module", {"as it is": lambda: merge(1)}, answer, LISTS))
-    one = floor(CASE, basis)
+    alone = Arm.fastest("one_module", {"as it is": lambda: merge(parts[:1])}, answer, LISTS)
+    one = floor(case, basis)
     race(
-        CASE, lambda: merge(MODULES), arms, Floor(MODULES * one.bytes, MODULES * one.flops), judge,
-        op="glora_ops.aggregate", basis=basis, start=LISTS, modules=MODULES, rounds=7,
+        case, lambda: merge(parts), [*loops(parts, exact), alone],
+        Floor(modules * one.bytes, modules * one.flops), judge, op="glora_ops.aggregate",
+        basis=basis, start=LISTS, modules=modules, rounds=7, matched=1, client_statistics=told,
     )  # fmt: skip
 
 
 def test_one_module_is_the_op(race: Any) -> None:
     """What the Python API adds to the op for a single module."""
-    p = population(CASE)
+    p = population(SMALL)
     clients = list(zip(p.lora_b, p.lora_a, strict=True))
 
     def call() -> Any:
         m = glora_ops.aggregate(
-            clients, p.weights.tolist(), p.scaling.tolist(), CASE.rank, basis="update"
+            clients, p.weights.tolist(), p.scaling.tolist(), SMALL.rank, basis="update"
         ).modules[""]
         return m.u, m.s, m.v, m.eig_u, m.eig_v, m.stats, m.client_stats
 
     def op() -> Any:
-        return torch.ops.glora.aggregate(
-            p.b, p.a, p.packed.offsets, p.weights, p.scaling, CASE.rank, "update"
+        return torch.ops.glora.aggregate.list(
+            p.lora_b, p.lora_a, p.weights, p.scaling, SMALL.rank, "update"
         )
 
-    judged = judge_update(truth_of(CASE), CASE.rank)
+    judged = judge_update(truth_of(SMALL), SMALL.rank)
     race(
-        CASE, call, [Arm.fastest("glora_op", {"as it is": op}, BEST, STACKS)],
-        floor(CASE, "update"), lambda name, answer: judged("glora", answer),
-        op="glora_ops.aggregate", basis="update", start=LISTS,
+        SMALL, call, [Arm.fastest("glora_op", {"as it is": op}, BEST, LISTS)],
+        floor(SMALL, "update"), lambda name, answer: judged("glora", answer),
+        op="glora_ops.aggregate", basis="update", start=LISTS, client_statistics=True,
     )  # fmt: skip

@@ -1,0 +1,142 @@
+"""The site: pages from all over the repository, generated references, mathematics offline.
+
+Pages stay readable where they lie, with links to each other's files; here they are brought
+together, their links follow, and what leads to source code becomes text.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+#: Where pages that lie outside docs/ stand in the site.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changes.md",
+    "kernels/README.md": "kernels.md",
+    "bench/README.md": "bench/how.md",
+    "bench/results/cpu.md": "bench/cpu.md",
+    "bench/results/gpu.md": "bench/gpu.md",
+    "experiments/results/tables.md": "experiments/tables.md",
+    "experiments/results/protocol.md": "experiments/protocol.md",
+}
+#: By page of the site: the file it is made of, relative to the repository.
+SOURCES = {place: name for name, place in PAGES.items()}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    def add(place: str, content: str) -> None:
+        files.append(File.generated(config, place, content=content))
+
+    for name, place in PAGES.items():
+        add(place, (ROOT / name).read_text(encoding="utf-8"))
+    add("reference/python.md", python())
+    add("reference/schemas.md", schemas())
+    add("reference/cli.md", command_line())
+    add("mathjax.js", mathjax())
+    add("site.css", (ROOT / "docs/site/site.css").read_text(encoding="utf-8"))
+    return files
+
+
+# --- links -----------------------------------------------------------------------------------
+
+LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    place = page.file.src_uri
+    source = SOURCES.get(place, f"docs/{place}")
+
+    def follow(found: re.Match[str]) -> str:
+        mark, text, target = found.groups()
+        path, _, anchor = target.partition("#")
+        if not path or "://" in path:
+            return found[0]
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if name == "docs/README.md":
+            name = "README.md"
+        there = PAGES.get(name, name.removeprefix("docs/"))
+        if files.get_file_from_path(there) is None:
+            if not (ROOT / name).exists():
+                raise SystemExit(f"{source}: {target} leads nowhere")
+            return text  # source code, which the site does not show
+        link = posixpath.relpath(there, posixpath.dirname(place) or ".")
+        return f"{mark}[{text}]({link}{'#' + anchor if anchor else ''})"
+
+    return LINK.sub(follow, markdown)
+
+
+# --- mathematics -----------------------------------------------------------------------------
+
+SETTINGS = """window.MathJax = {
+  tex: {inlineMath: [["\\\\(", "\\\\)"]], displayMath: [["\\\\[", "\\\\]"]]},
+  options: {ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"}
+}"""
+
+
+def mathjax() -> str:
+    """MathJax in one file, glyphs included, from its Python package."""
+    import mathjax
+
+    return (Path(mathjax.__file__).parent / "static/mathjax/es5/tex-svg.js").read_text("utf-8")
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    if 'class="arithmatex"' not in output:
+        return output
+    file = posixpath.relpath("mathjax.js", posixpath.dirname(page.file.dest_uri) or ".")
+    scripts = f'<script>{SETTINGS}</script><script src="{file}" defer></script>'
+    return output.replace("</body>", scripts + "</body>")
+
+
+# --- references ------------------------------------------------------------------------------
+
+
+def python() -> str:
+    """Every public name, by mkdocstrings from its docstring."""
+    import glora_ops
+
+    parts = ["# Python", "`import glora_ops as glora`, which also registers `torch.ops.glora`."]
+    for name in glora_ops.__all__:
+        public = getattr(glora_ops, name)
+        if hasattr(public, "__qualname__"):
+            parts.append(f"::: {public.__module__}.{public.__qualname__}")
+        else:
+            parts.append(f"## {name}\n\n" + ", ".join(f"`{x}`" for x in public))
+    return "\n\n".join(parts)
+
+
+def schemas() -> str:
+    """Every op: what torch knows of it, and the docstring of its class."""
+    import inspect
+
+    import torch
+    from glora_ops.bindings.library import OPS
+
+    parts = ["# Schemas of the ops", "Layouts, promises and arguments: [the ops](../ops.md)."]
+    for name, op in OPS.items():
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.glora, packet), overload or "default")._schema
+        text = re.sub(r"\d\.\d{9,}", lambda x: repr(float(x[0])), str(schema))  # 0.1, not 0.1000…
+        lines = textwrap.fill(text, 96, subsequent_indent="    ")
+        parts += [f"## {name}", inspect.getdoc(op) or "", f"```\n{lines}\n```"]
+    return "\n\n".join(parts)
+
+
+def command_line() -> str:
+    """Every command with its options."""
+    import typer.main
+    from typer.cli import get_docs_for_click
+
+    from glora_ops.cli import app
+
+    command = typer.main.get_command(app)
+    context = command.make_context("glora", [], resilient_parsing=True)
+    return get_docs_for_click(obj=command, ctx=context, name="glora", title="Command line")

@@ -1,0 +1,147 @@
+"""The pages: links lead somewhere, what they show to type runs, first pages stay short."""
+
+from __future__ import annotations
+
+import glob
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+import typer.main
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from glora_ops.cli import app
+
+ROOT = Path(__file__).parents[1]
+LISTED = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"]
+PAGES = sorted(
+    name
+    for name in subprocess.run(
+        LISTED, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    if name and (ROOT / name).is_file()
+)
+
+
+@lru_cache
+def tokens(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of the headings, as GitHub and the site make them."""
+    found: list[str] = []
+    for heading, inline in zip(tokens(page), tokens(page)[1:], strict=False):
+        if heading.type == "heading_open":
+            text = "".join(t.content for t in inline.children or [])
+            slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+            found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
+    return set(found)
+
+
+def links(page: Path) -> Iterator[str]:
+    for token in tokens(page):
+        for child in token.children or []:
+            target = child.attrGet("href") or child.attrGet("src")
+            if target is not None:
+                yield unquote(str(target))
+
+
+def code(page: str, language: str) -> list[str]:
+    found = tokens(ROOT / page)
+    return [t.content for t in found if t.type == "fence" and t.info.strip() == language]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_to_a_file_and_an_anchor_of_it(name: str) -> None:
+    page = ROOT / name
+    broken = []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        if "://" in path:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        inside = target.is_relative_to(ROOT) and target.exists()
+        if not inside or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken, f"{name}: {broken}"
+
+
+def commands(page: str) -> list[list[str]]:
+    """Lines of its code that call glora, as words."""
+    lines = "\n".join(code(page, "") + code(page, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("glora ")]
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if commands(page)])
+def test_every_command_line_of_a_page_is_one_that_glora_takes(name: str) -> None:
+    for words in commands(name):
+        command = typer.main.get_command(app)
+        words = words[: words.index(">")] if ">" in words else words
+        while hasattr(command, "commands"):
+            command, words = command.commands[words[0]], words[1:]
+        command.make_context("glora", list(words))  # parses, and runs nothing
+
+
+def client(folder: Path, rank: int) -> None:
+    """As PEFT writes one."""
+    folder.mkdir(parents=True)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    tensors = {key.format("A"): torch.randn(rank, 24), key.format("B"): torch.randn(16, rank)}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(
+        f'{{"peft_type": "LORA", "base_model_name_or_path": "base", "r": {rank}, '
+        '"lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}'
+    )
+
+
+@pytest.fixture
+def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, rank in (("clients/a", 4), ("clients/b", 2), ("new/c", 3)):
+        client(Path(name), rank)
+
+
+@pytest.mark.usefixtures("clients")
+@pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
+def test_the_python_of_the_first_page_runs() -> None:
+    (example,) = code("README.md", "python")
+    exec(example, {})
+    assert Path("server.safetensors").is_file()
+    assert Path("out/r8/adapter_config.json").is_file()
+
+
+@pytest.mark.usefixtures("clients")
+def test_the_command_lines_of_the_first_page_run() -> None:
+    asked = [words for words in commands("README.md") if words[0] != "fl"]
+    assert [words[0] for words in asked] == [
+        "aggregate",
+        "readout",
+        "aggregate",
+        "inspect",
+        "compare",
+    ]
+    for words in asked:
+        expanded = [
+            x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])
+        ]
+        result = CliRunner().invoke(app, expanded)
+        assert result.exit_code == 0, result.output
+    for made in ("merged/r8", "merged-r2", "spectra.png", "alignment.png"):
+        assert Path(made).exists(), made
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"), [("README.md", 130), ("docs/ops.md", 110), ("docs/performance.md", 100)]
+)
+def test_pages_that_are_read_first_stay_short(name: str, lines: int) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= lines
