@@ -449,7 +449,8 @@ CASES: dict[str, list[Case]] = {
     "ragged": [
         *(Case(kind, clients=10, ranks=(4, 8, 16, 32, 64), rank=32)
           for kind in ("shared", "partly", "disjoint", "graded")),
-        Case("partly", empty=4), Case("loud", empty=8), Case("partly", clients=3, empty=20, rank=30),
+        Case("partly", empty=4), Case("loud", empty=8),
+        Case("partly", clients=3, empty=20, rank=30),
     ],
     "graded": [
         *(Case("graded", dtype=dtype, condition=condition)
