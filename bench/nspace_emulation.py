@@ -124,12 +124,14 @@ class Recipe:
 
     Attributes
     ----------
-    steps, degree : int
-        Of the anchor: plain steps, and the filter's; a mean takes one step and degree 2.
+    steps, degree, mean_steps : int
+        Plain steps of the anchor, its filter's degree, and plain steps of a mean, whose is 2.
     floor : float
         b is at least this fraction of θ₁.
     drop : float
         What is left of a column's squared length below which it depends on earlier ones.
+    whole : bool
+        A block that spans all there is takes neither step nor filter.
     rounded : bool
         Orthonormalise what entered the product, not what it was rounded from.
     precise_filter : bool
@@ -140,9 +142,11 @@ class Recipe:
 
     steps: int = 2
     degree: int = 3
+    mean_steps: int = 1
     floor: float = 1e-6
     drop: float = DEPENDENT
     rounded: bool = True
+    whole: bool = True
     precise_filter: bool = False
     promoted: bool = True
 
@@ -216,13 +220,18 @@ class Emulated:
         self.clients: Clients = canonicalize(v, *grams, self.ragged, s, 0.1, self.roundoff)
         self.votes = self.weights / self.weights.sum()
         self.columns = min(self.rank + OVERSAMPLE, n)
+        self.whole = self.rank + OVERSAMPLE >= min(n, self.b.shape[1], self.a.shape[1])
         self.metrics, self.signs = [], []
         for side, x, t in zip(("left", "right"), (self.b, self.a), self.turns, strict=True):
             omega = start_matrix(
                 0, side, x.shape[1], self.columns, torch.float64, torch.device("cpu")
             )
             self.metrics.append(Metric(self._whitened(x, t)))
-            self.signs.append(self._pulled(t, summed(x, omega)))
+            # A block as wide as the coordinates or the long space is all of it.
+            all_of_it = self.columns == n
+            self.signs.append(
+                torch.eye(n).double() if all_of_it else self._pulled(t, summed(x, omega))
+            )
 
     @property
     def turns(self) -> tuple[Tensor, Tensor]:
@@ -258,11 +267,13 @@ class Emulated:
         def operator(image: Tensor, precise: bool) -> Tensor:
             return fp32(d * g_v.times(fp32(d * image), precise))
 
-        block = orthonormal(g_u, fp32(d * self.signs[1]), r)
-        for _ in range(r.steps):
-            block = orthonormal(g_u, operator(block.image, False), r)
-        b = lower_end(block.pivots, r.floor)
-        z = filtered(operator, g_u, block, b, r, r.degree)
+        z = fp32(d * self.signs[1])
+        if not (self.whole and r.whole):
+            block = orthonormal(g_u, z, r)
+            for _ in range(r.steps):
+                block = orthonormal(g_u, operator(block.image, False), r)
+            b = lower_end(block.pivots, r.floor)
+            z = filtered(operator, g_u, block, b, r, r.degree)
         block = orthonormal(g_u, z, r, precise=True)
         image = fp32(d * block.image)
         theta, turn = eigenpairs(image.T @ g_v.times(image, True))
@@ -285,12 +296,18 @@ class Emulated:
         def operator(image: Tensor, precise: bool) -> Tensor:
             return fp32(voice[:, None] * image + f @ (f.T @ image))
 
-        extra = max(self.columns - known.shape[1], 0)
-        start = torch.cat([known, fp32(voice[:, None] * self.signs[index][:, :extra])], 1)
-        block = orthonormal(metric, start, r)
-        block = orthonormal(metric, operator(block.image, False), r)
-        b = lower_end(block.pivots, r.floor)
-        z = filtered(operator, metric, block, b, r, 2)
+        # A column of the anchor without a vote leaves its place to more of Ω.
+        spare = fp32(voice[:, None] * self.signs[index])
+        here = known.shape[1]
+        z = torch.cat([torch.where(vote > 0, known, spare[:, :here]), spare[:, here:]], 1)
+        if self.whole and r.whole:
+            z = torch.cat([known * (vote > 0), spare], 1)
+        else:
+            block = orthonormal(metric, z, r)
+            for _ in range(r.mean_steps):
+                block = orthonormal(metric, operator(block.image, False), r)
+            b = lower_end(block.pivots, r.floor)
+            z = filtered(operator, metric, block, b, r, 2)
         block = orthonormal(metric, z, r, precise=True)
         energy = block.image.T @ (voice[:, None] * block.image) + (
             (f.T @ block.image).T @ (f.T @ block.image)
@@ -474,6 +491,8 @@ RECIPES = {
     "one step": Recipe(steps=1),
     "four steps": Recipe(steps=4),
     "degree 5": Recipe(degree=5),
+    "two steps a mean": Recipe(mean_steps=2),
+    "iterated when whole": Recipe(whole=False),
     "not promoted": Recipe(promoted=False),
 }
 
