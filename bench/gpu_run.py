@@ -24,12 +24,12 @@ STEPS = [
     Step("smoke", 75, "every kernel once, small, against float64; seconds to compile"),
     Step("facts", 45, "truncated sums, bits that repeat, long grids, captures, host time"),
     Step("tests", 200, "kernels, contract and graphs under pytest"),
-    Step("headline", 120, "three server steps beside plain torch and an implicit randomized SVD"),
+    Step("headline", 120, "server steps beside plain torch and an implicit randomized SVD"),
     Step("profile", 30, "where the time of one call goes, by kernel"),
     Step("counters", 60, "bytes, occupancy and stalls of single kernels, by ncu"),
     Step("probes", 60, "tiles and rates that the next design counts on"),
     Step("rows", 3600, "bench/test_gpu.py: the pytest-benchmark rows", asked=True),
-    Step("memcheck", 240, "accesses beyond a buffer, by compute-sanitizer", asked=True),
+    Step("memcheck", 1200, "accesses beyond a buffer, by compute-sanitizer", asked=True),
 ]
 
 

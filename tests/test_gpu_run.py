@@ -17,8 +17,9 @@ import pytest
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from gpu.lines import NAME, attempts, read  # noqa: E402
+from gpu.lines import NAME, Lines, attempts, read  # noqa: E402
 from gpu.parent import Step, run  # noqa: E402
+from gpu.report import section  # noqa: E402
 
 SCRIPT = [sys.executable, str(BENCH / "gpu_run.py")]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton on this platform")
@@ -34,19 +35,24 @@ def ends(out: Path) -> dict[str, Any]:
     return {name: line.get("outcome", line["kind"]) for name, line in last.items()}
 
 
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run, without a device."""
+    out = tmp_path_factory.mktemp("rehearsed")
+    done = subprocess.run([*SCRIPT, out, "--rehearse"], capture_output=True, check=False)
+    assert done.returncode == 0, (out / "log.txt").read_text()
+    return out
+
+
 @needs_triton
-def test_the_whole_run_is_rehearsed_without_a_device(tmp_path: Path) -> None:
-    done = subprocess.run([*SCRIPT, tmp_path, "--rehearse"], capture_output=True, check=False)
-    log = (tmp_path / "log.txt").read_text()
-    assert done.returncode == 0, log
-    lines = read(tmp_path / NAME)
-    found = ends(tmp_path)
+def test_the_whole_run_is_rehearsed_without_a_device(rehearsed: Path) -> None:
+    lines, found = read(rehearsed / NAME), ends(rehearsed)
     assert found.pop("run") == "start"
     assert set(found.values()) == {"done"}
     assert list(found) == lines[0]["steps"]
     (kernels,) = [x for x in lines if x.get("what") == "kernels"]
     assert kernels["untried"] == []
-    assert len(list(tmp_path.iterdir())) <= 6
+    assert len(list(rehearsed.iterdir())) <= 6
 
 
 @needs_triton
@@ -126,11 +132,42 @@ def test_an_unknown_step_is_refused_with_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_one_line_is_one_system_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu.lines import Lines
-
     calls: list[bytes] = []
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, x: calls.append(x) or write(file, x))
     Lines(tmp_path / NAME, step="s").add("row", value=1.5, name="Γ")
     assert [json.loads(x)["name"] for x in calls] == ["Γ"]
     assert read(tmp_path / NAME)[0]["value"] == 1.5
+
+
+def told(folder: Path, rehearsal: bool, ms: float) -> None:
+    folder.mkdir(exist_ok=True)
+    Lines(folder / NAME, step="run").add("start", rehearsal=rehearsal)
+    lines = Lines(folder / NAME, step="headline")
+    lines.add("start", limit_s=120)
+    lines.add(
+        "row", case="7B, K = 10", way="glora, replayed", dtype="bfloat16", q=1, rank=64, ms=ms,
+        ms_quartiles=[ms, ms], rounds=5, captured=0.5, optimum=0.5,
+    )  # fmt: skip
+
+
+def test_figures_come_from_stored_runs_and_never_from_rehearsals(tmp_path: Path) -> None:
+    told(tmp_path / "rehearsed", True, 77.7)
+    assert section(tmp_path).startswith("## GPU: not measured yet")
+    told(tmp_path / "real", False, 11.1)
+    told(tmp_path / "real", False, 22.2)  # repeated by --only, and then cut off
+    shown = section(tmp_path)
+    assert "77.7" not in shown
+    assert "11.1" not in shown
+    assert "22.2 (22.2–22.2), 5 rounds" in shown
+    assert "| headline | cut off |" in shown
+
+
+@needs_triton
+def test_a_whole_rehearsal_can_be_rendered(tmp_path: Path, rehearsed: Path) -> None:
+    lines = (rehearsed / NAME).read_text().replace('"rehearsal": true', '"rehearsal": false')
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / NAME).write_text(lines)
+    shown = section(tmp_path)
+    for part in ("copies", "glora, replayed", "sums of 64", "Tests: 2 passed", "Γ z"):
+        assert part in shown

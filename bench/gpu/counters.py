@@ -16,11 +16,11 @@ TARGET = "--target"
 
 def target() -> None:
     """What is looked at: a process of its own."""
-    from gpu.headline import CASES, glora
+    from gpu.headline import SINGLE, glora
 
     rehearse = "--rehearse" in sys.argv
     step = Step("counters", Path(), rehearse)
-    glora(step, CASES[1].stacks(step))()
+    glora(step, SINGLE, SINGLE.stacks(step))()
 
 
 def body(step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Three server steps beside plain torch of the same mathematics and an implicit randomized SVD.
+"""Server steps beside plain torch of the same mathematics and an implicit randomized SVD.
 
 Each row's answer is looked at before its clock runs. Before any memory is asked for, meta tensors
 of the real shapes tell how many kernels a call launches.
@@ -24,7 +24,7 @@ from gpu.device import LLAMA_7B, Stacks, clients, replayed, server_step, timed
 from gpu.plain import PLAIN
 from gpu.step import Step, main
 
-STEPS, CLIENT_RANK, RANK = 1, 16, 64
+STEPS, CLIENT_RANK = 1, 16
 ROUNDS, SLOW = 5, 2.0  # one round of what takes longer than that many seconds
 LEAST = 0.9  # of what a rank can capture: below it an answer is wrong and is not timed
 DTYPE = torch.bfloat16
@@ -37,6 +37,7 @@ class Case:
     name: str
     shapes: dict[tuple[int, int], int]
     clients: int
+    rank: int = 64
 
     def stacks(self, step: Step) -> list[Stacks]:
         if step.rehearse:
@@ -51,7 +52,9 @@ CASES = [
     Case("7B, K = 10", LLAMA_7B, 10),
     Case("4096², K = 100", {(4096, 4096): 1}, 100),
     Case("7B, K = 100", LLAMA_7B, 100),
+    Case("1024², K = 8", {(1024, 1024): 1}, 8, rank=16),
 ]
+LARGE, SINGLE = CASES[2], CASES[1]
 
 
 def population(part: Stacks, l: int) -> Any:
@@ -76,13 +79,13 @@ def launches(case: Case) -> dict[str, Any]:
         rows = case.clients * CLIENT_RANK
         b, a = (torch.empty(modules, rows, d, dtype=DTYPE, device="meta") for d in shape)
         with torch.no_grad(), observed(record):
-            op(b, a, offsets, one, one, RANK, power_iters=STEPS)
+            op(b, a, offsets, one, one, case.rank, power_iters=STEPS)
     return dict(seen)
 
 
-def settings_of(step: Step) -> tuple[int, str]:
+def settings_of(step: Step, case: Case) -> tuple[int, str]:
     """Server rank and basis; `update` has a third of the launches that `consensus` has."""
-    return (2, "update") if step.rehearse else (RANK, "consensus")
+    return (2, "update") if step.rehearse else (case.rank, "consensus")
 
 
 def energies(answer: tuple[Tensor, ...], part: Stacks) -> tuple[float, float]:
@@ -101,25 +104,28 @@ def energies(answer: tuple[Tensor, ...], part: Stacks) -> tuple[float, float]:
     return float(1 - missed / total), float(best / total)
 
 
-Way = tuple[str, Callable[[Step, list[Stacks]], Callable[[], Any]]]
+Way = tuple[str, Callable[[Step, Case, list[Stacks]], Callable[[], Any]]]
 
 
-def glora(step: Step, parts: list[Stacks]) -> Callable[[], Any]:
-    op, settings = server_step(step.device), settings_of(step)
+def glora(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
+    op, settings = server_step(step.device), settings_of(step, case)
     return lambda: [op(*p.arguments, *settings, power_iters=STEPS) for p in parts]
 
 
-def plain(step: Step, parts: list[Stacks]) -> Callable[[], Any]:
-    return lambda: [PLAIN(*p.arguments, *settings_of(step), power_iters=STEPS) for p in parts]
+def plain(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
+    return lambda: [PLAIN(*p.arguments, *settings_of(step, case), power_iters=STEPS) for p in parts]
 
 
-def compiled(step: Step, parts: list[Stacks]) -> Callable[[], Any]:
-    op, settings = torch.compile(PLAIN, dynamic=False, disable=step.rehearse), settings_of(step)
+def compiled(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
+    op, settings = (
+        torch.compile(PLAIN, dynamic=False, disable=step.rehearse),
+        settings_of(step, case),
+    )
     return lambda: [op(*p.arguments, *settings, power_iters=STEPS) for p in parts]
 
 
-def randomized_svd(step: Step, parts: list[Stacks]) -> Callable[[], Any]:
-    lapack, rank = peers.Lapack(), settings_of(step)[0]
+def randomized_svd(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
+    lapack, rank = peers.Lapack(), settings_of(step, case)[0]
 
     def one(part: Stacks) -> tuple[Tensor, ...]:
         columns = min(rank + peers.OVERSAMPLE, *part.a.shape[1:])
@@ -134,8 +140,8 @@ def randomized_svd(step: Step, parts: list[Stacks]) -> Callable[[], Any]:
 
 
 # By value: what compiles for minutes comes last.
-WAYS: dict[str, Callable[[Step, list[Stacks]], Callable[[], Any]]] = {
-    "glora, replayed": lambda step, parts: replayed(glora(step, parts), step.device),
+WAYS: dict[str, Callable[[Step, Case, list[Stacks]], Callable[[], Any]]] = {
+    "glora, replayed": lambda step, case, parts: replayed(glora(step, case, parts), step.device),
     "plain torch": plain,
     "glora": glora,
     "implicit randomized SVD": randomized_svd,
@@ -147,8 +153,8 @@ def measure(step: Step, case: Case, way: str) -> None:
     described = {"case": case.name, "way": way, "dtype": str(DTYPE)[6:], "q": STEPS}
     with step.row(**described) as r:
         parts = case.stacks(step)
-        r["rank"], r["factors_gb"] = settings_of(step)[0], sum(p.nbytes for p in parts) / 1e9
-        call = WAYS[way](step, parts)
+        r["rank"], r["factors_gb"] = settings_of(step, case)[0], sum(p.nbytes for p in parts) / 1e9
+        call = WAYS[way](step, case, parts)
         began = time.monotonic()
         r["captured"], r["optimum"] = energies(call()[0], parts[0])
         if r["captured"] < LEAST * r["optimum"]:
@@ -168,7 +174,7 @@ def body(step: Step) -> None:
         with step.row(case=case.name, way="shapes alone") as r:
             r["kernels"] = launches(case)
     for way in WAYS:
-        for case in CASES[: 1 if step.rehearse else 3]:
+        for case in CASES[: 1 if step.rehearse else None]:
             measure(step, case, way)
 
 

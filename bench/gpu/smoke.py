@@ -43,6 +43,9 @@ class Words:
         self.z, self.tall = self.drawn(2, n, k, seed=3), self.drawn(2, k, d, seed=4).mT
         self.t = self.drawn(2, n, max(ranks), seed=5)
         self.small = self.drawn(2, k, k, seed=6)
+        # Where a card has hardly any fp64 units, sums over long dimensions are fp32 ones.
+        few = not step.rehearse and torch.cuda.get_device_capability()[1] != 0
+        self.unit = U32 if few else U64
         self.psd = self.small @ self.small.mT
 
     def drawn(self, *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -62,7 +65,7 @@ class Words:
     def gram(self) -> float:
         got = self.v.gram(self.on(self.x, self.dtype), self.there)
         blocks = self.here.pad(self.x)
-        return product_error(got, blocks, blocks.mT, U64)
+        return product_error(got, blocks, blocks.mT, self.unit)
 
     def times(self) -> float:
         w = self.tall.float()
@@ -87,7 +90,9 @@ class Words:
 
     def inner(self) -> float:
         y = self.tall.float()
-        return product_error(self.v.inner(self.on(y), self.on(y)), y.double().mT, y.double(), U64)
+        return product_error(
+            self.v.inner(self.on(y), self.on(y)), y.double().mT, y.double(), self.unit
+        )
 
     def fold(self) -> float:
         one = torch.ones(self.t.shape[:-1], dtype=torch.float64)

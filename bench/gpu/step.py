@@ -16,6 +16,8 @@ from gpu.lines import NAME, Lines
 
 __all__ = ["Step", "main"]
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Step:
     """One step from inside.
@@ -43,7 +45,8 @@ class Step:
             yield found
         except Exception as error:
             traceback.print_exc()
-            found["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            found["error"] = told.replace(str(ROOT), "…")[:300]
         self.wrong += "error" in found or found.get("ok") is False
         self.lines.add("row", **described, **found)
 
