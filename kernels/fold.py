@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import precise
 from .launching import launch
+from .precision import precise_mode
 
 __all__ = ["launch_fold"]
 
@@ -24,7 +26,7 @@ TILE, COLUMNS = 32, 32
 @triton.jit
 def fold_kernel(
     T, scale, Z, Y, offsets, rows, rank, k, tiles,
-    BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) // tiles
     base = tl.program_id(2).to(tl.int64) * rows
@@ -49,7 +51,7 @@ def fold_kernel(
                 o_T = (base + first + o_n)[:, None] * rank + o_j[None, :]
                 b_T = tl.load(T + o_T, mask=m_n[:, None] & m_j[None, :], other=0.0)
                 b_T = tl.trans(b_T)
-            b_Y = tl.dot(b_T, b_Z, b_Y, input_precision="ieee", out_dtype=tl.float64)
+            b_Y += precise(b_T, b_Z, MODE)
         if not BACK:
             b_Y *= tl.load(scale + base + first + o_j, mask=m_j, other=0.0)[:, None]
     o_Y = (base + first + o_j)[:, None] * k + o_k[None, :]
@@ -88,7 +90,7 @@ def launch_fold(
     tiles = triton.cdiv(max_rank, TILE)
     launch(
         fold_kernel, ((offsets.shape[0] - 1) * tiles, triton.cdiv(k, COLUMNS), modules),
-        t, scale, z, y, offsets, rows, rank, k, tiles, BACK=back, R=TILE, BN=COLUMNS,
-        num_warps=4, num_stages=2,
+        t, scale, z, y, offsets, rows, rank, k, tiles,
+        MODE=precise_mode(z), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return y

@@ -7,7 +7,7 @@ from compile_case import case, meta
 
 # Above 64 two 128 × 64 blocks of doubles fill half of a processor's registers, at 128 a thread;
 # what a round needs beside them goes to the stack, a few per cent of its instructions.
-WIDE = {"sm_80": 800, "sm_90": 800}
+WIDE = {"sm_80": 800, "sm_89": 800, "sm_90": 800}
 
 
 def square(n: int) -> torch.Tensor:

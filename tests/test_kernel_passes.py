@@ -159,7 +159,9 @@ def test_a_run_of_clients_shares_a_program():
     y = randn(1, few.rows, 24)
     gram = torch.full((1, 5, 16, 16), torch.nan, dtype=torch.float64, device=DEVICE)
     side = (y, y[0].mT[:, :1], gram, gram, 24, 1, *y.stride(), *y[0].mT.stride())
-    constants = {k: arguments[k] for k in ("MODE", "SKETCH", "CLIENTS", "R", "BN", "BC")}
+    constants = {
+        k: arguments[k] for k in ("MODE", "EVERY", "GRAM", "SKETCH", "CLIENTS", "R", "BN", "BC")
+    }
     launch(calls[1].kernel, (2, 1, 1), *side, *side, few.marks, 5, 16, num_warps=8, **constants)
     blocks = few.pad(y.double())
     assert_close(gram, blocks, blocks.mT, 2.0**-53)
