@@ -31,8 +31,10 @@ def core_kernel(
     MODE: tl.constexpr, EVERY: tl.constexpr, SMALL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    i_m = tl.program_id(0).to(tl.int64)
-    i_l = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(rows, BM)
+    modules = tl.num_programs(0) // blocks
+    i_m = (tl.program_id(0) % blocks).to(tl.int64)
+    i_l = (tl.program_id(0) // blocks).to(tl.int64)
     o_n = i_m * BM + tl.arange(0, BM)
     m_n = o_n < rows
     o_k = tl.arange(0, BN)
@@ -51,7 +53,7 @@ def core_kernel(
     tl.store(ZV + o_z * k_v + o_k[None, :], b_V.to(tl.float64), mask=m_v)
     b_c = tl.load(coef + i_l * rows + o_n, mask=m_n, other=0.0)
     b_C = precise(tl.trans(b_U), b_c[:, None] * b_V.to(tl.float64), SMALL)
-    i_c = i_m * tl.num_programs(1) + i_l
+    i_c = i_m * modules + i_l
     o_C = i_c * k_u * k_v + o_k[:, None] * k_v + o_k[None, :]
     tl.store(C + o_C, b_C, mask=(o_k < k_u)[:, None] & (o_k < k_v)[None, :])
 
@@ -82,7 +84,7 @@ def launch_core(
     z_v = double(modules, rows, k_v)
     shares = double(blocks, modules, k_u, k_v)
     launch(
-        core_kernel, (blocks, modules),
+        core_kernel, (blocks * modules,),
         b, a, u, v, coef.contiguous(), z_u, z_v, shares, rows, b.shape[-1], a.shape[-1], k_u, k_v,
         *b.stride(), *a.stride(), *u.stride(), *v.stride(),
         MODE=mode, EVERY=PROMOTED, SMALL=small, BM=height,

@@ -53,15 +53,17 @@ class ProductConfig:
 
 @triton.jit
 def product_kernel(
-    X, W, Y, M, N, C, chunk, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
+    X, W, Y, M, N, C, chunk, splits, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
     MODE: tl.constexpr, EVERY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(N, BN)
-    i_s = tl.program_id(1).to(tl.int64)
-    i_l = tl.program_id(2).to(tl.int64)
-    o_m = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    across = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * across
+    tile = tl.program_id(0) % tiles
+    i_s = (tl.program_id(0) // tiles % splits).to(tl.int64)
+    i_l = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
+    o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
     m_m = o_m < M
     m_n = o_n < N
     first = i_s * chunk
@@ -141,8 +143,8 @@ def _launch(
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     w = w.expand(modules, -1, -1)
     launch(
-        product_kernel, (tiles, splits, modules),
-        x, w, y, m, n, c, chunk, *x.stride(), *w.stride(), *y.stride(),
+        product_kernel, (tiles * splits * modules,),
+        x, w, y, m, n, c, chunk, splits, *x.stride(), *w.stride(), *y.stride(),
         MODE=mode, EVERY=PROMOTED, BM=config.block_m, BN=config.block_n, BC=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -73,9 +73,11 @@ def sketch_side(
     MODE: tl.constexpr, EVERY: tl.constexpr, GRAM: tl.constexpr, SKETCH: tl.constexpr,
     CLIENTS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    i_l = tl.program_id(1).to(tl.int64)
+    runs = tl.cdiv(clients, CLIENTS)
+    i_l = (tl.program_id(0) // runs).to(tl.int64)
+    i_r = tl.program_id(0) % runs
     o_t = tl.arange(0, CLIENTS * R)
-    o_i = tl.program_id(0) * CLIENTS + o_t // R
+    o_i = i_r * CLIENTS + o_t // R
     first = tl.load(offsets + o_i, mask=o_i < clients, other=0)
     last = tl.load(offsets + o_i + 1, mask=o_i < clients, other=0)
     o_n = first + o_t % R
@@ -106,8 +108,8 @@ def sketch_side(
     if GRAM == "slices":
         b_G = value(b_G, b_low, tl.expand_dims(b_e, -1), tl.expand_dims(b_e, -2))
     o_j = tl.arange(0, R)
-    o_g = i_l * clients + tl.program_id(0) * CLIENTS + tl.arange(0, CLIENTS)
-    m_g = tl.program_id(0) * CLIENTS + tl.arange(0, CLIENTS) < clients
+    o_g = i_l * clients + i_r * CLIENTS + tl.arange(0, CLIENTS)
+    m_g = i_r * CLIENTS + tl.arange(0, CLIENTS) < clients
     o_G = (o_g[:, None, None] * rank + o_j[None, :, None]) * rank + o_j[None, None, :]
     m_G = m_g[:, None, None] & (o_j < rank)[None, :, None] & (o_j < rank)[None, None, :]
     tl.store(G + o_G, tl.reshape(b_G, (CLIENTS, R, R)), mask=m_G)
@@ -125,7 +127,7 @@ def sketch_kernel(
     MODE: tl.constexpr, EVERY: tl.constexpr, GRAM: tl.constexpr, SKETCH: tl.constexpr,
     CLIENTS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         sketch_side(
             X0, W0, G0, Z0, offsets, clients, rank, d0, k0, xl0, xn0, xd0, wd0, wk0,
             MODE, EVERY, GRAM, SKETCH, CLIENTS, R, BN, BC,
@@ -172,7 +174,7 @@ def launch_sketch(
         for x, w, g, z in zip(sides, tests, grams, sketches or grams, strict=True)
     ]
     launch(
-        sketch_kernel, (triton.cdiv(clients, config.clients), modules, len(sides)),
+        sketch_kernel, (triton.cdiv(clients, config.clients) * modules, len(sides)),
         *groups[0], *groups[-1], offsets, clients, max_rank,
         MODE=product_mode(sides[0], tests[0]), EVERY=PROMOTED, GRAM=gram, SKETCH=bool(omegas),
         CLIENTS=config.clients, R=config.slots, BN=config.columns, BC=config.block_c,

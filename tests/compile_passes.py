@@ -168,11 +168,3 @@ def readout() -> None:
 
     u, v = (meta(MODULES, 64, d).mT for d in (WIDTH, 11008))
     launch_readout(u, v, meta(MODULES, 64), 16)
-
-
-# Not a pass kernel: n × n once per power step; what spills stays in the cache.
-@case(stack={"sm_80": 320, "sm_90": 352})
-def triangular_80() -> None:
-    from glora_ops.kernels.triangular import launch_triangular
-
-    launch_triangular(meta(MODULES, COLUMNS, COLUMNS, dtype=torch.float64), 1e-12)

@@ -1,4 +1,4 @@
-"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD."""
+"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD, Cholesky."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def eigh_80() -> None:
     from glora_ops.kernels.eigh import launch_eigh
 
     launch_eigh(square(80))
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
+def triangular_64() -> None:
+    from glora_ops.kernels.triangular import launch_triangular
+
+    launch_triangular(square(64), 1e-12)
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="", stack=WIDE)
+def triangular_80() -> None:
+    from glora_ops.kernels.triangular import launch_triangular
+
+    launch_triangular(square(80), 1e-12)
 
 
 @case(wide_loads=False)
