@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .options import Json, Overwrite, Quiet, Threads, option
-from .show import answering, clean, console, counted, duration, labelled, print_json, size
+from .show import (
+    answering,
+    clean,
+    console,
+    counted,
+    duration,
+    labelled,
+    print_json,
+    print_notes,
+    size,
+)
 
 __all__ = ["EXAMPLE", "apply"]
 
@@ -66,6 +76,7 @@ def apply(
             "dtype": dtype,
             "changed": list(done.changed),
             "tensors": done.tensors,
+            "notes": [{"text": text, "warning": False} for text in done.notes],
             "seconds": monotonic() - began,
         }
         if as_json:
@@ -74,3 +85,4 @@ def apply(
         changed = f"{len(done.changed)} of {counted(done.tensors, 'tensor')} changed"
         line = f"{clean(out)}  merged model, {changed}, {size(out)}, {duration(facts['seconds'])}"
         console().print(labelled("written: ", "bold green", line), soft_wrap=True)
+        print_notes(facts["notes"])
