@@ -23,7 +23,7 @@ from .show import (
 
 __all__ = ["EXAMPLE", "apply"]
 
-EXAMPLE = "Example: **glora apply out/r8 --base models/base -o models/merged**"
+EXAMPLE = "Example: glora apply out/r8 --base models/base -o models/merged"
 
 
 def apply(
@@ -56,10 +56,11 @@ def apply(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Add an adapter to the weights of its base model, and write the model that needs no PEFT.
+    """Add an adapter to the weights of its base model.
 
-    Names and shapes are compared before any weight is read. Files of weights are read and written
-    one by one, so that memory is the largest of them; the folder appears complete or not at all.
+    What is written is a model that needs no PEFT. Names and shapes are compared before any weight
+    is read. Files of weights are read and written one by one, so that memory is the largest of
+    them; the folder appears complete or not at all.
     """
     began = monotonic()
     with answering(as_json, writes=True, quiet=quiet, threads=threads) as outcome:

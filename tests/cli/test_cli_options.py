@@ -63,6 +63,14 @@ def test_help_says_the_default_and_an_example_that_parses(
         command.make_context(name, [*others, *example], resilient_parsing=False)
 
 
+def test_help_says_what_arguments_are_once() -> None:
+    for name, command in commands():
+        for argument in (p for p in command.params if isinstance(p, click.Argument)):
+            said = " ".join(glora(*name.split()[1:], "--help").stdout.split())
+            assert argument.help, f"{name} {argument.name}"
+            assert said.count(" ".join(argument.help.split())) == 1
+
+
 @pytest.fixture
 def merged(work: Path) -> Path:
     glora("aggregate", *CLIENTS, "-o", "out", "--rank", 9)
