@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def test_quiet_prints_warnings_only(work: Path) -> None:
     done = glora("aggregate", *CLIENTS, "-o", "low", "--rank", 1, "--basis", "projector", "-q")
     assert done.stdout == ""
     assert done.stderr.startswith("warning: ")
+    shutil.rmtree(work / "bob")
+    done = glora("aggregate", *CLIENTS, "-o", "two", "--on-bad-client", "skip", "-q", code=3)
+    assert done.stdout == ""
+    assert done.stderr.startswith("skipped: client 'bob'")
     assert glora("inspect", "out", "-q").stdout == ""
     assert glora_json("inspect", "out", "-q")["rank"] == 8
     assert "no such folder" in glora("inspect", "none", "-q", code=1).stderr
