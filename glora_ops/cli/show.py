@@ -93,7 +93,7 @@ def size(path: Path) -> str:
 
 def duration(seconds: float) -> str:
     """A time for people: 3.2 s, 2 min 5 s, 1 h 4 min."""
-    if seconds < 60:
+    if seconds < 59.95:  # which would be shown as 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -125,8 +125,9 @@ def test_numbers_of_a_column_have_one_length() -> None:
     assert [figures(x) for x in (1 / 6, 0.5, 15, 76.163, 1234.0)] == [
         "0.1667", "0.5000", "15.00", "76.16", "1234",
     ]  # fmt: skip
-    assert [duration(s) for s in (0.04, 59.94, 61, 3840)] == ["0.0 s", "59.9 s", "1 min 1 s",
-                                                              "1 h 4 min"]  # fmt: skip
+    assert [duration(s) for s in (0.04, 59.94, 59.96, 61, 3840)] == [
+        "0.0 s", "59.9 s", "1 min 0 s", "1 min 1 s", "1 h 4 min",
+    ]  # fmt: skip
 
 
 def test_json_takes_a_line_for_a_module(merged: Path) -> None:
