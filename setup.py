@@ -28,5 +28,6 @@ setup(
         "glora_ops.solvers",
     ],
     package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
+    include_package_data=False,  # MANIFEST.in is the source distribution's alone
     package_data={"glora_ops": ["py.typed"], "glora_ops.fl.configs": ["*.toml"]},
 )

@@ -323,7 +323,7 @@ def _available(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         problem = str(error).partition("\n")[0]
         raise unfit(
             "device", f"{device!r} ({problem})", "a device that torch has here, such as cpu or cuda"

@@ -177,9 +177,9 @@ def draw_weights(rng: random.Random) -> Files:
 
 
 def weights(folder: Path) -> str:
-    from glora_ops.cli.aggregate import _from_file
+    from glora_ops.cli.weights import weights_file
 
-    _from_file(folder / "weights.json", ["ann", "bob", "cyd"], {})
+    weights_file(folder / "weights.json", ["ann", "bob", "cyd"], {})
     return "done"
 
 
@@ -319,7 +319,8 @@ def reply(folder: Path) -> str:
 ARGUMENTS = [
     "ann", "bob", "nowhere", "out", "server.safetensors", "w.json", "c.toml", "--rank", "--readout",
     "-r", "-o", "--out", "--weights", "--basis", "--missing", "--captured", "--seed", "--json",
-    "--plot", "--overwrite", "--update", "--add", "--remove", "--base", "--no-normalise", "--pad",
+    "--plot", "--overwrite", "--update", "--dry-run", "--include", "--dtype", "bf16", "-v", "-q",
+    "--device", "--threads", "--set", "--add", "--remove", "--base", "--no-normalise", "--pad",
     "--on-bad-client", "--dense", "--help", "--version", "consensus", "projector", "update", "zero",
     "trainable", "skip", "auto", "2", "0", "-1", "3,1", "nan", "1e999", "", "p.png", "9" * 30, "é",
     "--methods", "--seeds", "--resume", "--", "\udcff", "$x$", "x=ann", "x=bob", "--clients",
@@ -328,6 +329,8 @@ COMMANDS = [
     ["aggregate", "ann", "bob", "-o", "out"],
     ["update", "server.safetensors", "--add", "bob", "-o", "out"],
     ["readout", "server.safetensors", "-r", "2", "-o", "out"],
+    ["aggregate", "c.toml", "-o", "out"],
+    ["apply", "ann", "--base", "bob", "-o", "out"],
     ["inspect", "ann"],
     ["inspect", "server.safetensors"],
     ["compare", "ann", "bob"],
