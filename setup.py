@@ -21,6 +21,7 @@ setup(
         "glora_ops.fl.methods",
         "glora_ops.fl.tasks",
         "glora_ops.kernels",
+        "glora_ops.job",
         "glora_ops.linalg",
         "glora_ops.merging",
         "glora_ops.runtime",

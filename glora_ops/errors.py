@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = [
     "GloraError",
@@ -50,6 +51,10 @@ class GloraError(ValueError):
     def __init__(self, message: str, refusal: Refusal | None = None) -> None:
         super().__init__(clean(message))
         self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with what it says: workers of a pool raise it in another process."""
+        return type(self), (str(self), self.refusals[0])
 
 
 class GloraWarning(UserWarning):
@@ -208,6 +213,9 @@ class Refused(GloraError):
         refusals = tuple(Refusals(refusals))
         super().__init__("\n".join(str(r) for r in refusals))
         self.refusals = refusals
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.refusals,)
 
 
 @contextmanager

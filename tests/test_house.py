@@ -36,6 +36,7 @@ LAYERS = [
     {"batches"},
     {"api"},
     {"merging"},
+    {"job"},
     {"fl"},
     {"cli"},
 ]

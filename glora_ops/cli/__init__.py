@@ -9,19 +9,33 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..runtime.streams import steady
 from ..version import __version__
-from . import aggregate, apply, compare, fl, inspect, readout, update
+from . import aggregate, apply, compare, fl, inspect, job, readout, update
 from .options import option
 from .recipe import RecipeCommand
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; until the next version also the former spelling of one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["aggregate"] and "--update" in args[:-1]:
+            at = args.index("--update")
+            args = ["update", args[at + 1], *args[1:at], *args[at + 2 :]]
+            typer.echo("glora aggregate --update STATE is glora update STATE now", err=True)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="glora",
+    cls=_Commands,
     no_args_is_help=True,
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
@@ -62,6 +76,8 @@ def glora(
 
     **glora update** adds clients to a state and withdraws others.
 
+    **glora job** aggregates in parts, with any number of processes on any machines.
+
     **glora fl** runs federated experiments: training, aggregation, reports.
 
     Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted,
@@ -74,6 +90,7 @@ for module in (inspect, compare, aggregate, update, readout, apply):
     command = RecipeCommand if module is aggregate else TyperCommand
     app.command(name, cls=command, epilog=module.EXAMPLE)(getattr(module, name))
 app.add_typer(fl.app)
+app.add_typer(job.app)
 
 
 def main() -> None:

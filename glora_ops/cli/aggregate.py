@@ -29,7 +29,7 @@ from .options import (
 from .show import answering, print_json, progress
 from .weights import is_file, numbers, weights_file
 
-__all__ = ["EXAMPLE", "aggregate", "ranks"]
+__all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
 
 EXAMPLE = (
     "Example: **glora aggregate clients/ann clients/bob -o out --rank auto --captured 0.95 "
@@ -217,8 +217,8 @@ def aggregate(
         )
     if out is None:
         raise typer.BadParameter("a new folder for the result", param_hint="--out")
-    server_rank = _rank(rank)
-    if captured is not None and server_rank != "auto":
+    rank_of_server = server_rank(rank)
+    if captured is not None and rank_of_server != "auto":
         raise typer.BadParameter("only means something with --rank auto", param_hint="--captured")
     if clip is not None and robust not in ("clip", "gate"):
         raise typer.BadParameter(
@@ -260,7 +260,7 @@ def aggregate(
             with warnings.catch_warnings(), progress() as report:
                 warnings.simplefilter("ignore", GloraWarning)
                 state = merge(
-                    places, given, rank=server_rank, basis=basis, missing=missing, dense=dense,
+                    places, given, rank=rank_of_server, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
                     robust=robust, clip=DEFAULT_CLIP if clip is None else clip,
@@ -281,7 +281,8 @@ def aggregate(
         raise typer.Exit(3)
 
 
-def _rank(text: str | None) -> int | str | None:
+def server_rank(text: str | None) -> int | str | None:
+    """A rank, or auto."""
     if text in (None, "auto"):
         return text
     if not _is_rank(text):

@@ -36,9 +36,13 @@ def test_what_commands_print(work: Path) -> None:
         "comparison": ["compare", *CLIENTS],
         "readout": ["readout", "out", "-r", 2, "-o", "r2"],
         "apply": ["apply", "out/r4", "--base", "base", "-o", "model"],
+        "job_plan": ["job", "plan", *CLIENTS, "-o", "job"],
+        "job_work": ["job", "work", "job"],
+        "job_status": ["job", "status", "job"],
     }  # fmt: skip
     for name, arguments in runs.items():
         check(name, glora_json(*arguments))
+    check("aggregate", glora_json("job", "join", "job", "-o", "joined", "--readout", 4))
     check("refused", glora_json("inspect", "nobody", code=1))
     facts = glora_json("inspect", "out")
     for wrong in (facts | {"more": 1}, {k: v for k, v in facts.items() if k != "captured"}):
