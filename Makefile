@@ -29,13 +29,10 @@ test-kernels: $(READY)  ## the kernels in Triton's interpreter
 GPU := $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 NO_GPU := echo "no GPU (torch.cuda.is_available() is False): skipped, nothing was tried"
 
-# Every tensor its own allocation, or an access beyond one falls into its neighbour unseen.
-SANITIZE := GLORA_DEVICE=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -x -k 'not beyond_two_to_the_31 and not long_contractions'
-
 test-gpu: $(READY)  ## kernels, accuracy contract, graphs and memory on the device; skips without one
 	@if $(GPU); then set -e; \
 	GLORA_DEVICE=cuda $(BIN)/python -m pytest tests/test_kernel_*.py tests/test_gpu.py tests/test_aggregate.py tests/test_invariance.py; \
-	if command -v compute-sanitizer > /dev/null; then $(SANITIZE) tests/test_kernel_passes.py tests/test_kernel_canonical_solve.py tests/test_kernel_eigh.py tests/test_kernel_svd.py; \
+	if command -v compute-sanitizer > /dev/null; then $(BIN)/python bench/gpu_run.py build/memcheck --only memcheck --minutes 20; \
 	else echo "no compute-sanitizer on PATH: out-of-bounds accesses were not looked for"; fi; \
 	else $(NO_GPU); fi
 
@@ -62,10 +59,10 @@ bench: $(READY)  ## glora beside its peers, interleaved; JSON, then docs/perform
 	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json
 	$(BIN)/python bench/report.py bench/results/cpu.json
 
-bench-gpu: $(READY)  ## the same question on a GPU, with events, graphs and floors; skips without one
-	@if $(GPU); then set -e; \
-	$(BIN)/python -m pytest bench/test_gpu.py --benchmark-json bench/results/gpu/$$(date +%Y-%m-%d-%H%M).json; \
-	$(BIN)/python bench/report.py; else $(NO_GPU); fi
+bench-gpu: $(READY)  ## all there is to learn from a GPU, in nine minutes; skips without one
+	@if $(GPU); then \
+	$(BIN)/python bench/gpu_run.py bench/results/gpu/$$(date +%Y-%m-%d-%H%M) --minutes 9; ended=$$?; \
+	$(BIN)/python bench/report_gpu.py; exit $$ended; else $(NO_GPU); fi
 
 docs: $(READY)  ## the pages as a site in build/site; a broken link is an error
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

@@ -269,7 +269,7 @@ def main() -> None:
     renew(given.root / "README.md", {"speed": readme_table(steps, models)})
     results = given.root / "bench" / "results"
     (results / "cpu.md").write_text(everything(steps, models, ops, growth, about), "utf-8")
-    report_gpu.write(results)
+    report_gpu.write(given.root)
     print(f"renewed below {given.root}: docs/performance.md, README.md, bench/results/*.md")
 
 

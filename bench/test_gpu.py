@@ -1,161 +1,47 @@
-"""glora on a GPU beside the same mathematics and other answers in plain torch on that GPU.
+"""Single parts of the GPU path as pytest-benchmark rows: what gpu_run.py's headline is made of.
 
-    make bench-gpu        # pytest bench/test_gpu.py, JSON under bench/results/gpu, then the report
+    python bench/gpu_run.py OUT --only rows --minutes 60     # or pytest bench/test_gpu.py
 
-A row is one case × way × arm. Device time is taken with events around each call, cold (inputs
-rotated through more memory than L2) and warm apart, captured calls also as graph replays. Values
-are checked before any clock runs. Nothing here has run on a GPU yet; without one all is skipped.
+A row is a way of doing one thing. Device time is taken with events around each call, cold (what L2
+holds is overwritten) and warm apart. Server steps beside their peers are gpu_run.py's. Nothing
+here has run on a GPU yet; without one all is skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import measure
-import peers
 import pytest
 import torch
 import triton
 from glora_ops.bindings import ops as bindings_ops
-from glora_ops.bindings.cpu import CpuVocabulary
-from glora_ops.bindings.ops import Ops
-from torch import Tensor
+from gpu.device import LLAMA_7B, Stacks, clients, replayed, timed
 
 from glora_ops import algorithm
-from glora_ops.linalg.ragged import Ragged
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: nothing was timed"
 )
 
-# d_out × d_in and how many modules of it a Llama-2-7B has: all linear layers.
-LLAMA_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
-L2_BYTES = 2**27  # more than any L2: inputs cycled through this much memory are cold
 ROUNDS = 20
-GRAM_ROWS = 1024  # the exact route's N × N eigenproblems take minutes beyond
-
-
-@dataclass(frozen=True)
-class Case:
-    """Shapes with their number of modules, clients and server rank."""
-
-    name: str
-    shapes: dict[tuple[int, int], int]
-    clients: int
-    rank: int
-
-    def __str__(self) -> str:
-        return f"{self.name}-K{self.clients}"
-
-
-CASES = [
-    Case("7B", LLAMA_7B, 10, 64),
-    Case("7B", LLAMA_7B, 100, 64),
-    Case("4096", {(4096, 4096): 1}, 100, 64),
-    Case("1024", {(1024, 1024): 1}, 8, 16),
-]
-RANKS = {"uniform": [16], "ragged": [4, 8, 16, 32, 64]}
-
-
-class TorchVocabulary(CpuVocabulary):
-    """The same mathematics in plain torch: cuBLAS, cuSOLVER, batched over modules."""
-
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.float(), torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
-
-    def pair(self, b: Tensor, a: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, scale = self.rows(b)
-        return b.float(), a.float(), scale, scale.new_ones(len(b), ragged.clients)
-
-    def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
-        blocks = ragged.pad(rows).double()
-        return blocks @ blocks.mT
-
-    def times(self, rows: Tensor, omega: Tensor) -> Tensor:
-        return (rows @ omega.to(rows.dtype)).double()
-
-    def lift(self, rows: Tensor, z: Tensor) -> Tensor:
-        return rows.mT @ z.to(rows.dtype)
-
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return y @ c.to(y.dtype)
-
-    def inner(self, y: Tensor, z: Tensor) -> Tensor:
-        return y.double().mT @ z.double()
-
-    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
-        unit = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-        size = g.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
-        r, _ = torch.linalg.cholesky_ex(g + drop * size * unit, upper=True)
-        return torch.linalg.solve_triangular(r, unit.expand_as(r), upper=True)
-
-
-@dataclass(frozen=True, eq=False)
-class Stacks:
-    """One shape's modules, as `peers` wants a population: b, a, coef of the first module."""
-
-    pair: tuple[Tensor, Tensor]
-    offsets: Tensor
-    weights: Tensor
-    scaling: Tensor
-
-    @property
-    def first(self) -> Any:
-        class One:
-            b, a = (x[0].float() for x in self.pair)
-            coef = self.weights.repeat_interleave(self.offsets.diff().cuda())[:, None]
-
-        return One
-
-
-def stacks(case: Case, ranks: list[int], dtype: torch.dtype) -> list[Stacks]:
-    rng = torch.Generator(device="cuda").manual_seed(0)
-    each = [ranks[i % len(ranks)] for i in range(case.clients)]
-    offsets = torch.tensor([0, *each]).cumsum(0)
-    weights = torch.full((case.clients,), 1 / case.clients, device="cuda")
-    out = []
-    for (d_out, d_in), modules in case.shapes.items():
-        b, a = (
-            torch.randn(modules, sum(each), d, generator=rng, device="cuda", dtype=dtype)
-            for d in (d_out, d_in)
-        )
-        out.append(Stacks((b, a), offsets, weights, torch.ones_like(weights)))
-    return out
-
-
-def device_ms(call: Callable[[], object], rounds: int = ROUNDS, cold: bool = False) -> float:
-    """Median device milliseconds of a call; cold: L2 is overwritten before each."""
-    flush = torch.empty(L2_BYTES // 4, device="cuda")
-    times = []
-    for _ in range(rounds):
-        if cold:
-            flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return median(times)
+SQUARE = (4096, 4096)
+RANK = 64
+# Modules of each shape, and clients.
+CASES = {
+    "7B, K = 10": (LLAMA_7B, 10),
+    "7B, K = 100": (LLAMA_7B, 100),
+    "4096², K = 100": ({SQUARE: 1}, 100),
+}
 
 
 def copy_bandwidth() -> float:
     """Bytes a second of a large device copy, read and written: what floors are quoted against."""
     x, y = (torch.empty(2**28, device="cuda") for _ in range(2))
-    return 2 * x.nbytes / (device_ms(lambda: y.copy_(x)) * 1e-3)
-
-
-def replayed(call: Callable[[], object]) -> Callable[[], object]:
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return 2 * x.nbytes / (timed(lambda: y.copy_(x), "cuda", ROUNDS)["ms"] * 1e-3)
 
 
 def record(benchmark: Any, call: Callable[[], object], **described: Any) -> None:
@@ -176,14 +62,21 @@ def record(benchmark: Any, call: Callable[[], object], **described: Any) -> None
         cuda=torch.version.cuda or torch.version.hip,
         triton=triton.__version__,
         commit=measure.conditions()["commit"],
-        event_ms_warm=device_ms(call),
-        event_ms_cold=device_ms(call, cold=True),
+        event_ms_warm=timed(call, "cuda", ROUNDS)["ms"],
+        event_ms_cold=timed(call, "cuda", ROUNDS, cold=True)["ms"],
         peak_bytes=torch.cuda.max_memory_allocated(),
     )
 
 
+def one_shape(case: str, dtype: torch.dtype) -> Stacks:
+    """The modules of a case's first shape."""
+    shapes, count = CASES[case]
+    shape, modules = next(iter(shapes.items()))
+    return clients(shape, modules, count, 16, dtype, "cuda")
+
+
 def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
-    """By the Gram route, however many rows."""
+    """By the exact solver, however many rows."""
 
     def run(*args: Any, **settings: Any) -> Any:
         always = partial(patch.object, attribute="exact_limit", new=lambda rank: 2**31)
@@ -193,81 +86,40 @@ def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], Any]]:
-    """What makes each way's call; nothing is compiled or recorded before it is asked for."""
-    glora = torch.ops.glora.aggregate
-    plain = torch.no_grad()(Ops(TorchVocabulary(), fixed_steps=True).aggregate)
-
-    def each(aggregate: Callable[..., Any], **settings: Any) -> Callable[[], Any]:
-        return lambda: [
-            aggregate(*p.pair, p.offsets, p.weights, p.scaling, case.rank, **settings)
-            for p in parts
-        ]
-
-    return {
-        "adaptive (default)": lambda: each(glora),
-        "Gram": lambda: each(exact(glora)),
-        "captured": lambda: each(glora, power_iters=steps),
-        "captured, replayed": lambda: replayed(each(glora, power_iters=steps)),
-        "plain torch": lambda: each(plain, power_iters=steps),
-        "plain torch, compiled": lambda: each(
-            torch.compile(plain, dynamic=False), power_iters=steps
-        ),
-    }
-
-
-WAYS = {  # which depend on the number of power steps
-    "adaptive (default)": False, "Gram": False, "captured": True, "captured, replayed": True,
-    "plain torch": True, "plain torch, compiled": True,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("way", "steps"),
-    [(way, steps) for way, counted in WAYS.items() for steps in ((1, 2) if counted else (1,))],
-)
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_aggregate(benchmark, case, dtype, ranks, way, steps):
-    parts = stacks(case, RANKS[ranks], dtype)
-    rows = parts[0].pair[0].shape[1]
-    if way == "Gram" and rows > GRAM_ROWS:
-        pytest.skip(f"Gram route at N = {rows}: minutes")
-    arms = ways(parts, case, steps)
-    u, s, v, *_ = arms["captured"]()()[0]
-    other, t, w, *_ = arms["plain torch"]()()[0]
-    gap = (u[0].double() * s[0]) @ v[0].double().mT - (other[0].double() * t[0]) @ w[0].double().mT
-    assert float(gap.norm() / s[0].norm()) < 5e-2  # one mathematics, another rounding of ties
-    factors = sum(x.nbytes for p in parts for x in p.pair)
-    record(
-        benchmark, arms[way](), case=str(case), dtype=str(dtype), ranks=ranks, way=way,
-        steps=steps if WAYS[way] else None, factor_bytes=factors,
-        one_pass_floor_ms=1e3 * factors / copy_bandwidth(),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("way", ["Gram", "adaptive (default)", "captured, replayed"])
-@pytest.mark.parametrize("clients", [8, 16, 32, 64])
-def test_crossover(benchmark, clients, way):
+@pytest.mark.parametrize("way", ["exact", "adaptive (default)", "fixed steps, replayed"])
+@pytest.mark.parametrize("count", [8, 16, 32, 64])
+def test_crossover(benchmark, count, way):
     """Where N × N eigenproblems stop paying: N = 128 … 1024 rows of one 4096² module."""
-    case = Case("4096", {(4096, 4096): 1}, clients, 32)
-    call = ways(stacks(case, [16], torch.bfloat16), case, 1)[way]()
-    record(benchmark, call, case=str(case), dtype="torch.bfloat16", way=way, rows=16 * clients)
+    part, op = clients(SQUARE, 1, count, 16, torch.bfloat16, "cuda"), torch.ops.glora.aggregate
+    call = {
+        "exact": lambda: exact(op)(*part.arguments, 32),
+        "adaptive (default)": lambda: op(*part.arguments, 32),
+        "fixed steps, replayed": lambda: op(*part.arguments, 32, power_iters=1),
+    }[way]
+    call = replayed(call, "cuda") if "replayed" in way else call
+    record(
+        benchmark, call, case=f"4096², K = {count}", dtype="torch.bfloat16", way=way,
+        rows=16 * count,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("scheduled", ["all together", "by module"])
 def test_schedule(benchmark, scheduled):
     """128 modules in one call, or one after another so that each one's stacks stay in L2."""
-    case = Case("4096", {(4096, 4096): 128}, 100, 64)
-    (part,) = stacks(case, [16], torch.bfloat16)
-    b, a = part.pair
-    pieces = [part] if scheduled == "all together" else [
-        Stacks((b[l : l + 1], a[l : l + 1]), part.offsets, part.weights, part.scaling)
-        for l in range(128)
-    ]  # fmt: skip
-    call = ways(pieces, case, 1)["captured, replayed"]()
-    record(benchmark, call, case=str(case), dtype="torch.bfloat16", way=scheduled)
+    part = clients(SQUARE, 128, 100, 16, torch.bfloat16, "cuda")
+    b, a, *rest = part.arguments
+    pieces = (
+        [(b, a)] if scheduled == "all together" else list(zip(b.split(1), a.split(1), strict=True))
+    )
+
+    def call() -> None:
+        for pair in pieces:
+            torch.ops.glora.aggregate(*pair, *rest, RANK, power_iters=1)
+
+    record(
+        benchmark, replayed(call, "cuda"), case="128 × 4096², K = 100", dtype="torch.bfloat16",
+        way=scheduled,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", ["eigh", "svd", "torch eigh", "torch svd"])
@@ -290,43 +142,22 @@ def test_small_problems(benchmark, n, modules, problem):
     record(benchmark, solve, case=f"{modules} × {n}²", dtype="torch.float64", way=problem)
 
 
-@pytest.mark.parametrize("peer", ["implicit randomized SVD", "stacked QR", "dense, svd_lowrank",
-                                  "dense, linalg.svd"])  # fmt: skip
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.shapes) == 1], ids=str)
-def test_peers(benchmark, case, peer):
-    """Other answers (the best rank R of the mean), on one module; glora's rows stand beside."""
-    (part,) = stacks(case, RANKS["uniform"], torch.float32)
-    p, lapack = part.first, peers.Lapack()
-    om = peers.omega(p.a.shape[1], case.rank + peers.OVERSAMPLE).cuda()
-    call = {
-        "implicit randomized SVD": lambda: peers.randomized_svd(p, case.rank, 2, om, lapack),
-        "stacked QR": lambda: peers.stacked_qr(p, case.rank, lapack),
-        "dense, svd_lowrank": lambda: peers.dense_lowrank(p, case.rank),
-        "dense, linalg.svd": lambda: peers.dense_svd(p, case.rank),
-    }[peer]
-    ours = torch.ops.glora.aggregate(
-        *part.pair, part.offsets, part.weights, part.scaling, case.rank, "update"
-    )[1][0]
-    assert float((call()[1] - ours).norm() / ours.norm()) < 0.1  # a flat spectrum, two steps
-    record(benchmark, call, case=str(case), way=peer, dtype="torch.float32")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kernel", ["sketch", "times", "accumulate", "core"])
-@pytest.mark.parametrize("case", CASES[:3], ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_pass_kernels(benchmark, case, kernel, dtype):
     """Bytes that must move, their floor at the measured copy bandwidth, and the share reached."""
     from glora_ops.kernels import core, product, sketch
 
-    part = stacks(case, [16], dtype)[0]
-    b, a = part.pair
-    marks, k = part.offsets.cuda(), min(2 * case.rank, 128)
+    part, k = one_shape(case, dtype), 2 * RANK
+    b, a = part.b, part.a
+    marks = part.offsets.cuda()
     tests = [torch.ones(k, x.shape[-1], device="cuda", dtype=dtype).mT for x in (b, a)]
     y = torch.randn(b.shape[0], k, b.shape[-1], device="cuda").mT
     z = torch.randn(*b.shape[:2], k, device="cuda")
-    u, v = (torch.randn(x.shape[0], case.rank, x.shape[-1], device="cuda").mT for x in (b, a))
+    u, v = (torch.randn(x.shape[0], RANK, x.shape[-1], device="cuda").mT for x in (b, a))
     coef = torch.ones(b.shape[:2], device="cuda", dtype=torch.float64)
-    columns = {"sketch": 2 * k, "times": k, "accumulate": k, "core": 2 * case.rank}[kernel]
+    columns = {"sketch": 2 * k, "times": k, "accumulate": k, "core": 2 * RANK}[kernel]
     call, moved = {
         "sketch": (
             lambda: sketch.launch_sketch([b, a], marks, 16, tests),
@@ -340,6 +171,6 @@ def test_pass_kernels(benchmark, case, kernel, dtype):
         ),
     }[kernel]
     floor = 1e3 * moved / copy_bandwidth()
-    record(benchmark, call, case=str(case), way=kernel, dtype=str(dtype), bytes=moved,
+    record(benchmark, call, case=case, way=kernel, dtype=str(dtype), bytes=moved,
            flops=2 * b.shape[0] * b.shape[1] * b.shape[2] * columns, floor_ms=floor,
-           share_of_copy=floor / device_ms(call, cold=True))  # fmt: skip
+           share_of_copy=floor / timed(call, "cuda", ROUNDS, cold=True)["ms"])  # fmt: skip

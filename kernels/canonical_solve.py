@@ -85,11 +85,11 @@ def clean(T, b_W, kept, stride, n, N: tl.constexpr):
 def canonical_kernel(
     G_B, G_A, RANKS, T_U, T_V, SIGMA, SIZE, clients, stride, narrow, N: tl.constexpr
 ):
-    i_k = tl.program_id(0)
+    i_k = tl.program_id(0) % clients
     n = tl.load(RANKS + i_k).to(tl.int32)
     if (n <= narrow) | (n > N):
         return
-    i_b = tl.program_id(1).to(tl.int64) * clients + i_k
+    i_b = tl.program_id(0).to(tl.int64)
     G_B += i_b * stride * stride
     G_A += i_b * stride * stride
     T_U += i_b * stride * stride
@@ -158,7 +158,7 @@ def launch_canonical_solve(
     narrow, block = 0, 16
     while narrow < width:
         launch(
-            canonical_kernel, (clients, modules),
+            canonical_kernel, (clients * modules,),
             gram_b, gram_a, ranks, t_u, t_v, sigma, size, clients, width, narrow, N=block,
             num_warps=JacobiConfig.for_size(block).num_warps, num_stages=1,
         )  # fmt: skip

@@ -23,6 +23,7 @@ KERNELS = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("GLORA_DEV
 collect_ignore_glob = [] if KERNELS else ["test_kernel_*.py"]
 
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **COMMON)
+settings.register_profile("quick", max_examples=10, derandomize=True, database=None, **COMMON)
 settings.register_profile("deep", max_examples=300, **COMMON)
 settings.load_profile(os.environ.get("GLORA_HYPOTHESIS_PROFILE", "ci"))
 

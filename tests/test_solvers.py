@@ -229,6 +229,24 @@ def test_the_norm_of_what_nearly_cancels_is_told(solver, basis, apart, condition
     assert Answer(solver, clients, 8, basis).stat("norm") == pytest.approx(size, rel=1e-3)
 
 
+@EVERY
+def test_weak_directions_vote_in_any_gauge(solver):
+    """Hard votes of directions at 1e-4 of the first, that terms a thousand times as long make."""
+    rng, (m, n), count, r = np.random.default_rng(0), (90, 80), 12, 4
+    clients = []
+    for _ in range(count):
+        u, v, left, right = (orthonormal(rng, d, r) for d in (m, n, r, r))
+        d = np.geomspace(1, 1e3, r)
+        b, a = (u * np.geomspace(1, 1e-4, r)) @ (left * d) @ right.T, (right / d) @ left.T @ v.T
+        clients.append((torch.from_numpy(b).float(), torch.from_numpy(a).float()))
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, unit = np.arange(1.0, count + 1) / 78, 2.0**-24
+    want = reference.aggregate(arrays, weights, np.ones(count), 6, "projector", unit_roundoff=unit)
+    assert not want.flagged
+    found = Answer(solver, clients, 6, "projector", weights)
+    assert norm(found.w_hat - want.w_hat) <= 1e-3 * norm(want.w_bar)
+
+
 @pytest.mark.parametrize("solver", ["iterative", "tall"])
 def test_steps_that_are_asked_for_are_taken(solver):
     """Gains of weak directions are below the rounding of the top; only a complete space ends."""

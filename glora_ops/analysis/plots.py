@@ -39,7 +39,7 @@ INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
 COLOURS = "viridis"  # of many lines, in order
 #: Of few lines: each tells from the others, also for most who see colours otherwise (Okabe, Ito).
 CATEGORIES = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00", "#9b8b00",
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00", "#882255",
 )  # fmt: skip
 HEAT = "Blues"
 MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..runtime.streams import steady
 from ..version import __version__
@@ -20,8 +21,21 @@ from .recipe import RecipeCommand
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; until the next version also the former spelling of one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["aggregate"] and "--update" in args[:-1]:
+            at = args.index("--update")
+            args = ["update", args[at + 1], *args[1:at], *args[at + 2 :]]
+            typer.echo("glora aggregate --update STATE is glora update STATE now", err=True)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="glora",
+    cls=_Commands,
     no_args_is_help=True,
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,

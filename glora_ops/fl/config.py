@@ -392,12 +392,11 @@ def load_config(
 
 
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set what stands under a dotted key; a section that is none is left for the checks."""
+    """Set what stands under a dotted key."""
     *sections, last = key.split(".")
     for name in sections:
         inner = content.setdefault(name, {})
-        if not isinstance(inner, dict):
-            return
+        require(isinstance(inner, dict), key, repr(value), f"a field: {name} is no section")
         content = inner
     content[last] = value
 

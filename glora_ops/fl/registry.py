@@ -73,7 +73,7 @@ def register_task(kind: str, task: TaskFactory) -> None:
 def find_method(name: str) -> type[Method]:
     """The method of that name; ours cannot be replaced."""
     found = METHODS.get(name) or _methods.get(name) or _installed(METHOD_GROUP, name)
-    names = [*METHODS, *_methods, *entry_points(group=METHOD_GROUP).names]
+    names = [*METHODS, *_methods, *sorted(entry_points(group=METHOD_GROUP).names)]
     require(found is not None, "kind", repr(name), f"one of {', '.join(names)}")
     return found  # type: ignore[no-any-return]  # what an entry point names
 
@@ -83,7 +83,7 @@ def find_task(kind: str) -> TaskFactory | None:
     if kind in OWN_TASKS:
         return None
     found = _tasks.get(kind) or _installed(TASK_GROUP, kind)
-    names = [*OWN_TASKS, *_tasks, *entry_points(group=TASK_GROUP).names]
+    names = [*OWN_TASKS, *_tasks, *sorted(entry_points(group=TASK_GROUP).names)]
     require(found is not None, "kind", repr(kind), f"one of {', '.join(names)}")
     return found  # type: ignore[no-any-return]  # what an entry point names
 

@@ -6,6 +6,7 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import isqrt
 
@@ -22,7 +23,7 @@ from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
 
-__all__ = ["TallSolver", "principal", "start_block"]
+__all__ = ["CANCELLED", "SIDES", "TallSolver", "has_long_terms", "principal", "start_block"]
 
 SIDES = ("left", "right")
 # Eigenvalues of a mean projector below this fraction of the top are rounding of fp32 products.
@@ -31,6 +32,8 @@ FLAT = 1e-12
 CHEAP = 2**28
 # ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
 CANCELLED = 2.0**-8
+# Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
+LONG = 2.0**8
 # Singular values over the largest below which their squares in fp64 leave vectors askew.
 WEAK = 1e-5
 
@@ -146,20 +149,15 @@ class TallSolver:
             sigma, norm, values, energies, max(left.steps, right.steps), True,
         )  # fmt: skip
 
-    def _iterate(
-        self, p: Tensor, warm: Tensor | None, rule: StopRule, norm2: Tensor | None = None
-    ) -> Ritz:
-        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω.
-
-        norm2 is ‖W‖² where it is known.
-        """
+    def _iterate(self, p: Tensor, warm: Tensor | None, rule: StopRule) -> Ritz:
+        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
         mean, settings = self.mean(p), self.settings
         first = start_block(self.a, "right", settings, warm)
         whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
         def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
-            if norm2 is not None or self._is_cheap:
-                return torch.maximum(self._norm2(p) if norm2 is None else norm2, seen)
+            if self._is_cheap:
+                return torch.maximum(self._norm2(p), seen)
             return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
@@ -233,6 +231,12 @@ def start_block(rows: Tensor, side: str, settings: Settings, *known: Tensor | No
     return torch.cat([*given, signs], -1) if given and count < d else signs
 
 
+def has_long_terms(v: Vocabulary, rows: Tensor, ragged: Ragged, t: Tensor) -> bool:
+    """Whether unit vectors T_iᵀ x_i are sums of terms so long that fp32 would round them away."""
+    terms = ragged.segment_sum((t.abs() * v.lengths(rows)[..., None]).amax(-1))
+    return bool((terms > LONG).any())
+
+
 def principal(
     v: Vocabulary,
     side: str,
@@ -254,7 +258,12 @@ def principal(
     mean : MeanUpdate, optional
         W̄ as it acts on this side's vectors, for their energies; all alike without.
     """
-    operator, count = MeanProjector(v, rows, ragged, voters), settings.columns
+    trace, count = voters.trace(ragged), settings.columns
+    if has_long_terms(v, rows, ragged, voters.t):
+        rows = v.turned(rows.double(), ragged, voters.t).to(working(rows.dtype))
+        own = torch.eye(ragged.max_rank).to(voters.t).expand(len(rows), ragged.clients, -1, -1)
+        voters = replace(voters, t=ragged.unpad(own))
+    operator = MeanProjector(v, rows, ragged, voters)
 
     def energies(x: Tensor, vectors: Tensor) -> Tensor:
         if mean is None:
@@ -263,7 +272,6 @@ def principal(
 
     first = start_block(rows, side, settings, voters.extra, *known)
     start = operator.apply(v.qr(operator.apply_t(first))[0])
-    trace = voters.trace(ragged)
     rule = StopRule(settings, False, torch.finfo(start.dtype).eps / 2, SETTLED, energies)
     ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
     values = fill(ritz.theta * (ritz.theta > FLAT * ritz.theta[..., :1]), count)
