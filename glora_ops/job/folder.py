@@ -26,6 +26,7 @@ __all__ = [
     "PLAN_NAME",
     "Job",
     "read_job",
+    "refuse_link",
     "sealed",
     "strangers",
     "unsealed",
@@ -96,7 +97,15 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Put JSON with its digest at `path`, in one step."""
+    refuse_link(path)
     write_text(path, json.dumps(sealed(content)))
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `GloraError` where what is written into a job would land somewhere else."""
+    for place in (path.parent, path):
+        require(not place.is_symlink(), "job", f"the link {str(place)!r}", "files of its own",
+                "remove the link", file=str(place))  # fmt: skip
 
 
 def unsealed(path: Path, kind: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..state import State
 from ..state_file import MARK, encode
 from ..state_file import read as read_state
 from .clients import Careful
-from .folder import Job, write_sealed
+from .folder import Job, refuse_link, write_sealed
 
 __all__ = ["cpu", "load_part", "make_part", "settings_of", "solve_part"]
 
@@ -90,6 +91,7 @@ def make_part(job: Job, found: Inspected, number: int) -> bool:
     seconds = time.monotonic() - begun
     try:
         path = job.part(number)
+        refuse_link(path)
         with new_file(path, ours) as building:
             save_tensors(tensors, building, metadata)
         receipt = {
@@ -103,8 +105,9 @@ def make_part(job: Job, found: Inspected, number: int) -> bool:
         write_sealed(job.receipt(number), receipt)
     except GloraError:
         # Two workers at one part write the same bytes; the second finds the first one's there.
-        if is_made(job, number):
-            return False
+        with suppress(GloraError):
+            if is_made(job, number):
+                return False
         raise
     return True
 

@@ -99,8 +99,10 @@ def plan(
     else:
         found = with_equal_copies(found, on_bad_client)
     about = sealed(_content(found, digests, max_file_bytes))
-    if place.is_dir() and (place / PLAN_NAME).is_file() and read_job(place).about == about:
-        return read_job(place)
+    if (place / PLAN_NAME).is_file():
+        require(read_job(place).about == about, "job", f"{str(place)!r}, which holds another plan",
+                "a new folder", "choose another, or remove it", file=str(place))  # fmt: skip
+        return Job(place, about)
     with claimed(place, strangers):
         check_free(place, strangers, overwrite=False)
         with new_folder(place, strangers, overwrite=False) as building:

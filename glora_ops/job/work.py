@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -142,11 +143,7 @@ def work(
         return outcome
     found = look_again(planned)
     _check(planned, found, unchecked, tell)
-    if len(planned.about["parts"]) == 1:  # as `solve` does: all threads
-        for number in todo:
-            make_part(planned, found, number)
-    else:
-        _make(planned, found, todo, tell)
+    _make(planned, found, todo, tell)
     outcome.made += [number for number in todo if number not in outcome.again]
     return outcome
 
@@ -191,7 +188,12 @@ def _check(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> No
 
 
 def _make(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> None:
-    with workers(torch.get_num_threads()) as pool:
-        for done, _ in enumerate(pool.map(partial(make_part, job, found), numbers), start=1):
+    """Make parts, one on each thread; one that is all there is on all of them, as `solve` does."""
+    make = partial(make_part, job, found)
+    sizes = [len(job.about["parts"][number]["modules"]) for number in numbers]
+    alone = len(job.about["parts"]) == 1
+    with nullcontext() if alone else workers(torch.get_num_threads()) as pool:
+        made = map(make, numbers) if pool is None else pool.map(make, numbers)
+        for done, _ in zip(accumulate(sizes), made, strict=True):
             release_freed()
-            tell("modules", done, len(numbers))
+            tell("modules", done, sum(sizes))

@@ -164,7 +164,7 @@ def test_another_plan_takes_nobodys_folder(clients: list[Path], tmp_path: Path) 
     job.plan(clients, tmp_path / "job")
     job.work(tmp_path / "job", 0, 1)
     before = files(tmp_path / "job")
-    with pytest.raises(GloraError, match="existing"):
+    with pytest.raises(GloraError, match="another plan"):
         job.plan(clients, tmp_path / "job", rank=3)
     assert files(tmp_path / "job") == before
 
@@ -241,6 +241,23 @@ def test_a_damaged_check_is_made_again(clients: list[Path], tmp_path: Path) -> N
         job.join(tmp_path / "job")
     job.work(tmp_path / "job", 0, 1)
     assert check.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["parts/00001.safetensors", "parts/00001.json", "parts"])
+def test_a_link_in_a_job_leads_no_worker_elsewhere(
+    clients: list[Path], tmp_path: Path, name: str
+) -> None:
+    job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    elsewhere = tmp_path / "elsewhere"
+    if name == "parts":
+        elsewhere.mkdir()
+        (tmp_path / "job" / name).rmdir()
+    else:
+        elsewhere.write_text("precious")
+    (tmp_path / "job" / name).symlink_to(elsewhere)
+    with pytest.raises(GloraError, match="remove the link"):
+        job.work(tmp_path / "job", 0, 1)
+    assert files(elsewhere) == {} if name == "parts" else elsewhere.read_text() == "precious"
 
 
 def test_parts_of_another_plan_are_not_taken(clients: list[Path], tmp_path: Path) -> None:
