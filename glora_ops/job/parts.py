@@ -28,7 +28,7 @@ from ..state_file import read as read_state
 from .clients import Careful
 from .folder import Job, refuse_link, write_sealed
 
-__all__ = ["cpu", "load_part", "make_part", "settings_of", "solve_part"]
+__all__ = ["is_made", "load_part", "make_part"]
 
 #: Of `aggregate`, what a state's settings hold beside the rank, and in this order.
 _KEPT = (
@@ -73,8 +73,8 @@ def solve_part(job: Job, found: Inspected, number: int) -> State:
     return State({m: solved[m] for m in modules}, names, tuple(weights), settings, means)
 
 
-def make_part(job: Job, found: Inspected, number: int) -> bool:
-    """Compute a part and put it into its files; False where another worker has meanwhile."""
+def make_part(job: Job, found: Inspected, number: int) -> None:
+    """Compute a part and put it into its files."""
     begun = time.monotonic()
     state = solve_part(job, found, number)
     tensors, metadata = encode(
@@ -107,9 +107,8 @@ def make_part(job: Job, found: Inspected, number: int) -> bool:
         # Two workers at one part write the same bytes; the second finds the first one's there.
         with suppress(GloraError):
             if is_made(job, number):
-                return False
+                return
         raise
-    return True
 
 
 def is_made(job: Job, number: int) -> bool:

@@ -61,6 +61,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"basis": "update", "rank": 5, "seed": 3},
     {"basis": "update", "normalise": False, "weights": [1.0, 0.5, 2.0, 0.25]},
+    {"include": ["q_proj", "v_proj"], "exclude": ["*.layers.0.*"], "max_bytes": 4_000},
     {"missing": "renormalise", "tau_rel": 0.2, "oversample": 4, "client_statistics": True},
 ]
 
@@ -77,7 +78,7 @@ def test_a_job_gives_the_bytes_of_one_process(
     expected = saved(aggregate_adapters(clients, **how), tmp_path / "state.safetensors")
     weights = how.pop("weights", None)
     planned = job.plan(clients, tmp_path / "job", weights, **how)
-    assert len(planned.about["parts"]) > 3
+    assert len(planned.about["parts"]) > 1
     for index in (2, 0, 1):
         job.work(tmp_path / "job", index, 3)
     assert saved(job.join(tmp_path / "job"), tmp_path / "state.safetensors") == expected
