@@ -19,7 +19,7 @@ from ..runtime.outputs import ours
 from ..runtime.threads import release_freed, workers
 from .clients import look_again
 from .folder import FOLDERS, Job, read_job, write_sealed
-from .parts import is_made, make_part
+from .parts import device_of, is_made, make_part
 
 __all__ = ["Share", "Worked", "share", "work"]
 
@@ -141,9 +141,10 @@ def work(
     unchecked = [number for number in checks if not _is_checked(planned, number)]
     if not todo and not unchecked:
         return outcome
+    device = device_of(planned)
     found = look_again(planned)
     _check(planned, found, unchecked, tell)
-    _make(planned, found, todo, tell)
+    _make(planned, found, device, todo, tell)
     outcome.made += [number for number in todo if number not in outcome.again]
     return outcome
 
@@ -187,12 +188,14 @@ def _check(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> No
         raise Refused(refusals)
 
 
-def _make(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> None:
-    """Make parts, one on each thread; one that is all there is on all of them, as `solve` does."""
-    make = partial(make_part, job, found)
+def _make(
+    job: Job, found: Inspected, device: torch.device, numbers: list[int], tell: Progress
+) -> None:
+    """Make parts as `solve` runs batches: one a thread; a single one, or on a GPU, in turn."""
+    make = partial(make_part, job, found, device)
     sizes = [len(job.about["parts"][number]["modules"]) for number in numbers]
-    alone = len(job.about["parts"]) == 1
-    with nullcontext() if alone else workers(torch.get_num_threads()) as pool:
+    in_turn = len(job.about["parts"]) == 1 or device.type != "cpu"
+    with nullcontext() if in_turn else workers(torch.get_num_threads()) as pool:
         made = map(make, numbers) if pool is None else pool.map(make, numbers)
         for done, _ in zip(accumulate(sizes), made, strict=True):
             release_freed()

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from glora_ops import batches, job
 from glora_ops.cli import app
 from glora_ops.errors import GloraError, GloraWarning, Refused
+from glora_ops.job.parts import device_of
 from glora_ops.merging.aggregate import aggregate_adapters
 from glora_ops.state import State
 
@@ -278,7 +279,7 @@ def test_parts_of_different_processors_are_not_mixed(
 ) -> None:
     job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
     job.work(tmp_path / "job", 0, 2)
-    monkeypatch.setattr("glora_ops.job.parts.cpu", lambda: "abacus")
+    monkeypatch.setattr("glora_ops.job.parts.processor", lambda device: "abacus")
     job.work(tmp_path / "job", 1, 2)
     with pytest.raises(Refused, match="abacus"):
         job.join(tmp_path / "job")
@@ -403,3 +404,36 @@ def test_no_worker_holds_more_factors_than_of_a_part_for_each_of_its_threads(
     job.work(tmp_path / "job", 0, 1)
     largest = max(part["bytes"] for part in planned.about["parts"])
     assert largest <= most <= torch.get_num_threads() * largest
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [({}, "cuda:0"), ({"LOCAL_RANK": "3"}, "cuda:3"), ({"SLURM_LOCALID": "1"}, "cuda:1")],
+)
+def test_of_several_gpus_each_worker_takes_that_of_its_local_rank(
+    clients: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    place: str,
+) -> None:
+    monkeypatch.setattr("glora_ops.job.parts.available", torch.device)
+    planned = job.plan(clients, tmp_path / "job", device="cuda")
+    assert device_of(planned, environment) == torch.device(place)
+
+
+def test_parts_for_a_gpu_are_its_batches(
+    clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["glora_ops.job.plan"], "BATCH_BYTES", 1)
+    cpu, gpu = (job.plan(clients, tmp_path / name, device=name).about for name in ("cpu", "cuda"))
+    assert (len(cpu["parts"]), len(gpu["parts"])) == (12, 4)  # a module each; one for each shape
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_by_name(clients: list[Path], tmp_path: Path) -> None:
+    job.plan(clients, tmp_path / "job", device="cuda")
+    with pytest.raises(GloraError, match=r"'cuda:0'.*that torch has here"):
+        job.work(tmp_path / "job", 0, 1)
+    with pytest.raises(Refused, match="local rank"):
+        job.plan(clients, tmp_path / "other", device="cuda:1")
