@@ -25,7 +25,7 @@ from ..merging.aggregate import (
 )
 from ..merging.modules_to_save import dense_holders
 from ..runtime.outputs import apart, check_free, claimed, new_folder
-from .folder import FOLDERS, PLAN_NAME, Job, read_job, sealed, strangers
+from .folder import FOLDERS, PLAN_NAME, Job, check_fit, read_job, sealed, strangers
 
 __all__ = ["plan"]
 
@@ -80,18 +80,19 @@ def plan(
     tell: Progress = progress or (lambda step, done, total: None)
     arguments = _DEFAULTS | settings
     refusals = list(known)
-    once = "a job computes every module once, by itself"
     device = arguments.pop("device", "cpu")
     with listing(refusals):
         require(device in DEVICES, "device", repr(device), f"one of {DEVICES}",
                 "of several GPUs each worker takes the one of its local rank")  # fmt: skip
-    for name, unfit, remedy in (
+    for name, refused, remedy in (
         ("rank", "auto", "find the rank by aggregating a few clients, and give it"),
         ("robust", arguments.get("robust"), "a verdict needs all modules first: aggregate as one"),
+        ("warm", arguments.pop("warm", None), "aggregate as one"),
+        ("scratch", arguments.pop("scratch", None), "aggregate as one, or with more memory"),
     ):
-        given = arguments.get(name)
         with listing(refusals):
-            require(given is None or given != unfit, name, repr(given), once, remedy)
+            require(refused is None or settings.get(name) != refused, name, repr(refused),
+                    "a job, which computes every module once, by itself", remedy)  # fmt: skip
     place = Path(os.path.realpath(job))
     with listing(refusals):
         apart(job, [f.path if isinstance(f, Place) else f for f in folders])
@@ -105,6 +106,7 @@ def plan(
     else:
         found = with_equal_copies(found, on_bad_client)
     about = sealed(_content(found, digests, max_file_bytes, device))
+    check_fit(about, "plan", place, "leave out what aggregate_adapters does not know")
     if (place / PLAN_NAME).is_file():
         require(read_job(place).about == about, "job", f"{str(place)!r}, which holds another plan",
                 "a new folder", "choose another, or remove it", file=str(place))  # fmt: skip
@@ -138,7 +140,7 @@ def _content(
     unread = [i for i in found.clients if i not in digests]
     return {
         "format_version": 1,
-        "arguments": {k: v for k, v in found.arguments.items() if k != "scratch"},
+        "arguments": found.arguments,
         "device": device,
         "rank": found.arguments.get("rank") or 2 * largest,
         "max_file_bytes": max_file_bytes,

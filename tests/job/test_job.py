@@ -299,12 +299,18 @@ def test_a_damaged_plan_is_refused(clients: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"), [({"rank": "auto"}, "rank"), ({"robust": "gate"}, "robust")]
+    ("settings", "message"),
+    [
+        ({"rank": "auto"}, "rank.*every module once"),
+        ({"robust": "gate"}, "robust.*every module once"),
+        ({"scratch": "/tmp"}, "scratch.*every module once"),
+        ({"basics": "update"}, r"arguments\.basics"),
+    ],
 )
-def test_what_needs_all_modules_at_once_is_refused_by_name(
-    clients: list[Path], tmp_path: Path, settings: dict[str, Any], name: str
+def test_what_no_job_has_is_refused_by_name(
+    clients: list[Path], tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(Refused, match=f"{name} cannot be used.*every module once"):
+    with pytest.raises(GloraError, match=message):
         job.plan(clients, tmp_path / "job", **settings)
     assert not (tmp_path / "job").exists()
 
