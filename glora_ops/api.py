@@ -21,7 +21,7 @@ from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
 from .values import value_fault
 
-__all__ = ["aggregate"]
+__all__ = ["aggregate", "available"]
 
 Client = Factors | Mapping[str, Factors] | Source
 Progress = Callable[[int, int], None]
@@ -169,7 +169,7 @@ def aggregate(
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, sources, names)
-    place = _device(sources, names) if device is None else _available(device)
+    place = _device(sources, names) if device is None else available(device)
     _check_values(sources, names)
     check_ranks(sources, settings)
 
@@ -318,7 +318,7 @@ def _device(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
     return next(iter(found))
 
 
-def _available(device: str | torch.device) -> torch.device:
+def available(device: str | torch.device) -> torch.device:
     """A device on which a tensor can be made."""
     try:
         found = torch.device(device)

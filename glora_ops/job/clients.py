@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from ..adapters.aligned_names import align_names
 from ..adapters.config import CONFIG_NAME
 from ..adapters.places import Place
 from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
-from ..errors import Refusal, Refusals, Refused
+from ..batches import check_ranks
+from ..errors import Refusal, Refusals, Refused, require
 from ..merging.aggregate import Inspected
 from ..merging.selection import select
 from ..values import value_fault
@@ -62,15 +63,28 @@ def look_again(job: Job) -> Inspected:
     patterns = arguments.get("include", ()), arguments.get("exclude", ())
     chosen = [select(adapter, *patterns) if any(patterns) else adapter for adapter in aligned]
     readable = dict(zip(readable, chosen, strict=True))
+    clients = {i: adapter for i, adapter in readable.items() if entries[i]["kept"]}
+    _check_parts(job, list(clients.values()))
     weights = [entry["weight"] for entry in entries]
     return Inspected(
         places,
         None if None in weights else weights,
-        {i: adapter for i, adapter in readable.items() if entries[i]["kept"]},
+        clients,
         readable,
         defaultdict(Refusals),
         arguments,
     )
+
+
+def _check_parts(job: Job, adapters: Sequence[Adapter]) -> None:
+    """Raise `GloraError` where a plan is not one of these clients, which an edited one may be."""
+    about = job.about
+    for what in ("modules", "dense"):
+        held = {name for adapter in adapters for name in getattr(adapter, what)}
+        planned = {name for part in about["parts"] for name in part[what]}
+        require(held == planned, "plan", f"{len(planned)} {what}", f"the clients' {len(held)}",
+                "plan a new job", file=str(job.folder))  # fmt: skip
+    check_ranks(adapters, about["arguments"] | {"rank": about["rank"]})
 
 
 class Careful(Adapter):
