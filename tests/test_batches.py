@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glora_ops as glora
 from glora_ops import State, batches
 from glora_ops.batches import BATCH_BYTES, PADDING, plan
+from glora_ops.runtime.arena import LINE, Arena
 from glora_ops.runtime.threads import workers
 
 pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
@@ -157,6 +158,61 @@ def test_no_more_is_stacked_than_was_allowed(
     largest = plan([Counting(c) for c in clients], list(clients[0]), small)[0].bytes
     assert 0 < peak <= (max_bytes or max(2 * largest, 3 * small))
     assert alive == 0
+
+
+def test_all_stacks_lie_in_one_block_of_memory_each_on_a_cache_line(
+    threads: None, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What batches hand on need not be had from the system again; results have their own."""
+    torch.set_num_threads(2)
+    places: list[tuple[int, int]] = []
+    plain = batches._stack
+
+    def seen(*arguments: object) -> list[Tensor]:
+        stacks = plain(*arguments)
+        places.extend((x.untyped_storage().data_ptr(), x.data_ptr()) for x in stacks[:2])
+        return stacks
+
+    monkeypatch.setattr(batches, "_stack", seen)
+    state = glora.aggregate(model(layers=8), rank=4)
+    blocks, starts = zip(*places, strict=True)
+    assert len(places) > 10
+    assert len(set(blocks)) == 1
+    assert len(set(starts)) < len(starts)
+    assert not any(start % LINE for start in starts)
+    assert all(m.u.untyped_storage().data_ptr() not in blocks for m in state.modules.values())
+
+
+@pytest.mark.parametrize("robust", [None, "gate"])
+def test_what_is_read_beside_the_workers_is_stacked_on_one_thread(
+    threads: None, small: int, robust: str | None
+) -> None:
+    """A copy on two would wait at every end for a core that a worker has."""
+    torch.set_num_threads(2)
+    counts: set[int] = set()
+
+    class Watching(Counting):
+        def factors(self, module: str) -> tuple[Tensor, Tensor]:
+            counts.add(torch.get_num_threads())
+            return super().factors(module)
+
+    glora.aggregate([Watching(client) for client in model()], rank=4, robust=robust)
+    assert counts == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_an_arena_gives_the_first_gap_and_takes_it_back() -> None:
+    arena = Arena(1000)
+    one, two, three = arena.take(100), arena.take(300), arena.take(400)
+    assert [x.storage_offset() for x in (one, two, three)] == [0, 128, 448]
+    assert arena.take(200) is None
+    arena.give_back(two)
+    assert arena.take(321) is None
+    assert arena.take(320).storage_offset() == 128
+    arena.give_back(three)
+    assert arena.take(552).storage_offset() == 448
+    arena.give_back(one)
+    assert arena.take(100).storage_offset() == 0
 
 
 def test_every_module_of_a_source_is_read_once(small: int) -> None:

@@ -42,7 +42,7 @@ from .modules_to_save import (
     without_mean,
 )
 
-__all__ = ["Progress", "aggregate_adapters", "merge"]
+__all__ = ["Progress", "aggregate_adapters"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -134,6 +134,7 @@ def merge(
 ) -> State:
     """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
 
+    Not public: for the command line and `renew`, whose own refusals belong into the same list.
     `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
     is not the same any more is refused.
@@ -187,8 +188,9 @@ def merge(
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
     if good and not common:
         voices, _ = _voices(good, weights)
-        with listing(common):
-            check_weights(voices, [adapter.name for adapter in good.values()], settings)
+        if weights is None or len(good) < len(places):  # otherwise they have been checked
+            with listing(common):
+                check_weights(voices, [adapter.name for adapter in good.values()], settings)
         common += without_mean(list(good.values()), voices)
     clients = _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
