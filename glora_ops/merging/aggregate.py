@@ -228,6 +228,7 @@ def merge(
         progress=tell_modules,
         **settings,
     )
+    release_freed()  # the stacks' memory, before anything else is made
     holders = dense_holders(adapters)
     means = dense_means(adapters, holders, heeded(state, voices), tell)
     copies, uneven = base_copies(adapters)
