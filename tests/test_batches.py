@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from glora_ops import State, batches
 from glora_ops.batches import BATCH_BYTES, PADDING, plan
 from glora_ops.runtime.arena import LINE, Arena
 from glora_ops.runtime.threads import workers
+from glora_ops.values import value_faults
 
 pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
 SHAPES = {"q": (96, 80), "k": (64, 80), "up": (120, 96)}
@@ -339,6 +341,29 @@ def test_factors_elsewhere_stay_there() -> None:
     # The extent of every factor; eigenvalues, stats and client stats of each module; no more.
     pairs = sum(len(client) for client in clients)
     assert sum(mode.back) == 2 * 2 * pairs + len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+def test_values_are_judged_with_one_call_a_tensor() -> None:
+    """Whatever a dispatch costs, a model has thousands of tensors."""
+
+    class Calls(TorchDispatchMode):
+        names: list[str]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for clients in (2, 5):
+        pairs = [x for i in range(clients) for x in factors(i, 2, 9, 8)]
+        with Calls() as calls:
+            calls.names = []
+            assert value_faults(pairs) == [None] * len(pairs)
+        counts.append(len(calls.names))
+    assert counts[1] - counts[0] == 2 * 3
+    pairs[3][1, 2], pairs[7][0, 0] = math.nan, -math.inf
+    found = [i for i, fault in enumerate(value_faults(pairs)) if fault is not None]
+    assert found == [3, 7]
 
 
 @pytest.mark.parametrize("value", [2.0**101, -(2.0**-101)])
