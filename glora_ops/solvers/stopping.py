@@ -200,8 +200,7 @@ def subspace_iteration(
 
 def _holds_all(images: Images, theta: Tensor) -> bool:
     """Whether an orthonormal block is wider than the operator's range: no step finds more."""
-    values = _numbers(theta)
-    return images.gram is None and bool((values[..., -1] <= EMPTY * values[..., 0]).all())
+    return images.gram is None and not _is_resolved(theta, EMPTY)
 
 
 def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor, bool]:
@@ -209,19 +208,23 @@ def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor, bool]:
 
     Columns of s without length in gram are zero (12.1).
     """
-    energy, apart = images.energy, True
-    basis = torch.eye(energy.shape[-1], dtype=energy.dtype, device=energy.device)
-    if images.gram is not None:
-        lower, failed = cholesky_ex(images.gram)
-        pivots, lengths2 = (_numbers(x.diagonal(0, -2, -1)) for x in (lower, images.gram))
-        apart = not failed.any() and pivots.min() ** 2 > DROP * lengths2.max()
-        if apart:
-            basis = torch.linalg.solve_triangular(lower, basis, upper=False).mT
-        else:
-            length2, basis = v.eigh(images.gram)
-            kept = length2 > DROP * length2[..., :1]
-            basis = basis * (kept / positive(length2).sqrt())[..., None, :]
-        energy = basis.mT @ energy @ basis
-    theta, turn = v.eigh(energy)
+    if images.gram is None:
+        theta, vectors = v.eigh(images.energy)
+        return theta, vectors, _is_resolved(theta)
+    lower, failed = cholesky_ex(images.gram)
+    pivots, lengths2 = (_numbers(x.diagonal(0, -2, -1)) for x in (lower, images.gram))
+    apart = not failed.any() and pivots.min() ** 2 > DROP * lengths2.max()
+    if apart:
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        basis = torch.linalg.solve_triangular(lower, one, upper=False).mT
+    else:
+        length2, basis = v.eigh(images.gram)
+        kept = length2 > DROP * length2[..., :1]
+        basis = basis * (kept / positive(length2).sqrt())[..., None, :]
+    theta, turn = v.eigh(basis.mT @ images.energy @ basis)
+    return theta, basis @ turn, apart and _is_resolved(theta)
+
+
+def _is_resolved(theta: Tensor, least: float = DROP) -> bool:
     values = _numbers(theta)
-    return theta, basis @ turn, apart and bool((values[..., -1] > DROP * values[..., 0]).all())
+    return bool((values[..., -1] > least * values[..., 0]).all())
