@@ -99,6 +99,7 @@ class StopRule:
         self.rank, self.tol = settings.rank, settings.tol
         self.settled, self.weigh, self.half = settled, weigh, half
         self.patience, self.flat = patience, False
+        self.drawn = True  # a first block of random columns alone
         self.adaptive = settings.power_iters < 0
         self.limit = (1 + half) * (most if self.adaptive else settings.power_iters)
         self.power = 1.0 if half else 2.0
@@ -116,7 +117,7 @@ class StopRule:
         lead, spare = values[..., : self.rank], values[..., self.rank :].sum(-1)
         found = lead.sum(-1)
         outside = np.maximum(all_there_is - found - spare, 0)
-        if self.settled is None:  # (12.8)
+        if self.settled is None and self.drawn:  # (12.8)
             share = self.rank / max(values.shape[-1] - 1, self.rank)
             outside = np.minimum(outside, spare + share * outside)
         if self._little(outside, found, all_there_is):
