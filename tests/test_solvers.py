@@ -249,7 +249,7 @@ def test_weak_directions_vote_in_any_gauge(solver):
 
 @pytest.mark.parametrize("solver", ["iterative", "tall"])
 def test_what_all_clients_share_is_found_without_a_power_step(solver):
-    """What a first block has missed is what rank R must leave, so that no step is worth its cost."""
+    """What a first block has missed is what rank R must leave: no step is worth its cost."""
     rng = np.random.default_rng(0)
     clients = stored(rng, shared(rng, count=20, m=180, n=170, noise=0.085))
     mean = sum(b.double().numpy() @ a.double().numpy() for b, a in clients) / 20

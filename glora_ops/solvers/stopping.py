@@ -105,7 +105,7 @@ class StopRule:
         self.power = 1.0 if half else 2.0
         self.jitter = JITTER * roundoff
         self.asked = -1
-        self.before: Tensor | None = None
+        self.before: np.ndarray | None = None
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1

@@ -149,15 +149,20 @@ class TallSolver:
             sigma, norm, values, energies, max(left.steps, right.steps), True,
         )  # fmt: skip
 
-    def _iterate(self, p: Tensor, warm: Tensor | None, rule: StopRule) -> Ritz:
-        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
+    def _iterate(
+        self, p: Tensor, warm: Tensor | None, rule: StopRule, norm2: Tensor | None = None
+    ) -> Ritz:
+        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω.
+
+        norm2 is ‖W‖² where it is known.
+        """
         mean, settings = self.mean(p), self.settings
         first, rule.drawn = start_block(self.a, "right", settings, warm), warm is None
         whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
         def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
-            if self._is_cheap:
-                return torch.maximum(self._norm2(p), seen)
+            if norm2 is not None or self._is_cheap:
+                return torch.maximum(self._norm2(p) if norm2 is None else norm2, seen)
             return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
