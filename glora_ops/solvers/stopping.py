@@ -117,7 +117,7 @@ class StopRule:
         lead, spare = values[..., : self.rank], values[..., self.rank :].sum(-1)
         found = lead.sum(-1)
         outside = np.maximum(all_there_is - found - spare, 0)
-        if self.settled is None and self.drawn:  # (12.8)
+        if self.settled is None and self.drawn:  # (12.6)
             share = self.rank / max(values.shape[-1] - 1, self.rank)
             outside = np.minimum(outside, spare + share * outside)
         if self._little(outside, found, all_there_is):
@@ -139,11 +139,11 @@ class StopRule:
         if self.settled is None:
             return True
         energy = lead if self.weigh is None else _numbers(self.weigh(x, vectors[..., : self.rank]))
-        turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.6)
+        turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.7)
         return bool((turn < self.settled * self.tol**2 * np.maximum(energy.sum(-1), TINY)).all())
 
     def _little(self, gain: np.ndarray, found: np.ndarray, total: np.ndarray) -> bool:
-        """Whether a gain in energy is too small to matter, in captured and in error (12.7)."""
+        """Whether a gain in energy is too small to matter, in captured and in error (12.8)."""
         error, left = (
             np.sqrt(np.maximum(1 - x / np.maximum(total, TINY), 0)) for x in (found, found + gain)
         )
