@@ -71,10 +71,9 @@ class IterativeSolver(TallSolver):
         lead = self._leading(p, norm2, self._pull(1, start), ANCHORED)
         if lead.sigma[0, self.settings.rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
             return lead
-        # A half-step on tall blocks takes from rounding the size that would earn it votes.
-        wt, left = self.mean(p).next, self._lift(0, lead.x)
-        ritz = subspace_iteration(self.v, wt, left, rule, _at_least(norm2))
-        return self._in_coordinates(p, ritz)
+        # Tall blocks take from rounding the size that would earn it votes.
+        right = self.v.qr(self._lift(1, lead.y))[0]
+        return self._in_coordinates(p, self._iterate(p, right, rule, norm2))
 
     def _in_coordinates(self, p: Tensor, ritz: Ritz) -> Triplets:
         far = self._triplets(ritz)
