@@ -35,7 +35,7 @@ def slow(request: pytest.FixtureRequest) -> bool:
 def rounds_of(case: Case) -> int:
     """By size: six minutes for everything."""
     numbers = case.rows * (case.d_out + case.d_in)
-    return 30 if numbers < 2**20 else 15 if numbers < 2**23 else 9
+    return 30 if numbers < 2**20 else 15 if numbers < 2**22 else 7
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def picture(rows: list[Row], path: Path) -> None:
     height = 3.3 * len(cases) + 1.5
     fig, grid = plt.subplots(len(cases), 2, figsize=(18, height), squeeze=False)
     fig.subplots_adjust(
-        left=0.145, right=0.855, top=1 - 1.25 / height, bottom=1.15 / height, wspace=1.16,
+        left=0.165, right=0.86, top=1 - 1.25 / height, bottom=1.15 / height, wspace=1.4,
         hspace=0.62,
     )  # fmt: skip
     for line, case in zip(grid, cases, strict=True):

@@ -63,7 +63,7 @@ def test_growth(solver: str, axis: str, value: int, basis: str, benchmark: Any) 
     held = {name: stats[name] for name in ("captured", "attainable")}
     held["captured_of_optimum"] = held["captured"] / held["attainable"]
     assert held["captured_of_optimum"] > 0.9
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(call, rounds=4, warmup_rounds=1)
     benchmark.extra_info.update(
         growth=solver, axis=axis, value=value, basis=basis, case=str(case), op="aggregate",
         predicted=predicted(solver, case), **held, **conditions(),

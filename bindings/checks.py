@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import BoundArguments, Parameter
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from glora_ops.errors import require
 from glora_ops.packing import FLOATS, shown
+
+if TYPE_CHECKING:
+    from .library import Op
 
 REALS = (*FLOATS, torch.int64, torch.int32)
 
@@ -107,11 +109,11 @@ def spectrum(u: Tensor, s: Tensor, v: Tensor) -> None:
     floats("s", s, fits, shape)
 
 
-def numbers(call: BoundArguments) -> None:
+def numbers(call: Op) -> None:
     """Every argument that `NUMBERS` knows."""
-    for name, value in call.arguments.items():
+    for name in call.arguments:
         if name in NUMBERS:
-            holds, expected = NUMBERS[name]
-            default = call.signature.parameters[name].default
-            remedy = "" if default is Parameter.empty else f"{default!r} is the default"
+            value, (holds, expected) = getattr(call, name), NUMBERS[name]
+            default = getattr(type(call), name, None)
+            remedy = "" if default is None else f"{default!r} is the default"
             require(holds(value), name, repr(value), expected, remedy)

@@ -48,7 +48,7 @@ class CudaVocabulary:
         return torch.linalg.vector_norm(wide, dim=-1).double()
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
-        if ragged.max_rank <= sketch.MAX_RANK and rows.dtype != torch.float64:
+        if sketch.fits(rows, ragged.max_rank, 0):
             return sketch.launch_sketch([rows], ragged.marks, ragged.max_rank)[0][0]
         blocks = ragged.pad(rows)
         flat = blocks.flatten(0, 1).mT
@@ -70,11 +70,8 @@ class CudaVocabulary:
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        if (
-            ragged.max_rank > sketch.MAX_RANK
-            or max(w.shape[-1] for w in omegas) > sketch.MAX_COLUMNS
-            or stacks[0].dtype == torch.float64
-        ):
+        columns = max(w.shape[-1] for w in omegas)
+        if not sketch.fits(stacks[0], ragged.max_rank, columns):
             grams = [self.gram(x, ragged) for x in stacks]
             return grams, [launch_times(x, w) for x, w in zip(stacks, omegas, strict=True)]
         return sketch.launch_sketch(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import Parameter, Signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,7 +36,7 @@ class Op(ABC):
     """
 
     name: ClassVar[str]
-    signature: ClassVar[Signature]
+    arguments: ClassVar[tuple[str, ...]]
 
     # The arguments of all ops: a name means the same in each of them (docs/ops.md).
     b: Tensor
@@ -71,12 +70,10 @@ class Op(ABC):
     client_statistics: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The dispatcher leaves out trailing arguments that equal their defaults.
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        vars(self).update(bound.arguments)
+        # The dispatcher has checked names and types, and leaves out what equals its default.
+        vars(self).update(zip(self.arguments, args, strict=False), **kwargs)
         self.check()
-        checks.numbers(bound)
+        checks.numbers(self)
 
     @abstractmethod
     def check(self) -> None:
@@ -93,7 +90,7 @@ class Op(ABC):
     @property
     def leading(self) -> Tensor:
         """The first tensor: it has a module dimension if the call has one."""
-        first = next(iter(vars(self).values()))
+        first = getattr(self, self.arguments[0])
         return first if isinstance(first, Tensor) else first[0]
 
     @classmethod
@@ -142,18 +139,10 @@ def schema(text: str) -> Callable[[type[AnyOp]], type[AnyOp]]:
         op.name = text.partition("(")[0]
         packet, _, form = op.name.partition(".")
         overload = getattr(getattr(torch.ops.glora, packet), form or "default")
-        parameters = [
-            Parameter(
-                x.name,
-                Parameter.POSITIONAL_OR_KEYWORD,
-                default=x.default_value if x.has_default_value() else Parameter.empty,
-            )
-            for x in overload._schema.arguments
-        ]
-        op.signature = Signature(parameters)
-        for x in parameters:
-            if x.default is not Parameter.empty:
-                setattr(op, x.name, x.default)
+        op.arguments = tuple(x.name for x in overload._schema.arguments)
+        for x in overload._schema.arguments:
+            if x.has_default_value():
+                setattr(op, x.name, x.default_value)
         torch.library.register_fake(f"glora::{op.name}", op.fake, lib=LIBRARY)
         LIBRARY.impl(op.name, _without_gradients(op.name, overload), "Autograd")
         OPS[op.name] = op
@@ -164,10 +153,7 @@ def schema(text: str) -> Callable[[type[AnyOp]], type[AnyOp]]:
 
 def _without_gradients(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
     def autograd(*args: Any, **kwargs: Any) -> Any:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in leaves
-        ):
+        if torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))):
             raise GloraError(
                 f"torch.ops.glora.{name}: got an input that requires grad, expected none; "
                 "aggregation is not differentiable, so detach the factors first "
@@ -177,6 +163,12 @@ def _without_gradients(name: str, overload: Callable[..., Any]) -> Callable[...,
             return overload(*args, **kwargs)
 
     return autograd
+
+
+def _requires_grad(x: Any) -> bool:
+    if isinstance(x, list):
+        return any(map(_requires_grad, x))
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 def register(device: Callable[[], Ops], key: str) -> None:

@@ -1,20 +1,31 @@
 """glora: gauge-invariant aggregation of LoRA adapters.
 
-Importing this registers ``torch.ops.glora.*``. The functions and classes here are the public
-Python API; PEFT folders are read and written by `aggregate_adapters`, `update_adapters` and
-`State.write_adapter`.
+Importing this registers ``torch.ops.glora.*``; `glora_ops.ops` has them as documented functions.
+The functions and classes here are the public Python API; PEFT folders are read and written by
+`aggregate_adapters`, `update_adapters`, `apply_adapter` and `State.write_adapter`.
 """
 
 from typing import TYPE_CHECKING
 
+try:
+    from . import ops
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}.bindings":
+        raise
+    raise ImportError(
+        "glora_ops lies here uninstalled: the folder bindings/ becomes glora_ops.bindings when it "
+        "is installed. In the clone: pip install -e ."
+    ) from None
 from .api import aggregate
 from .certificates import CLIENT_STATS, STATS
 from .errors import GloraError, GloraWarning, Refusal, Refused
 from .packing import Packed, pack, pack_modules
 from .state import ModuleState, State
+from .version import __version__
 
 if TYPE_CHECKING:
     from .merging.aggregate import aggregate_adapters
+    from .merging.apply import apply_adapter
     from .merging.update import update_adapters
 
 __all__ = [
@@ -27,18 +38,31 @@ __all__ = [
     "Refusal",
     "Refused",
     "State",
+    "__version__",
     "aggregate",
     "aggregate_adapters",
+    "apply_adapter",
+    "ops",
     "pack",
     "pack_modules",
     "update_adapters",
 ]
-__version__ = "0.1.0"
+
+#: What reads folders, by the module it lies in: loaded when wanted.
+_FOLDERS = {
+    "aggregate_adapters": "aggregate",
+    "apply_adapter": "apply",
+    "update_adapters": "update",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name in ("aggregate_adapters", "update_adapters"):  # read folders: loaded when wanted
-        from .merging import aggregate, update
+    if name in _FOLDERS:
+        from importlib import import_module
 
-        return getattr(aggregate if name == "aggregate_adapters" else update, name)
+        return getattr(import_module(f"{__name__}.merging.{_FOLDERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
 from .batches import Source, check_ranks, compare, directions, solve
 from .bindings.ops import Aggregate
-from .errors import GloraWarning, Refusal, Refused, clean, require, unfit
+from .errors import Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .report import notes
 from .robust import CLIP, Verdict, judge
@@ -51,6 +51,7 @@ def aggregate(
     scratch: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     client_statistics: bool = True,
+    device: str | torch.device | None = None,
 ) -> State:
     """Aggregate LoRA updates s_i·B_i·A_i of K clients into one server state.
 
@@ -113,6 +114,8 @@ def aggregate(
     client_statistics : bool
         False leaves out what is told of each client (norm, alignments, share), which a large
         ``basis="update"`` needs for nothing else; the state then says so where it is asked.
+    device : str or torch.device, optional
+        Where to compute, and where the state's bases are left: by default where the factors are.
 
     Returns
     -------
@@ -166,7 +169,7 @@ def aggregate(
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, sources, names)
-    device = _device(sources, names)
+    place = _device(sources, names) if device is None else _available(device)
     _check_values(sources, names)
     check_ranks(sources, settings)
 
@@ -176,7 +179,7 @@ def aggregate(
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
     folder = None if scratch is None else os.fspath(scratch)
     if robust is not None:
-        inner = compare(sources, modules, scale, max_bytes, folder, progress, device)
+        inner = compare(sources, modules, scale, max_bytes, folder, progress, place)
         verdict = judge(robust, inner, factor_weights, clip)
         factor_weights, scale = _heeded(verdict, factor_weights, scale)
         settings["robust"] = verdict.record(names) | {"clip": clip}
@@ -184,7 +187,7 @@ def aggregate(
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
             sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
-            device, rank=server_rank, client_statistics=bool(client_statistics), **solver,
+            place, rank=server_rank, client_statistics=bool(client_statistics), **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules}, names, tuple(factor_weights),
@@ -196,8 +199,8 @@ def aggregate(
     else:
         state = run(wanted or 2 * largest, progress)
     for note in notes(state):
-        if note.warning:
-            warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
+        if note.category is not None:
+            warnings.warn(clean(note.text), note.category, stacklevel=2)
     return state
 
 
@@ -313,6 +316,19 @@ def _device(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
         "move them first: x.to(device)",
     )
     return next(iter(found))
+
+
+def _available(device: str | torch.device) -> torch.device:
+    """A device on which a tensor can be made."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        problem = str(error).partition("\n")[0]
+        raise unfit(
+            "device", f"{device!r} ({problem})", "a device that torch has here, such as cpu or cuda"
+        ) from None
+    return found
 
 
 def _tensor(x: object) -> Tensor | None:

@@ -9,12 +9,13 @@ is one single batch runs on all of the caller's.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,11 +23,14 @@ from torch import Tensor
 from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
+from .runtime.arena import LINE, Arena
 from .runtime.scratch import empty, in_folder
-from .runtime.threads import workers
+from .runtime.threads import one_thread, workers
 from .state import Factors, ModuleState, State
 
-__all__ = ["Batch", "Pair", "Source", "check_ranks", "compare", "directions", "plan", "solve"]
+__all__ = [
+    "Batch", "Pair", "Reader", "Source", "check_ranks", "compare", "directions", "plan", "solve",
+]  # fmt: skip
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
 #: cache. A module may be larger alone.
@@ -64,6 +68,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Reader(Source, Protocol):
+    """A source that reads to where the factors are wanted, without a copy on the way."""
+
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """Write Bᵀ (r, d_out) and A (r, d_in) into contiguous rows of a stack, in its dtypes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """Modules of one shape that run together.
@@ -86,6 +99,15 @@ class Batch:
     def bytes(self) -> int:
         """Of the stacked factors."""
         return self._bytes(self.b_dtype.itemsize, self.a_dtype.itemsize)
+
+    @property
+    def piece(self) -> int:
+        """Bytes that the stacks take of an arena, the second on a cache line."""
+        return self.bytes + -self.b_bytes % LINE
+
+    @property
+    def b_bytes(self) -> int:
+        return self._bytes(self.b_dtype.itemsize, 0)
 
     @property
     def working_bytes(self) -> int:
@@ -186,15 +208,14 @@ def solve(
     on_cpu = device.type == "cpu"
     wanted = BATCH_BYTES if on_cpu else DEVICE_BATCH_BYTES
     batches = plan(sources, modules, min(wanted, max_bytes or wanted))
-    threads = torch.get_num_threads()
     room = _room(batches[0], len(sources), max_bytes, on_cpu and scratch is not None)
 
     def place(batch: Batch) -> str | None:
         return scratch if batch.bytes > room else None
 
-    def stack(batch: Batch) -> list[Tensor]:
+    def stack(batch: Batch, memory: Tensor | None = None) -> list[Tensor]:
         with in_folder(place(batch)):
-            return _stack(sources, batch, device)
+            return _stack(sources, batch, device, memory)
 
     def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
         present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
@@ -222,16 +243,9 @@ def solve(
         for batch in batches:
             finish(compute(batch, stack(batch)))
         return done
-    flying: dict[Future[dict[str, ModuleState]], int] = {}
-    with workers(threads) as pool:
-        for batch in batches:
-            while flying and (len(flying) > threads or sum(flying.values()) + batch.bytes > room):
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    del flying[future]
-                    finish(future.result())
-            flying[pool.submit(compute, batch, stack(batch))] = batch.bytes
-        for future in flying:
-            finish(future.result())
+    with closing(_ahead(batches, stack, compute, room)) as results:
+        for states in results:
+            finish(states)
     return done
 
 
@@ -252,39 +266,70 @@ def compare(
     check_pairs(len(sources))
     batches = [batch for name in modules for batch in plan(sources, [name], 0)]
     largest = max(batches, key=lambda batch: batch.bytes)
-    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    on_cpu = device.type == "cpu"
     room = _room(largest, len(sources), max_bytes, on_cpu and scratch is not None)
 
-    def stack(batch: Batch) -> list[Tensor]:
+    def stack(batch: Batch, memory: Tensor | None = None) -> list[Tensor]:
         with in_folder(scratch if batch.bytes > room else None):
-            return _stack(sources, batch, device)
+            return _stack(sources, batch, device, memory)
 
     def products(batch: Batch, box: list[Tensor]) -> Tensor:
         offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
         scaling = [scale.get(batch.modules[0], 0.0) for scale in scalings]
         return inner_products(b[0], a[0], offsets, torch.tensor(scaling, dtype=torch.float64))
 
-    total = torch.zeros(len(sources), len(sources), dtype=torch.float64)
-    flying: deque[tuple[int, Future[Tensor]]] = deque()
-    done = 0
-
-    def finish() -> None:
-        nonlocal done
-        total.add_(flying.popleft()[1].result())
-        done += 1
-        if progress is not None:
-            progress(done, len(batches))
-
-    with workers(threads if on_cpu else 1) as pool:
+    def in_turn() -> Generator[Tensor]:
         for batch in batches:
-            while flying and (
-                len(flying) > threads or sum(size for size, _ in flying) + batch.bytes > room
-            ):
-                finish()
-            flying.append((batch.bytes, pool.submit(products, batch, stack(batch))))
-        while flying:
-            finish()
+            yield products(batch, stack(batch))
+
+    total = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+    results = _ahead(batches, stack, products, room, in_order=True) if on_cpu else in_turn()
+    with closing(results):
+        for done, found in enumerate(results, start=1):
+            total += found
+            if progress is not None:
+                progress(done, len(batches))
     return total
+
+
+Result = TypeVar("Result")
+
+
+def _ahead(
+    batches: Sequence[Batch],
+    stack: Callable[[Batch, Tensor | None], list[Tensor]],
+    work: Callable[[Batch, list[Tensor]], Result],
+    room: int,
+    in_order: bool = False,
+) -> Generator[Result]:
+    """What `work` makes of every batch, on as many threads as the caller has.
+
+    The calling thread stacks the next batch meanwhile, in the memory of those that are done:
+    `room` bytes together, or those of as many batches as are wanted at a time. A batch that is
+    larger is stacked elsewhere, alone.
+    """
+    threads = torch.get_num_threads()
+    sizes = sorted((batch.piece for batch in batches if batch.bytes <= room), reverse=True)
+    arena = Arena(max(min(room, sum(sizes[: threads + 1])), *sizes[:1], 1))
+    flying: dict[Future[Result], Tensor] = {}
+
+    def landed() -> Iterator[Result]:
+        first = [next(iter(flying))] if in_order else wait(flying, return_when=FIRST_COMPLETED).done
+        for future in first:
+            arena.give_back(flying.pop(future))
+            yield future.result()
+
+    with workers(threads) as pool:
+        for batch in batches:
+            fits = batch.bytes <= room
+            size = batch.piece if fits else len(arena.memory)
+            while len(flying) > threads or (piece := arena.take(size)) is None:
+                yield from landed()
+            with one_thread():  # a second one would wait for the workers at every copy
+                box = stack(batch, piece if fits else None)
+            flying[pool.submit(work, batch, box)] = piece
+        while flying:
+            yield from landed()
 
 
 def _room(largest: Batch, clients: int, max_bytes: int | None, in_files: bool) -> int:
@@ -300,24 +345,40 @@ def _room(largest: Batch, clients: int, max_bytes: int | None, in_files: bool) -
     return max_bytes or max(2 * largest.bytes, (torch.get_num_threads() + 1) * BATCH_BYTES)
 
 
-def _stack(sources: Sequence[Source], batch: Batch, device: torch.device) -> list[Tensor]:
-    """b (L, N, d_out), a (L, N, d_in), read pair by pair, zeros where short; offsets on the CPU."""
-    shape = len(batch.modules), sum(batch.rows)
-    make = empty if device.type == "cpu" else partial(torch.empty, device=device)
-    b = make((*shape, batch.d_out), dtype=batch.b_dtype)
-    a = make((*shape, batch.d_in), dtype=batch.a_dtype)
+def _stack(
+    sources: Sequence[Source], batch: Batch, device: torch.device, memory: Tensor | None
+) -> list[Tensor]:
+    """b (L, N, d_out), a (L, N, d_in), read pair by pair, zeros where short; offsets on the CPU.
+
+    In `memory`, a piece of an arena, if it is given.
+    """
+    shape_b, shape_a = ((len(batch.modules), sum(batch.rows), d) for d in (batch.d_out, batch.d_in))
+    if memory is None:
+        make = empty if device.type == "cpu" else partial(torch.empty, device=device)
+        b, a = make(shape_b, dtype=batch.b_dtype), make(shape_a, dtype=batch.a_dtype)
+    else:
+        b = memory[: batch.b_bytes].view(batch.b_dtype).view(shape_b)
+        a = memory[batch.piece - (batch.bytes - batch.b_bytes) :].view(batch.a_dtype).view(shape_a)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
         for l, name in enumerate(batch.modules):
-            end = start
-            if name in source.modules:
-                left, right = source.factors(name)
-                end += right.shape[0]
-                b[l, start:end] = left.detach().mT
-                a[l, start:end] = right.detach()
-            b[l, end : start + rows] = 0
-            a[l, end : start + rows] = 0
+            pair = source.modules.get(name)
+            end = start if pair is None else start + pair.rank
+            if pair is not None:
+                _read_into(source, name, b[l, start:end], a[l, start:end])
+            if end < start + rows:
+                b[l, end : start + rows] = 0
+                a[l, end : start + rows] = 0
     return [b, a, offsets]
+
+
+def _read_into(source: Source, name: str, b: Tensor, a: Tensor) -> None:
+    if isinstance(source, Reader):
+        source.read_into(name, b, a)
+    else:
+        left, right = source.factors(name)
+        b.copy_(left.detach().mT)
+        a.copy_(right.detach())
 
 
 def _warm(state: State, modules: Sequence[str], device: torch.device) -> dict[str, Tensor]:

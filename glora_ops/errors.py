@@ -1,17 +1,28 @@
-"""What glora says when it will not go on: the thing, its value, what was expected, the remedy."""
+"""Errors and warnings: the thing, its value, what was expected, the remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 __all__ = [
     "GloraError",
     "GloraWarning",
+    "LeftoverWarning",
+    "LowEnergyWarning",
+    "NodeRefusedWarning",
     "Refusal",
     "Refusals",
     "Refused",
+    "RobustWarning",
+    "SkippedClientWarning",
+    "StrangerWarning",
+    "TaskWarning",
+    "TieWarning",
+    "UncheckedFileWarning",
+    "UnheardWarning",
     "clean",
     "listing",
     "require",
@@ -41,9 +52,53 @@ class GloraError(ValueError):
         super().__init__(clean(message))
         self.refusals: tuple[Refusal, ...] = (refusal or Refusal(message),)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with what it says: workers of a pool raise it in another process."""
+        return type(self), (str(self), self.refusals[0])
+
 
 class GloraWarning(UserWarning):
-    """A result that stands, with something about it the caller should know."""
+    """A result that stands, with something about it the caller should know; base of the others."""
+
+
+class LeftoverWarning(GloraWarning):
+    """Files of others lie among what a run that was killed left; they are kept."""
+
+
+class LowEnergyWarning(GloraWarning):
+    """The state holds much less of the mean update than its rank could."""
+
+
+class NodeRefusedWarning(GloraWarning):
+    """A node of a federated run was turned away."""
+
+
+class RobustWarning(GloraWarning):
+    """A robust rule left a client out, or another rule was used."""
+
+
+class SkippedClientWarning(GloraWarning):
+    """Clients were refused, and the others aggregated."""
+
+
+class StrangerWarning(GloraWarning):
+    """A client shares no module with the others."""
+
+
+class TaskWarning(GloraWarning):
+    """Data were read in another way than their form suggests."""
+
+
+class TieWarning(GloraWarning):
+    """A cut falls into a tie: the state is one of several equally good ones."""
+
+
+class UncheckedFileWarning(GloraWarning):
+    """A file of a state has a format that carries no checksums."""
+
+
+class UnheardWarning(GloraWarning):
+    """Directions below the precision that factors were stored in have no vote."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +213,9 @@ class Refused(GloraError):
         refusals = tuple(Refusals(refusals))
         super().__init__("\n".join(str(r) for r in refusals))
         self.refusals = refusals
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.refusals,)
 
 
 @contextmanager

@@ -165,9 +165,9 @@ def _ratio_exponent(x: Array, y: Array) -> NDArray[np.int64]:
 
 
 def storage_norm(b: ArrayLike, a: ArrayLike, s: float) -> float:
-    """|s|·‖B‖_F‖A‖_F after balancing: the scale of what rounding the factors does to s·BA."""
+    """|s|·Σ_j ‖b_j‖‖a_j‖, exactly balanced ‖B‖_F‖A‖_F: what rounding the factors does to s·BA."""
     b, a = balanced(b, a)
-    return float(abs(s) * np.linalg.norm(b) * np.linalg.norm(a))
+    return float(abs(s) * (np.linalg.norm(b, axis=0) * np.linalg.norm(a, axis=1)).sum())
 
 
 def update(b: ArrayLike, a: ArrayLike, s: float) -> Array:
@@ -225,7 +225,7 @@ def canonical(
         without an update.
     """
     b, a = balanced(b, a)
-    size = float(abs(s) * np.linalg.norm(b) * np.linalg.norm(a))
+    size = storage_norm(b, a, s)
     if size == 0:
         return Canonical(np.zeros((len(b), 0)), np.zeros(0), np.zeros((a.shape[1], 0)), *_SILENT)
     q_b, r_b = linalg.qr(b, mode="economic")

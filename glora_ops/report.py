@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import robust
-from .errors import clean
+from .errors import (
+    GloraWarning,
+    LowEnergyWarning,
+    RobustWarning,
+    StrangerWarning,
+    TieWarning,
+    UnheardWarning,
+    clean,
+)
 
 if TYPE_CHECKING:
     from .state import State
 
 __all__ = ["Line", "Note", "describe", "lines", "notes"]
 
-LOW_RATIO = 0.9
-LOUD = 1e3
+LOW_RATIO = 0.9  # why: a tenth of the energy is worth a second look; a judgement, not measured
+OPPOSED = 1e-3  # why: shares are sums in fp32 whose rounding stays well below
+LOUD = 1e3  # why: a mistaken alpha is off by powers of ten, honest clients are not
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Note:
-    """Something the reader should know; `warning` where the result itself is in question."""
+    """Something the reader should know; a `category` where the result itself is in question."""
 
     text: str
-    warning: bool = False
+    category: type[GloraWarning] | None = None
+
+    @property
+    def warning(self) -> bool:
+        return self.category is not None
 
 
 def lines(state: State) -> list[Line]:
@@ -93,7 +106,7 @@ def lines(state: State) -> list[Line]:
 def notes(state: State) -> list[Note]:
     """What deserves a second look; empty when nothing does."""
     out = []
-    modules, clients = f"{len(state.modules)} modules", f"{len(state.clients)} clients"
+    modules, clients = _count(len(state.modules), "module"), _count(len(state.clients), "client")
     tied = state.ambiguous
     if tied:
         out.append(
@@ -101,7 +114,7 @@ def notes(state: State) -> list[Note]:
                 f"the cut at rank {state.rank} falls into a tie in {_part(tied, modules)}: "
                 "rounding decides which of several equally good directions are kept; another "
                 'rank, or the basis "update", avoids it',
-                warning=True,
+                category=TieWarning,
             )
         )
     if state.attainable > 0 and state.captured < LOW_RATIO * state.attainable:
@@ -111,7 +124,7 @@ def notes(state: State) -> list[Note]:
                 f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
                 "basis serves directions that cancel or carry little; a larger rank or "
                 'basis "update" holds more',
-                warning=True,
+                category=LowEnergyWarning,
             )
         )
     hard = state.settings["basis"] == "projector"
@@ -122,7 +135,7 @@ def notes(state: State) -> list[Note]:
                 f"in {_part(unheard, modules)} clients have directions below the precision they "
                 "were stored in, which have no vote: the state does not hold them at any rank; the "
                 'basis "consensus" or "update" does',
-                warning=True,
+                category=UnheardWarning,
             )
         )
     heaviest = max(range(len(state.clients)), key=lambda i: abs(state.weights[i]))
@@ -134,7 +147,10 @@ def notes(state: State) -> list[Note]:
             )
         )
     if "robust" in state.settings:
-        out += [Note(*said) for said in robust.say(state.settings["robust"], state.clients)]
+        out += [
+            Note(text, RobustWarning if warns else None)
+            for text, warns in robust.say(state.settings["robust"], state.clients)
+        ]
     told = all(m.tells_of_clients for m in state.modules.values())
     silent = _silent_clients(state) if told else []
     if silent:
@@ -146,7 +162,7 @@ def notes(state: State) -> list[Note]:
             Note(
                 f"{name} shares no module with the other clients: if they adapt the same layers, "
                 "under other names, the mean has lost most of every update",
-                warning=True,
+                category=StrangerWarning,
             )
         )
     for name, ratio in _loud_clients(state) if told else []:
@@ -218,7 +234,7 @@ def _opposed_clients(state: State) -> list[str]:
     return [
         name
         for name, w, mine in zip(state.clients, state.weights, energy.tolist(), strict=True)
-        if w > 0 and mine < -1e-3 * sum(held)
+        if w > 0 and mine < -OPPOSED * sum(held)
     ]
 
 

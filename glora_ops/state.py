@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .arguments import check_padding, integer, number
 from .bindings.ops import Readout
 from .certificates import CLIENT_STATS, FROM_CLIENTS, STATS
-from .errors import GloraWarning, clean, require, unfit
+from .errors import UncheckedFileWarning, clean, require, unfit
 from .runtime.hidden import destination
 from .runtime.outputs import new_file
 from .runtime.tensors import read_mark, save_tensors
@@ -29,6 +29,8 @@ Factors = tuple[Tensor, Tensor]
 _REMEDY = "aggregate again, or call torch.ops.glora.client_stats with the factors"
 #: Name of the module of a state that was made from bare factor pairs.
 UNNAMED = ""
+#: Dtypes in which adapters are written, by the names that commands and records use.
+WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +123,25 @@ class State:
     record: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
+        """Who, how, and what it holds of what it could; `report` says the rest."""
+        clients, modules = _count(len(self.clients), "client"), _count(len(self), "module")
+        tied = f", a tie in {len(self.ambiguous)}" if self.ambiguous else ""
         return (
-            f"State({len(self.clients)} clients, {len(self.modules)} modules, rank {self.rank}, "
-            f"captured {self.captured:.4f})"
+            f"State({clients}, {modules}, rank {self.rank}, basis {self.settings['basis']}, "
+            f"captured {self.captured:.4f} of {self.attainable:.4f} attainable{tied})"
         )
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the modules: ``for name in state: state[name].stat("norm")``."""
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        """How many modules."""
+        return len(self.modules)
+
+    def __getitem__(self, name: str) -> ModuleState:
+        """A module by its name."""
+        return self.modules[name]
 
     @property
     def rank(self) -> int:
@@ -201,6 +218,28 @@ class State:
             for name, m in self.modules.items()
         }
 
+    def to(self, device: str | torch.device) -> State:
+        """The same state with bases and full weights on a device; certificates stay on the CPU."""
+        moved = {
+            name: replace(m, u=m.u.to(device), s=m.s.to(device), v=m.v.to(device))
+            for name, m in self.modules.items()
+        }
+        return replace(
+            self, modules=moved, dense={name: x.to(device) for name, x in self.dense.items()}
+        )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the singular values of the update and the eigenvalues around the cut.
+
+        Parameters
+        ----------
+        path : path
+            .png, .pdf or .svg; a picture that glora drew before is replaced. Needs matplotlib.
+        """
+        from .analysis.plots import plot_state
+
+        plot_state(self, path)
+
     def report(self) -> str:
         """The certificates in words, and whatever deserves a second look."""
         from .report import describe
@@ -250,12 +289,12 @@ class State:
 
         Warns
         -----
-        GloraWarning
+        UncheckedFileWarning
             The file is of a format without checksums, 1 or 2.
         """
         file = read(Path(path))
         if file.note is not None:
-            warnings.warn(clean(file.note), GloraWarning, stacklevel=2)
+            warnings.warn(clean(file.note), UncheckedFileWarning, stacklevel=2)
         return cls.of(file)
 
     @classmethod
@@ -280,9 +319,12 @@ class State:
         *,
         pad: str = Readout.pad,
         seed: int = Readout.seed,
+        dtype: torch.dtype = torch.float32,
         overwrite: bool = False,
     ) -> None:
-        """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, fp32, in one step.
+        """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, in one step.
+
+        Factors are rounded to `dtype`: float32, bfloat16 or float16.
 
         Raises
         ------
@@ -300,8 +342,20 @@ class State:
                 "a state made from PEFT folders",
                 "use readout() in Python and save the factors as your framework stores them",
             )
+        require(
+            dtype in WRITTEN.values(),
+            "dtype",
+            dtype,
+            "torch.float32, torch.bfloat16 or torch.float16",
+        )
         factors = self._readouts(rank, 1.0, pad, seed)
-        write_adapter(folder, factors, layout=self.layout, dense=self.dense, overwrite=overwrite)
+        write_adapter(
+            folder, factors, layout=self.layout, dense=self.dense, dtype=dtype, overwrite=overwrite
+        )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _no_state(path: Path) -> list[str]:

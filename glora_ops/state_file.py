@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from .errors import Refusal, Refusals, Refused, require, unfit
 from .runtime.reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
 
-__all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "encode", "read"]
+__all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "check_saveable", "encode", "read"]
 
 MARK = "glora"  # key of a state's JSON in the metadata of its file
 FORMAT_VERSION = 3  # 2 had no digests, 1 no record
 MAX_BYTES = 2**40
 MAX_HEADER_BYTES = 100_000_000  # which the safetensors library accepts
 MAX_TENSORS = 2**20  # eight a module, and every expert is a module
+FEW = 10_000  # clients of whom nobody need count whether a file holds them
 ENTRY = 100  # characters of a tensor's entry in the header beside its name and shape, at most
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -114,6 +115,26 @@ def encode(
     require(size <= MAX_HEADER_BYTES, "state", f"metadata of {size} bytes",
             f"at most {MAX_HEADER_BYTES}", "fewer clients, or shorter names")  # fmt: skip
     return tensors, {MARK: text}
+
+
+def check_saveable(clients: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `GloraError` where a state of these clients could certainly not be saved.
+
+    Parameters
+    ----------
+    clients : sequence of mapping
+        What a record says of each; of a path the last part only, which stands in any file.
+    """
+    if len(clients) <= FEW:
+        return
+    from .state_schema import MAX_MANY
+
+    size = sum(len(json.dumps(json.dumps(client))) for client in clients)
+    for found, most, what in (
+        (len(clients), MAX_MANY, "clients"), (size, MAX_HEADER_BYTES, "bytes of their record"),
+    ):  # fmt: skip
+        require(found <= most, "clients", f"{found} {what}", f"at most {most}, which a state holds",
+                "aggregate in groups, or take shorter names")  # fmt: skip
 
 
 def read(path: Path) -> StateFile:

@@ -167,6 +167,8 @@ class Arguments(Section):
 
     dense: Literal["mean", "refuse"]
     base: str | None
+    include: Annotated[list[Name], FailFast(), Field(max_length=MAX_MANY)] = []
+    exclude: Annotated[list[Name], FailFast(), Field(max_length=MAX_MANY)] = []
     rank: Rank | Literal["auto"] | None = None
     basis: Basis = "consensus"
     missing: Missing = "zero"
@@ -204,6 +206,7 @@ class Readouts(Section):
 
     ranks: Annotated[list[Rank], FailFast(), Field(max_length=MAX_MANY)]
     pad: Literal["zero", "trainable"]
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
 class Record(Section):

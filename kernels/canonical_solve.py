@@ -85,11 +85,11 @@ def clean(T, b_W, kept, stride, n, N: tl.constexpr):
 def canonical_kernel(
     G_B, G_A, RANKS, T_U, T_V, SIGMA, SIZE, clients, stride, narrow, N: tl.constexpr
 ):
-    i_k = tl.program_id(0)
+    i_k = tl.program_id(0) % clients
     n = tl.load(RANKS + i_k).to(tl.int32)
     if (n <= narrow) | (n > N):
         return
-    i_b = tl.program_id(1).to(tl.int64) * clients + i_k
+    i_b = tl.program_id(0).to(tl.int64)
     G_B += i_b * stride * stride
     G_A += i_b * stride * stride
     T_U += i_b * stride * stride
@@ -99,12 +99,12 @@ def canonical_kernel(
     d, d_inverse = balance(G_B, G_A, stride, n, N)
     # T_U and T_V hold what is at hand until they hold the result.
     b_G = d[:, None] * load_block(G_B, stride, n, N) * d[None, :]
-    trace_b = tl.sum(diagonal(b_G, N), 0)
+    norm2_b = diagonal(b_G, N)
     square_b = tl.sum(tl.sum(b_G * b_G, 0), 0)
     b_G = d_inverse[:, None] * load_block(G_A, stride, n, N) * d_inverse[None, :]
-    trace_a = tl.sum(diagonal(b_G, N), 0)
+    norm2_a = diagonal(b_G, N)
     square_a = tl.sum(tl.sum(b_G * b_G, 0), 0)
-    tl.store(SIZE + i_b, tl.sqrt(trace_b * trace_a))
+    tl.store(SIZE + i_b, tl.sum(tl.sqrt(norm2_b * norm2_a), 0))
     noise = 16 * n * U64 * tl.sqrt(square_b) * tl.sqrt(square_a)
     cholesky(b_G, T_U, stride, d, n, N)
     store_block(T_V, multiply(G_B, 1, stride, T_U, stride, n, N), stride, n, N)
@@ -147,7 +147,7 @@ def launch_canonical_solve(
     sigma : Tensor (L, K, r) fp64
         Descending; zero where a direction was dropped and beyond a client's rank.
     size : Tensor (L, K) fp64
-        ‖B‖_F ‖A‖_F after balancing.
+        Σ_j ‖b_j‖‖a_j‖, which is ‖B‖_F ‖A‖_F after exact balancing.
     """
     modules, clients, width, _ = gram_b.shape
     if width > MAX_RANK:
@@ -158,7 +158,7 @@ def launch_canonical_solve(
     narrow, block = 0, 16
     while narrow < width:
         launch(
-            canonical_kernel, (clients, modules),
+            canonical_kernel, (clients * modules,),
             gram_b, gram_a, ranks, t_u, t_v, sigma, size, clients, width, narrow, N=block,
             num_warps=JacobiConfig.for_size(block).num_warps, num_stages=1,
         )  # fmt: skip

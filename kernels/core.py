@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import product, wide, zeros
+from .blocks import contract, precise
 from .launching import launch
-from .precision import product_mode
+from .precision import PROMOTED, precise_mode, product_mode
 
 __all__ = ["MAX_RANK", "launch_core"]
 
@@ -25,55 +25,35 @@ ROWS, STEP = 64, 32
 
 
 @triton.jit
-def project(
-    X, W, o_n, m_n, d, k, xn, xd, wd, wk,
-    MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """[BM, BN]: rows o_n of x times w."""
-    o_k = tl.arange(0, BN)
-    b_Z = zeros(BM, BN, MODE)
-    for c in range(0, d, BC):
-        o_c = c + tl.arange(0, BC)
-        m_c = o_c < d
-        o_c = o_c.to(tl.int64)
-        b_X = tl.load(
-            X + o_n[:, None] * xn + o_c[None, :] * xd, mask=m_n[:, None] & m_c[None, :], other=0.0
-        )
-        b_W = tl.load(
-            W + o_c[:, None] * wd + o_k[None, :] * wk,
-            mask=m_c[:, None] & (o_k < k)[None, :],
-            other=0.0,
-        )
-        b_Z = product(b_X, b_W, b_Z, MODE)
-    return b_Z
-
-
-@triton.jit
 def core_kernel(
     B, A, U, V, coef, ZU, ZV, C, rows, d_out, d_in, k_u, k_v,
     bl, bn, bd, al, an, ad, ul, ud, uk, vl, vd, vk,
-    MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    MODE: tl.constexpr, EVERY: tl.constexpr, SMALL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    i_m = tl.program_id(0).to(tl.int64)
-    i_l = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(rows, BM)
+    modules = tl.num_programs(0) // blocks
+    i_m = (tl.program_id(0) % blocks).to(tl.int64)
+    i_l = (tl.program_id(0) // blocks).to(tl.int64)
     o_n = i_m * BM + tl.arange(0, BM)
     m_n = o_n < rows
     o_k = tl.arange(0, BN)
-    b_U = project(
-        B + i_l * bl, U + i_l * ul, o_n, m_n, d_out, k_u, bn, bd, ud, uk, MODE, BM, BN, BC
-    )
+    b_U = contract(
+        B + i_l * bl, U + i_l * ul, o_n, m_n, o_k, o_k < k_u, d_out, bn, bd, ud, uk,
+        MODE, EVERY, BM, BN, BC,
+    )  # fmt: skip
     o_z = (i_l * rows + o_n)[:, None]
     m_u = m_n[:, None] & (o_k < k_u)[None, :]
     tl.store(ZU + o_z * k_u + o_k[None, :], b_U.to(tl.float64), mask=m_u)
-    b_V = project(A + i_l * al, V + i_l * vl, o_n, m_n, d_in, k_v, an, ad, vd, vk, MODE, BM, BN, BC)
+    b_V = contract(
+        A + i_l * al, V + i_l * vl, o_n, m_n, o_k, o_k < k_v, d_in, an, ad, vd, vk,
+        MODE, EVERY, BM, BN, BC,
+    )  # fmt: skip
     m_v = m_n[:, None] & (o_k < k_v)[None, :]
     tl.store(ZV + o_z * k_v + o_k[None, :], b_V.to(tl.float64), mask=m_v)
     b_c = tl.load(coef + i_l * rows + o_n, mask=m_n, other=0.0)
-    b_C = tl.dot(
-        tl.trans(wide(b_U)), b_c[:, None] * wide(b_V), input_precision="ieee",
-        out_dtype=tl.float64,
-    )  # fmt: skip
-    i_c = i_m * tl.num_programs(1) + i_l
+    b_C = precise(tl.trans(b_U), b_c[:, None] * b_V.to(tl.float64), SMALL)
+    i_c = i_m * modules + i_l
     o_C = i_c * k_u * k_v + o_k[:, None] * k_v + o_k[None, :]
     tl.store(C + o_C, b_C, mask=(o_k < k_u)[:, None] & (o_k < k_v)[None, :])
 
@@ -96,16 +76,19 @@ def launch_core(
     """
     modules, rows, _ = b.shape
     k_u, k_v = u.shape[-1], v.shape[-1]
-    blocks = triton.cdiv(rows, ROWS)
+    mode, small = product_mode(b, u), precise_mode(b)
+    height = ROWS if small == "double" else STEP  # slices sum no more rows than that
+    blocks = triton.cdiv(rows, height)
     double = partial(torch.empty, dtype=torch.float64, device=b.device)
     z_u = double(modules, rows, k_u)
     z_v = double(modules, rows, k_v)
     shares = double(blocks, modules, k_u, k_v)
     launch(
-        core_kernel, (blocks, modules),
+        core_kernel, (blocks * modules,),
         b, a, u, v, coef.contiguous(), z_u, z_v, shares, rows, b.shape[-1], a.shape[-1], k_u, k_v,
         *b.stride(), *a.stride(), *u.stride(), *v.stride(),
-        MODE=product_mode(b, u), BM=ROWS, BN=max(16, triton.next_power_of_2(max(k_u, k_v))),
-        BC=STEP, num_warps=8, num_stages=3,
+        MODE=mode, EVERY=PROMOTED, SMALL=small, BM=height,
+        BN=max(16, triton.next_power_of_2(max(k_u, k_v))), BC=16 if mode == "tf32x3" else STEP,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return shares.sum(0), z_u, z_v

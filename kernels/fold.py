@@ -14,7 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import precise
 from .launching import launch
+from .precision import precise_mode
 
 __all__ = ["launch_fold"]
 
@@ -23,17 +25,18 @@ TILE, COLUMNS = 32, 32
 
 @triton.jit
 def fold_kernel(
-    T, scale, Z, Y, offsets, rows, rank, k, tiles,
-    BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    T, scale, Z, Y, offsets, clients, rows, rank, k, tiles,
+    MODE: tl.constexpr, BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) // tiles
-    base = tl.program_id(2).to(tl.int64) * rows
+    i_t = tl.program_id(0) % tiles
+    i = tl.program_id(0) // tiles % clients
+    base = (tl.program_id(0) // tiles // clients).to(tl.int64) * rows
     first, last = tl.load(offsets + i), tl.load(offsets + i + 1)
-    o_j = (tl.program_id(0) % tiles) * R + tl.arange(0, R)  # this program's rows, in the client
+    o_j = i_t * R + tl.arange(0, R)  # this program's rows, in the client
     m_j = first + o_j < last
     o_k = tl.program_id(1) * BN + tl.arange(0, BN)
     b_Y = tl.zeros((R, BN), tl.float64)
-    if first + (tl.program_id(0) % tiles) * R < last:
+    if first + i_t * R < last:
         for start in range(0, last - first, R):
             o_n = start + tl.arange(0, R)
             m_n = first + o_n < last
@@ -49,7 +52,7 @@ def fold_kernel(
                 o_T = (base + first + o_n)[:, None] * rank + o_j[None, :]
                 b_T = tl.load(T + o_T, mask=m_n[:, None] & m_j[None, :], other=0.0)
                 b_T = tl.trans(b_T)
-            b_Y = tl.dot(b_T, b_Z, b_Y, input_precision="ieee", out_dtype=tl.float64)
+            b_Y += precise(b_T, b_Z, MODE)
         if not BACK:
             b_Y *= tl.load(scale + base + first + o_j, mask=m_j, other=0.0)[:, None]
     o_Y = (base + first + o_j)[:, None] * k + o_k[None, :]
@@ -85,10 +88,10 @@ def launch_fold(
     t, scale, z = t.contiguous(), scale.contiguous(), z.contiguous()
     dtype = torch.float32 if back else torch.float64
     y = torch.empty(modules, rows, k, dtype=dtype, device=z.device)
-    tiles = triton.cdiv(max_rank, TILE)
+    clients, tiles = offsets.shape[0] - 1, triton.cdiv(max_rank, TILE)
     launch(
-        fold_kernel, ((offsets.shape[0] - 1) * tiles, triton.cdiv(k, COLUMNS), modules),
-        t, scale, z, y, offsets, rows, rank, k, tiles, BACK=back, R=TILE, BN=COLUMNS,
-        num_warps=4, num_stages=2,
+        fold_kernel, (clients * tiles * modules, triton.cdiv(k, COLUMNS)),
+        t, scale, z, y, offsets, clients, rows, rank, k, tiles,
+        MODE=precise_mode(z), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return y

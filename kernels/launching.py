@@ -58,8 +58,14 @@ def launch(
 ) -> None:  # fmt: skip
     """Run `kernel` on `grid` with positional arguments and constexpr keywords.
 
-    An empty grid launches nothing.
+    An empty grid launches nothing. What may be many stands on the grid's first axis, which holds
+    2³¹ − 1 programs; the others hold 65 535.
     """
+    if grid[0] >= 2**31 or max(grid[1:], default=1) >= 2**16:
+        raise ValueError(
+            f"{kernel.fn.__name__}: got a grid of {grid} programs, expected at most 2³¹ − 1 by "
+            "65 535; aggregate fewer modules at a time"
+        )
     if 0 in grid:
         return
     # Fused multiply-adds, whatever a Triton version's default is.

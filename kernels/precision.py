@@ -7,8 +7,16 @@
 | fp16 or fp32 | fp32 | ``tf32x3``: three tf32 dots, error 2⁻²² of a product | ``ieee`` |
 | any | any, if one is fp64 | ``double``: fp64 throughout | ``double`` |
 
-Sums are fp32 except in ``double``; Gram matrices are always fp64. Nothing is left to Triton's
-default. The interpreter multiplies bf16 wrongly and knows one precision, so it up-casts.
+Sums are fp32 except in ``double``, promoted every PROMOTED columns. Gram matrices and
+inner products, which square a condition number, are as precise as fp64:
+
+| target | fp64 units | Gram matrices, inner products |
+| --- | --- | --- |
+| `FULL_DOUBLES`: data centre chips, the interpreter | half the rate of fp32 or more | ``double`` |
+| every other, such as sm_89 | one 32nd of it or less | ``slices``: exact products, fp32 pairs |
+
+Nothing is left to Triton's default. The interpreter multiplies bf16 wrongly and knows one
+precision, so it up-casts.
 """
 
 from __future__ import annotations
@@ -20,9 +28,15 @@ import torch
 
 from .launching import interpreted
 
-__all__ = ["assumed_target", "product_mode", "target_of"]
+__all__ = ["PRECISE", "PROMOTED", "assumed_target", "precise_mode", "product_mode", "target_of"]
 
 HALVES = (torch.bfloat16, torch.float16)
+# Columns of a long sum that one accumulator of a tensor core may hold: `blocks` says why.
+PROMOTED = 256
+# Modes whose sums are as precise as fp64.
+PRECISE = ("double", "slices")
+# Where fp64 has units of its own. B300 (sm_103) has none worth the name.
+FULL_DOUBLES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950", "interpreter")
 
 _assumed = "sm_90"
 
@@ -62,3 +76,8 @@ def product_mode(x: torch.Tensor, w: torch.Tensor) -> str:
     if x.dtype == torch.bfloat16:
         return "split w"
     return "tf32x3" if target.startswith("sm_") else "ieee"
+
+
+def precise_mode(x: torch.Tensor) -> str:
+    """The MODE of a sum that squares a condition number."""
+    return "double" if target_of(x) in FULL_DOUBLES else "slices"

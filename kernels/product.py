@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import product, zeros
+from .blocks import contract
 from .launching import launch
-from .precision import product_mode
+from .precision import PRECISE, PROMOTED, precise_mode, product_mode
 
 __all__ = ["ProductConfig", "launch_accumulate", "launch_inner", "launch_times"]
 
@@ -43,39 +43,34 @@ class ProductConfig:
     def for_shape(cls, m: int, n: int, mode: str) -> ProductConfig:
         """Wide enough for wgmma (M = 64) where there are rows; narrow where registers end."""
         block_m = 64 if m > 32 else 32 if m > 16 else 16
-        block_n = min(max(16, triton.next_power_of_2(n)), 32 if mode == "double" else 64)
-        # fp64 and three-term operands are the register budget; 16-byte rows of bf16 need 32.
-        block_c = 32 if mode in ("double", "tf32x3", "ieee") else 64
-        return cls(block_m, block_n, block_c, 4, 3)
+        block_n = min(max(16, triton.next_power_of_2(n)), 32 if mode in PRECISE else 64)
+        # Operands of several terms are the register budget: 64 columns of one, 32 of three bf16
+        # terms or of fp64, 16 of three tf32 terms; three terms take twice as many warps.
+        block_c = {"half": 64, "tf32x3": 16}.get(mode, 32)
+        terms = mode in ("split w", "tf32x3")
+        return cls(block_m, block_n, block_c, 8 if terms and block_m == 64 else 4, 3)
 
 
 @triton.jit
 def product_kernel(
-    X, W, Y, M, N, C, chunk, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
-    MODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    X, W, Y, M, N, C, chunk, splits, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
+    MODE: tl.constexpr, EVERY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(N, BN)
-    i_s = tl.program_id(1).to(tl.int64)
-    i_l = tl.program_id(2).to(tl.int64)
-    o_m = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+    across = tl.cdiv(N, BN)
+    tiles = tl.cdiv(M, BM) * across
+    tile = tl.program_id(0) % tiles
+    i_s = (tl.program_id(0) // tiles % splits).to(tl.int64)
+    i_l = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
+    o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
     m_m = o_m < M
     m_n = o_n < N
-    X += i_l * xl
-    W += i_l * wl
-    b_Y = zeros(BM, BN, MODE)
     first = i_s * chunk
-    for c in range(first, tl.minimum(first + chunk, C), BC):
-        o_c = c + tl.arange(0, BC).to(tl.int64)
-        m_c = o_c < C
-        # [BM, BC], [BC, BN]
-        b_X = tl.load(
-            X + o_m[:, None] * xm + o_c[None, :] * xc, mask=m_m[:, None] & m_c[None, :], other=0.0
-        )
-        b_W = tl.load(
-            W + o_c[:, None] * wc + o_n[None, :] * wn, mask=m_c[:, None] & m_n[None, :], other=0.0
-        )
-        b_Y = product(b_X, b_W, b_Y, MODE)
+    b_Y = contract(
+        X + i_l * xl + first * xc, W + i_l * wl + first * wc, o_m, m_m, o_n, m_n,
+        tl.minimum(chunk, C - first).to(tl.int32), xm, xc, wc, wn, MODE, EVERY, BM, BN, BC,
+    )  # fmt: skip
     o_Y = i_s * ys + i_l * yl + o_m[:, None] * ym + o_n[None, :] * yn
     tl.store(Y + o_Y, b_Y.to(Y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
@@ -97,7 +92,7 @@ def launch_times(x: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
 
 def launch_inner(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """yᵀ z in fp64: (L, k, m) from y (L, d, k) and z (L, d, m), any strides and dtypes."""
-    return _contract(y.mT, z, "double")
+    return _contract(y.mT, z, precise_mode(y))
 
 
 def _contract(x: torch.Tensor, w: torch.Tensor, mode: str) -> torch.Tensor:
@@ -109,7 +104,7 @@ def _contract(x: torch.Tensor, w: torch.Tensor, mode: str) -> torch.Tensor:
     splits = max(1, min(FILL // max(programs, 1), c // 512))
     chunk = triton.cdiv(triton.cdiv(c, splits), config.block_c) * config.block_c
     splits = triton.cdiv(c, chunk)
-    dtype = torch.float64 if splits == 1 or mode == "double" else torch.float32
+    dtype = torch.float64 if splits == 1 or mode in PRECISE else torch.float32
     z = torch.empty(splits, modules, m, n, dtype=dtype, device=x.device)
     _launch(x, w, z, (m, n, c), chunk, mode, config)
     return z[0] if splits == 1 else z.sum(0, dtype=torch.float64)
@@ -148,8 +143,8 @@ def _launch(
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     w = w.expand(modules, -1, -1)
     launch(
-        product_kernel, (tiles, splits, modules),
-        x, w, y, m, n, c, chunk, *x.stride(), *w.stride(), *y.stride(),
-        MODE=mode, BM=config.block_m, BN=config.block_n, BC=config.block_c,
+        product_kernel, (tiles * splits * modules,),
+        x, w, y, m, n, c, chunk, splits, *x.stride(), *w.stride(), *y.stride(),
+        MODE=mode, EVERY=PROMOTED, BM=config.block_m, BN=config.block_n, BC=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

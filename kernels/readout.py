@@ -18,10 +18,10 @@ TILE = 64
 
 @triton.jit
 def scale(
-    U, root, Y, d, k, r, ul, ud, uk, yl, yd, yk, BM: tl.constexpr, BN: tl.constexpr
+    U, root, Y, tiles, d, k, r, ul, ud, uk, yl, yd, yk, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    i_l = tl.program_id(1).to(tl.int64)
-    o_d = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    i_l = (tl.program_id(0) // tiles).to(tl.int64)
+    o_d = (tl.program_id(0) % tiles).to(tl.int64) * BM + tl.arange(0, BM)
     for start in range(0, r, BN):
         o_k = start + tl.arange(0, BN)
         m_U = (o_d < d)[:, None] & (o_k < k)[None, :]
@@ -33,13 +33,13 @@ def scale(
 
 @triton.jit
 def readout_kernel(
-    U, B, d_out, ul, ud, uk, bl, bd, bk, V, A, d_in, vl, vd, vk, al, ad, ak, root, k, r,
+    U, B, d_out, ul, ud, uk, bl, bd, bk, V, A, d_in, vl, vd, vk, al, ad, ak, root, k, r, tiles,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(2) == 0:
-        scale(U, root, B, d_out, k, r, ul, ud, uk, bl, bd, bk, BM, BN)
+    if tl.program_id(1) == 0:
+        scale(U, root, B, tiles, d_out, k, r, ul, ud, uk, bl, bd, bk, BM, BN)
     else:
-        scale(V, root, A, d_in, k, r, vl, vd, vk, al, ad, ak, BM, BN)
+        scale(V, root, A, tiles, d_in, k, r, vl, vd, vk, al, ad, ak, BM, BN)
 
 
 def launch_readout(
@@ -58,9 +58,10 @@ def launch_readout(
     d_in = v.shape[1]
     b = u.new_empty(modules, d_out, rank)
     a = u.new_empty(modules, rank, d_in)
+    tiles = triton.cdiv(max(d_out, d_in), TILE)
     launch(
-        readout_kernel, (triton.cdiv(max(d_out, d_in), TILE), modules, 2),
+        readout_kernel, (tiles * modules, 2),
         u, b, d_out, *u.stride(), *b.stride(), v, a, d_in, *v.stride(), *a.mT.stride(),
-        root.contiguous(), k, rank, BM=TILE, BN=16, num_warps=4,
+        root.contiguous(), k, rank, tiles, BM=TILE, BN=16, num_warps=4,
     )  # fmt: skip
     return b, a

@@ -1,14 +1,18 @@
 """Gram–Schmidt from a Gram matrix: W upper triangular with (Y W)ᵀ(Y W) = I, rank-safe, no library.
 
 In column order, in place, on one n × n block per program. X starts as the Gram matrix of unit
-columns. At step j column j of X holds W's finished part above the diagonal and the Schur
-complement's column below it; with p the pivot,
+columns. Before columns J, 16 at a time, rows above J hold the unfinished part of W and rows from J
+on the Schur complement. With w the factor of the diagonal block X_JJ and 1 in its place,
+
+    L = X_{·J} w,     X −= L (L below J)ᵀ,     columns J of W = L down to J.
+
+Only w is found column by column, at step j with p its pivot:
 
     row  r_k = X_jk / p,   X_ik −= X_ij r_k  (i ≠ j, k > j),   X_jk = −r_k,   column j /= √p.
 
 A pivot below `drop` makes column j zero and leaves the others alone: dependent directions vanish
-instead of becoming noise. So do columns 10⁻¹² times the longest. n steps of n² work; nothing
-synchronises.
+instead of becoming noise. So do columns 10⁻¹² times the longest. X_{·J} changes threads through W,
+in global memory; products are fp64, n/16 of them; nothing synchronises with the host.
 """
 
 from __future__ import annotations
@@ -18,38 +22,70 @@ import triton
 import triton.language as tl
 
 from .launching import launch
-from .precision import target_of
 
 __all__ = ["MAX_COLUMNS", "launch_triangular"]
 
 MAX_COLUMNS = 128
+PANEL = 16
+WARPS = {16: 1, 32: 2, 64: 8, 128: 16}
 
 
 @triton.jit
-def triangular_kernel(G, W, n, drop, BN: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64)
-    o = tl.arange(0, BN)
-    m_X = (o[:, None] < n) & (o[None, :] < n)
-    o_X = i * n * n + o[:, None] * n + o[None, :]
-    diagonal = o[:, None] == o[None, :]
-    b_X = tl.load(G + o_X, mask=m_X, other=0.0)
-    b_s = tl.sum(tl.where(diagonal, b_X, 0.0), 1)
-    alive = b_s > tl.max(b_s, 0) * 1e-24
-    b_s = tl.where(alive, 1 / tl.sqrt(tl.where(alive, b_s, 1.0)), 0.0)
-    b_X = b_s[:, None] * b_X * tl.sum(tl.where(diagonal, b_s[:, None], 0.0), 0)[None, :]
-    for j in range(0, n):
+def factor(b_X, drop, P: tl.constexpr):
+    """w of one diagonal block [P, P]."""
+    o = tl.arange(0, P)
+    for j in range(P):
         column = tl.sum(tl.where(o[None, :] == j, b_X, 0.0), 1)
         row = tl.sum(tl.where(o[:, None] == j, b_X, 0.0), 0)
         p = tl.sum(tl.where(o == j, row, 0.0), 0, keep_dims=True)  # [1]
         kept = p > drop
-        p = tl.where(kept, p, 1.0)
-        row = tl.where((o > j) & kept, row / p, 0.0)
+        root = tl.where(kept, tl.rsqrt(tl.where(kept, p, 1.0)), 0.0)
+        row = tl.where(o > j, row * root * root, 0.0)
         b_X -= tl.where(o == j, 0.0, column)[:, None] * row[None, :]
         b_X = tl.where((o[:, None] == j) & (o[None, :] > j), -row[None, :], b_X)
-        column = tl.where(o == j, 1.0, tl.where(o < j, column, 0.0)) / tl.sqrt(p)
-        column = tl.where(kept, column, 0.0)
+        column = tl.where(o == j, 1.0, tl.where(o < j, column, 0.0)) * root
         b_X = tl.where(o[None, :] == j, column[:, None], b_X)
-    tl.store(W + o_X, b_s[:, None] * b_X, mask=m_X)
+    return b_X
+
+
+@triton.jit
+def unit(b_s):
+    """1/√s, zero for columns that count as zero."""
+    alive = b_s > tl.max(b_s, 0) * 1e-24
+    return tl.where(alive, 1 / tl.sqrt(tl.where(alive, b_s, 1.0)), 0.0)
+
+
+@triton.jit
+def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    G += i * n * n
+    W += i * n * n
+    o = tl.arange(0, BN)
+    o_p = tl.arange(0, P)
+    m_X = (o[:, None] < n) & (o[None, :] < n)
+    o_X = o[:, None] * n + o[None, :]
+    b_X = tl.load(G + o_X, mask=m_X, other=0.0)
+    b_s = unit(tl.load(G + o * (n + 1), mask=o < n, other=0.0))
+    b_X = b_s[:, None] * b_X * b_s[None, :]
+    for start in range(0, n, P):
+        end = start + P
+        o_j = start + o_p
+        tl.store(W + o_X, b_X, mask=m_X & (o[None, :] >= start) & (o[None, :] < end))
+        tl.debug_barrier()
+        o_C = o[:, None] * n + o_j[None, :]
+        m_C = (o[:, None] < n) & (o_j[None, :] < n)
+        b_C = tl.load(W + o_C, mask=m_C, other=0.0)
+        m_H = (o_j[:, None] < n) & (o_j[None, :] < n)
+        b_H = tl.load(W + o_j[:, None] * n + o_j[None, :], mask=m_H, other=0.0)
+        b_H = factor(b_H, drop, P)
+        inside = (o >= start) & (o < end)
+        b_C = tl.where(inside[:, None], tl.where(o[:, None] == o_j[None, :], 1.0, 0.0), b_C)
+        b_L = tl.dot(b_C, b_H, input_precision="ieee", out_dtype=tl.float64)
+        below = tl.where((o >= end)[:, None], -b_L, 0.0)
+        b_X = tl.where(inside[:, None], 0.0, b_X)
+        b_X = tl.dot(b_L, tl.trans(below), b_X, input_precision="ieee", out_dtype=tl.float64)
+        tl.debug_barrier()
+        tl.store(W + o_C, b_s[:, None] * tl.where((o < end)[:, None], b_L, 0.0), mask=m_C)
 
 
 def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
@@ -69,9 +105,8 @@ def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     w = torch.empty_like(g)
     n = g.shape[-1]
     block = max(16, triton.next_power_of_2(n))
-    most = 16 if target_of(g).startswith("gfx") else 32  # 1024 threads a program
     launch(
-        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block,
-        num_warps=min({16: 1, 32: 2, 64: 8, 128: 32}[block], most), num_stages=1,
+        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block, P=PANEL,
+        num_warps=WARPS[block], num_stages=1,
     )  # fmt: skip
     return w

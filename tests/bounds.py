@@ -25,15 +25,12 @@ Client = tuple[Array, Array]
 
 
 def storage_scale(clients: Sequence[Client], weights: Array, scaling: Array) -> float:
-    """S, after balancing every pair (b_j, a_j) by the power of two that brings it closest."""
+    """S, every pair (b_j, a_j) balanced exactly: ‖B_i‖_F‖A_i‖_F = Σ_j ‖b_j‖‖a_j‖ then."""
     total = 0.0
     for (b, a), w, s in zip(clients, weights, scaling, strict=True):
         norm_b = np.linalg.norm(np.asarray(b, np.float64), axis=0)
         norm_a = np.linalg.norm(np.asarray(a, np.float64), axis=1)
-        alive = (norm_b > 0) & (norm_a > 0)
-        norm_b, norm_a = norm_b[alive], norm_a[alive]
-        power = 2.0 ** np.round(np.log2(norm_a / norm_b) / 2)
-        total += abs(w * s) * np.linalg.norm(norm_b * power) * np.linalg.norm(norm_a / power)
+        total += abs(w * s) * (norm_b * norm_a).sum()
     return float(total)
 
 

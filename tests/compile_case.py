@@ -28,10 +28,12 @@ class Case:
         16-byte loads and no 2-byte ones (sm_80, sm_90).
     tensor_cores : str
         A pattern of SASS families of which at least one must occur (sm_80, sm_90).
+    without_doubles : str
+        The pattern on sm_89, which has no fp64 units to speak of.
     tf32 : bool
         Whether tf32 instructions may occur (three of them make one fp32 product).
     stack : dict
-        Bytes of stack (spills) allowed by target; 0 where not named, on sm_80 and sm_90.
+        Bytes of stack (spills) allowed by target; 0 where not named, on sm_80, sm_89 and sm_90.
     exceptions : dict
         Target → why the case does not compile there.
     """
@@ -40,6 +42,7 @@ class Case:
     run: Callable[[], None]
     wide_loads: bool = True
     tensor_cores: str = ""
+    without_doubles: str = "HMMA"
     tf32: bool = False
     stack: dict[str, int] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)

@@ -61,7 +61,7 @@ def accumulate_fp16() -> None:
     launch_accumulate(x, meta(MODULES, ROWS, COLUMNS))
 
 
-@case(tensor_cores="DMMA")
+@case(tensor_cores="DMMA", without_doubles="")
 def accumulate_fp64() -> None:
     from glora_ops.kernels.product import launch_accumulate
 
@@ -94,11 +94,13 @@ def gram_whole_bf16() -> None:
 
 
 def sketch(dtype: torch.dtype, max_rank: int, clients: int, columns: int) -> None:
-    from glora_ops.kernels.sketch import launch_sketch
+    from glora_ops.kernels.sketch import fits, launch_sketch
 
     sides = [meta(MODULES * 16, ROWS, d, dtype=dtype) for d in (WIDTH, 11008)]
-    tests = [meta(columns, d, dtype=dtype).mT for d in (WIDTH, 11008)] if columns else None
-    launch_sketch(sides, meta(clients + 1, dtype=torch.int64), max_rank, tests)
+    together = fits(sides[0], max_rank, columns)
+    tests = [meta(columns, d, dtype=dtype).mT for d in (WIDTH, 11008)]
+    marks = meta(clients + 1, dtype=torch.int64)
+    launch_sketch(sides, marks, max_rank, tests if columns and together else None)
 
 
 @case(tensor_cores="HGMMA|HMMA")
@@ -166,11 +168,3 @@ def readout() -> None:
 
     u, v = (meta(MODULES, 64, d).mT for d in (WIDTH, 11008))
     launch_readout(u, v, meta(MODULES, 64), 16)
-
-
-# Not a pass kernel: n × n once per power step; what spills stays in the cache.
-@case(stack={"sm_80": 320, "sm_90": 352})
-def triangular_80() -> None:
-    from glora_ops.kernels.triangular import launch_triangular
-
-    launch_triangular(meta(MODULES, COLUMNS, COLUMNS, dtype=torch.float64), 1e-12)

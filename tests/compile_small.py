@@ -1,4 +1,4 @@
-"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD."""
+"""Compile-only cases of the small dense problems: canonical forms, eigenproblem, SVD, Cholesky."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from compile_case import case, meta
 
 # Above 64 two 128 × 64 blocks of doubles fill half of a processor's registers, at 128 a thread;
 # what a round needs beside them goes to the stack, a few per cent of its instructions.
-WIDE = {"sm_80": 800, "sm_90": 800}
+WIDE = {"sm_80": 800, "sm_89": 800, "sm_90": 800}
 
 
 def square(n: int) -> torch.Tensor:
@@ -34,6 +34,20 @@ def eigh_80() -> None:
     from glora_ops.kernels.eigh import launch_eigh
 
     launch_eigh(square(80))
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
+def triangular_64() -> None:
+    from glora_ops.kernels.triangular import launch_triangular
+
+    launch_triangular(square(64), 1e-12)
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="", stack=WIDE)
+def triangular_80() -> None:
+    from glora_ops.kernels.triangular import launch_triangular
+
+    launch_triangular(square(80), 1e-12)
 
 
 @case(wide_loads=False)

@@ -14,11 +14,13 @@ from urllib.parse import unquote
 import pytest
 import torch
 import typer.main
+from glora_ops.bindings.library import OPS
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import glora_ops
 from glora_ops.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +78,47 @@ def test_every_link_leads_to_a_file_and_an_anchor_of_it(name: str) -> None:
     assert not broken, f"{name}: {broken}"
 
 
+def test_every_page_is_in_the_index_and_in_the_site() -> None:
+    index, site = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("docs/README.md", "mkdocs.yml")
+    )
+    for page in (Path(name).name for name in PAGES if name.startswith("docs/")):
+        assert page == "README.md" or (f"({page})" in index and f": {page}" in site), page
+
+
+def test_files_that_contributing_names_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:tests|bench|bindings|kernels|docs|glora_ops)/[\w./*-]*)`", text))
+    missing = [name for name in named if not list(ROOT.glob(name))]
+    assert named
+    assert not missing
+
+
+def plain(argument: str) -> str:
+    """0.001 for 1e-3."""
+    name, _, default = argument.partition("=")
+    return f"{name}={float(default)}" if re.match(r"-?\d", default) else argument
+
+
+def test_the_signatures_of_the_ops_page_are_those_of_the_schemas() -> None:
+    shown = re.findall(
+        r"^\| `([\w.]+)\((.*?)\)` \|", (ROOT / "docs/ops.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in shown} == OPS.keys()
+    for name, signature in shown:
+        packet, _, overload = name.partition(".")
+        schema = getattr(getattr(torch.ops.glora, packet), overload or "default")._schema
+        arguments = [
+            x.name + (f"={x.default_value!r}".replace("'", '"') if x.has_default_value() else "")
+            for x in schema.arguments
+        ]
+        given = [plain(x) for x in signature.split(", ")]
+        expected = [plain(x) for x in arguments]
+        if given[-1] == "…":
+            given, expected = given[:-1], expected[: len(given) - 1]
+        assert given == expected, name
+
+
 def commands(page: str) -> list[list[str]]:
     """Lines of its code that call glora, as words."""
     lines = "\n".join(code(page, "") + code(page, "bash")).replace("\\\n", " ").splitlines()
@@ -109,6 +152,10 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, rank in (("clients/a", 4), ("clients/b", 2), ("new/c", 3)):
         client(Path(name), rank)
+    Path("MODEL").mkdir()
+    base = {"model.layers.0.self_attn.q_proj.weight": torch.randn(16, 24)}
+    save_file(base, "MODEL/model.safetensors", metadata={"format": "pt"})
+    Path("MODEL/config.json").write_text("{}")
 
 
 @pytest.mark.usefixtures("clients")
@@ -120,23 +167,32 @@ def test_the_python_of_the_first_page_runs() -> None:
     assert Path("out/r8/adapter_config.json").is_file()
 
 
+def test_the_check_of_a_state_that_reliability_shows_finds_a_changed_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (check,) = code("docs/reliability.md", "python")
+    glora_ops.aggregate([(torch.randn(8, 2), torch.randn(2, 6))]).save("server.safetensors")
+    exec(check, {})
+    saved = bytearray(Path("server.safetensors").read_bytes())
+    saved[-1] ^= 1
+    Path("server.safetensors").write_bytes(saved)
+    with pytest.raises(AssertionError):
+        exec(check, {})
+
+
 @pytest.mark.usefixtures("clients")
 def test_the_command_lines_of_the_first_page_run() -> None:
     asked = [words for words in commands("README.md") if words[0] != "fl"]
-    assert [words[0] for words in asked] == [
-        "aggregate",
-        "readout",
-        "aggregate",
-        "inspect",
-        "compare",
-    ]
+    ways = ["aggregate", "readout", "update", "apply", "inspect", "compare"]
+    assert [words[0] for words in asked] == ways
     for words in asked:
         expanded = [
             x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])
         ]
         result = CliRunner().invoke(app, expanded)
         assert result.exit_code == 0, result.output
-    for made in ("merged/r8", "merged-r2", "spectra.png", "alignment.png"):
+    for made in ("merged/r8", "merged-r2", "merged-model", "spectra.png", "alignment.png"):
         assert Path(made).exists(), made
 
 

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import glora_ops
+
 ROOT = Path(__file__).parents[1]
 
 # Imports point down this list, never up; modules on one line do not know each other.
 LAYERS = [
-    {"errors", "kernels"},
+    {"errors", "kernels", "version"},
     {"runtime"},
     {"linalg", "packing", "robust", "values"},
     {"solvers"},
     {"certificates"},
     {"algorithm"},
     {"bindings"},
+    {"ops"},
     {"adapters", "arguments", "inner_products", "report"},
-    {"state_checks", "state_schema"},
+    {"analysis", "state_checks", "state_schema"},
     {"state_file"},
     {"state"},
     {"batches"},
     {"api"},
     {"merging"},
-    {"analysis"},
+    {"job"},
     {"fl"},
     {"cli"},
 ]
@@ -51,7 +57,8 @@ def run(code: str, cwd: Path = ROOT, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of a clean clone, and the wheel that is built from it."""
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source")
     tracked = subprocess.run(
@@ -65,10 +72,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(out), str(source)], check=True)
-    (built,) = out.glob("glora-*.whl")
-    return built
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("glora-*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +102,67 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         for p in (ROOT / folder).rglob("*.py")
     }
     configs = {f"glora_ops/fl/configs/{p.name}" for p in (ROOT / "glora_ops/fl/configs").iterdir()}
-    assert files == sources | configs | {"glora_ops/py.typed"}
+    assert files == sources | configs | {"glora_ops/py.typed", "glora_command.py"}
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_an_index_would_take_and_show_what_is_built(built: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_source_distribution_holds_what_a_clone_has(built: Path) -> None:
+    with tarfile.open(next(built.glob("glora-*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    here = {name for name in tracked if not name.startswith((".ci", ".github", ".gitignore"))}
+    assert here - held == set()
+
+
+def test_the_version_stands_in_one_place(wheel: Path) -> None:
+    """The wheel has the module's; only the citation, which is read as it stands, repeats it."""
+    assert wheel.name.split("-")[1] == glora_ops.__version__
+    assert f"version: {glora_ops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert 'version = "' not in (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]
+
+
+def test_pre_commit_runs_the_pinned_ruff() -> None:
+    pin = re.search(r"^ruff==[0-9.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    used = re.findall(r"ruff==[0-9.]+", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert pin is not None
+    assert used == 2 * [pin[0]]
+
+
+def test_syntax_is_that_of_the_oldest_python_that_is_promised() -> None:
+    promised = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert promised is not None
+    for _, path in modules():
+        ast.parse(path.read_text(), path.name, feature_version=(3, int(promised[1])))
+
+
+def test_an_uninstalled_clone_says_what_to_do(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "glora_ops", tmp_path / "glora_ops")
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
+        "try:\n    import glora_ops\nexcept ImportError as e:\n    print(e)"
+    )
+    assert "pip install -e ." in run(code, tmp_path)
+
+
+def test_dir_is_the_public_api_alone() -> None:
+    assert dir(glora_ops) == sorted(glora_ops.__all__)
+    assert {"aggregate_adapters", "apply_adapter", "ops", "State"} <= set(dir(glora_ops))
+    assert all(hasattr(glora_ops, name) for name in dir(glora_ops))
 
 
 def test_wheel_works_from_elsewhere_and_brings_no_foreign_name(
     unpacked: Path, tmp_path: Path
 ) -> None:
-    assert {p.name for p in unpacked.iterdir() if "dist-info" not in p.name} == {"glora_ops"}
+    names = {p.name for p in unpacked.iterdir() if "dist-info" not in p.name}
+    assert names == {"glora_ops", "glora_command.py"}
     code = (
         "import glora_ops, torch; b = torch.eye(4, 2);"
         "print(glora_ops.__file__, glora_ops.aggregate([(b, b.T)], rank=2).captured)"
@@ -110,7 +175,7 @@ def test_wheel_works_from_elsewhere_and_brings_no_foreign_name(
 def test_types_of_the_wheel_from_outside_the_tree(unpacked: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"),
-         "--cache-dir", str(tmp_path / "cache"), "-p", "glora_ops"],
+         "--cache-dir", str(tmp_path / "cache"), "-p", "glora_ops", "-m", "glora_command"],
         cwd=tmp_path,
         env=os.environ | {"MYPYPATH": str(unpacked)},
         capture_output=True,
@@ -192,7 +257,7 @@ def test_imports_point_one_way() -> None:
     height = {name: level for level, names in enumerate(LAYERS) for name in names}
     wrong = []
     for name, path in modules():
-        if name in ("__init__", "reference"):
+        if name in ("__init__", "__main__", "reference"):
             continue
         for target in imports(path):
             if target[0] != "glora_ops" or len(target) == 1 or target[1] not in height:
@@ -203,7 +268,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_every_module_has_its_place() -> None:
-    known = set().union(*LAYERS) | {"__init__", "reference"}
+    known = set().union(*LAYERS) | {"__init__", "__main__", "reference"}
     assert {name for name, _ in modules()} == known
 
 

@@ -11,12 +11,15 @@ import torch
 import triton
 import triton.language as tl
 from glora_ops.kernels.blocks import leading_bits
+from glora_ops.kernels.canonical_solve import launch_canonical_solve
 from glora_ops.kernels.core import launch_core
+from glora_ops.kernels.eigh import launch_eigh
 from glora_ops.kernels.fold import launch_fold
 from glora_ops.kernels.launching import Call, launch, observed
 from glora_ops.kernels.product import launch_accumulate, launch_inner, launch_times
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.sketch import launch_sketch
+from glora_ops.kernels.svd import launch_svd
 from glora_ops.kernels.triangular import launch_triangular
 from kernel_cases import DEVICE, DTYPES, guarded, poisoned
 
@@ -70,7 +73,7 @@ def test_long_contractions_are_cut_and_added_in_order(dtype):
     calls: list[Call] = []
     with poisoned(), observed(lambda call: calls.append(call) or True):
         first, again = launch_times(x, w), launch_times(x, w)
-    assert calls[0].grid[1] == 2
+    assert calls[0].arguments["splits"] == 2
     assert torch.equal(first, again)
     assert_close(first, x, w)
 
@@ -80,6 +83,33 @@ def test_signs_are_shared_by_modules_and_strides_do_not_matter():
     signs = randn(1, 40, 6).sign()
     assert_close(launch_times(x, signs), x, signs.expand(3, -1, -1))
     assert torch.equal(launch_times(x, signs), launch_times(x.contiguous(), signs.mT.mT.clone()))
+
+
+def test_what_may_be_many_stands_on_the_axis_that_holds_it():
+    """70 000 modules, or clients times modules: only the first axis of a grid takes so many."""
+    many, calls = 70_000, []
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows, marks = meta(many, 2, 3, dtype=torch.float32), meta(3, dtype=torch.int64)
+    u, square = meta(many, 3, 2, dtype=torch.float32), meta(many, 2, 2)
+    with observed(lambda call: calls.append(call) or False):
+        launch_times(rows, u)
+        launch_inner(u, u)
+        launch_accumulate(rows, meta(many, 2, 2))
+        launch_sketch([rows, rows], marks, 1, [u[0], u[0]])
+        launch_fold(meta(many, 2, 1), meta(many, 2), meta(many, 2, 2), marks, 1, back=True)
+        launch_core(rows, rows, u, u, meta(many, 2))
+        launch_readout(u, u, meta(many, 2, dtype=torch.float32), 2)
+        launch_triangular(square, 1e-12)
+        launch_eigh(square)
+        launch_svd(square)
+        launch_canonical_solve(meta(many, 2, 1, 1), meta(many, 2, 1, 1), marks[:2])
+    assert len({call.name for call in calls}) == 9
+    assert all(call.grid[0] >= many and max(call.grid[1:], default=1) <= 4 for call in calls)
+    with pytest.raises(ValueError, match="65 535"):
+        launch(split_kernel, (1, many), rows, num_warps=4)
 
 
 def test_nothing_to_add_is_zero():
@@ -159,8 +189,10 @@ def test_a_run_of_clients_shares_a_program():
     y = randn(1, few.rows, 24)
     gram = torch.full((1, 5, 16, 16), torch.nan, dtype=torch.float64, device=DEVICE)
     side = (y, y[0].mT[:, :1], gram, gram, 24, 1, *y.stride(), *y[0].mT.stride())
-    constants = {k: arguments[k] for k in ("MODE", "SKETCH", "CLIENTS", "R", "BN", "BC")}
-    launch(calls[1].kernel, (2, 1, 1), *side, *side, few.marks, 5, 16, num_warps=8, **constants)
+    constants = {
+        k: arguments[k] for k in ("MODE", "EVERY", "GRAM", "SKETCH", "CLIENTS", "R", "BN", "BC")
+    }
+    launch(calls[1].kernel, (2, 1), *side, *side, few.marks, 5, 16, num_warps=8, **constants)
     blocks = few.pad(y.double())
     assert_close(gram, blocks, blocks.mT, 2.0**-53)
 
@@ -207,9 +239,12 @@ def test_readout(rank):
     assert not a[:, kept:].any()
 
 
-def test_triangular_is_the_one_of_the_cpu():
-    y = randn(3, 50, 20, dtype=torch.float64)
+@pytest.mark.parametrize("n", [12, 20, 70])
+def test_triangular_is_the_one_of_the_cpu(n):
+    """One panel of columns, two, and five; dependent, zero and tiny columns."""
+    y = randn(3, 90, n, dtype=torch.float64)
     y[..., 4] = y[..., 1] + y[..., 2]
+    y[..., n - 1] = y[..., 1] - y[..., n - 2]
     y[..., 7] = 0
     y[..., 9] *= 1e-9
     y[1] = 0

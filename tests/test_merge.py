@@ -411,7 +411,7 @@ def test_every_setting_is_saved_and_heeded_by_an_update(four: list[Path], tmp_pa
         "client_statistics": False,
     }  # fmt: skip
     of_clients = {"clients", "weights", "scalings", "names"}
-    not_kept = {"progress", "warm", "scratch"}
+    not_kept = {"progress", "warm", "scratch", "device"}
     assert settings.keys() == signature(aggregate).parameters.keys() - of_clients - not_kept
     aggregate_adapters(four[:3], **settings).save(tmp_path / "s.safetensors")
     updated = update_adapters(State.load(tmp_path / "s.safetensors"), add=four[3:])

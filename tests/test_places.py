@@ -62,7 +62,7 @@ def test_checkpoints_of_one_name_are_merged_updated_and_weighed(tmp_path: Path) 
     assert [c["name"] for c in said["clients"]] == ["run0/checkpoint-5", "run1/checkpoint-5"]
     models.assert_mean(models.llama, out / "r4", clients[:2], [3, 1])
     new = tmp_path / "new"
-    glora("aggregate", "--update", out, "--add", f"cyd={clients[2]}", "--weights", 2,
+    glora("update", out, "--add", f"cyd={clients[2]}", "--weights", 2,
           "--remove", "run1/checkpoint-5", "-o", new)  # fmt: skip
     models.assert_mean(models.llama, new / "r4", [clients[0], clients[2]], [3, 2])
     compared = glora_json("compare", *clients)["clients"]
@@ -76,7 +76,7 @@ def test_recorded_clients_are_read_by_name_path_or_given_name_only(tmp_path: Pat
     clients = [llama(tmp_path / name, i) for i, name in enumerate(("run/checkpoint-5", "x", "y"))]
     out = tmp_path / "out"
     glora("aggregate", tmp_path / "run", f"bob={clients[1]}", clients[2], "-o", out, "--readout", 4)
-    said = glora("aggregate", "--update", out, "--remove", "y").stderr
+    said = glora("update", out, "--remove", "y").stderr
     assert said.splitlines() == [
         f"reads: in {tmp_path / 'run'}: checkpoint-5 (recorded in STATE)",
         f"reads: in {tmp_path}: x (recorded in STATE)",

@@ -87,7 +87,7 @@ def test_every_op_of_the_contract_is_registered_and_tried_here():
 
 
 def test_every_argument_is_one_of_the_table_and_the_other_way_round():
-    used = {name for op in OPS.values() for name in op.signature.parameters}
+    used = {name for op in OPS.values() for name in op.arguments}
     table = {name for name, kind in Op.__annotations__.items() if "ClassVar" not in kind}
     assert used == table
     assert NUMBERS.keys() <= table

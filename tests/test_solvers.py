@@ -207,6 +207,46 @@ def test_captured_is_near_the_truth_where_the_norm_is_estimated(make):
     assert norm(errors) / 6**0.5 <= (1e-3 if make in (disjoint, partly) else 1e-6)
 
 
+@EVERY
+@pytest.mark.parametrize("basis", ["consensus", "update"])
+@pytest.mark.parametrize(("apart", "condition"), [(1e-3, 10.0), (1e-2, 1e3)])
+def test_the_norm_of_what_nearly_cancels_is_told(solver, basis, apart, condition):
+    """Clients against clients, in bad gauges: ‖W̄‖ is far below the size of its terms."""
+    rng, count, r, m, n = np.random.default_rng(0), 10, 4, 90, 80
+    clients = []
+    for b, a in zip(rng.standard_normal((5, m, r)), rng.standard_normal((5, r, n)), strict=True):
+        for sign in (1, -1):
+            left, right = orthonormal(rng, r, r), orthonormal(rng, r, r)
+            d = np.geomspace(1, condition, r)
+            b_i = sign * b + apart * rng.standard_normal((m, r))
+            a_i = a + apart * rng.standard_normal((r, n))
+            pair = b_i @ (left * d) @ right.T, (right / d) @ left.T @ a_i
+            clients.append(tuple(torch.from_numpy(x).float() for x in pair))
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, ones = np.full(count, 1 / count), np.ones(count)
+    size = norm(reference.mean_update(arrays, weights, ones))
+    assert bounds.storage_scale(arrays, weights, ones) > 1e3 * size
+    assert Answer(solver, clients, 8, basis).stat("norm") == pytest.approx(size, rel=1e-3)
+
+
+@EVERY
+def test_weak_directions_vote_in_any_gauge(solver):
+    """Hard votes of directions at 1e-4 of the first, that terms a thousand times as long make."""
+    rng, (m, n), count, r = np.random.default_rng(0), (90, 80), 12, 4
+    clients = []
+    for _ in range(count):
+        u, v, left, right = (orthonormal(rng, d, r) for d in (m, n, r, r))
+        d = np.geomspace(1, 1e3, r)
+        b, a = (u * np.geomspace(1, 1e-4, r)) @ (left * d) @ right.T, (right / d) @ left.T @ v.T
+        clients.append((torch.from_numpy(b).float(), torch.from_numpy(a).float()))
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, unit = np.arange(1.0, count + 1) / 78, 2.0**-24
+    want = reference.aggregate(arrays, weights, np.ones(count), 6, "projector", unit_roundoff=unit)
+    assert not want.flagged
+    found = Answer(solver, clients, 6, "projector", weights)
+    assert norm(found.w_hat - want.w_hat) <= 1e-3 * norm(want.w_bar)
+
+
 @pytest.mark.parametrize("solver", ["iterative", "tall"])
 def test_steps_that_are_asked_for_are_taken(solver):
     """Gains of weak directions are below the rounding of the top; only a complete space ends."""

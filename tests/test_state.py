@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import bounds
 import numpy as np
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from strategies import Recipe, build, distance, norm, problems
 
 import glora_ops as glora
-from glora_ops import GloraError, GloraWarning, ModuleState, Refused, State, reference
+from glora_ops import GloraError, GloraWarning, ModuleState, Refused, State, errors, reference
 
 
 def pairs(seed: int = 0, **recipe: object) -> list:
@@ -484,3 +486,80 @@ while True:
 def test_a_state_of_bare_pairs_has_no_peft_folder_to_write(state, tmp_path):
     with pytest.raises(GloraError, match=r"layout: got None.*readout"):
         state.write_adapter(tmp_path / "out", 4)
+
+
+# --- a state at hand -----------------------------------------------------------------------------
+
+
+def test_a_state_says_what_it_is(state):
+    said = repr(state)
+    assert "\n" not in said
+    for part in ("3 clients", "3 modules", "rank 9", "basis consensus", "attainable"):
+        assert part in said
+    one = glora.aggregate([(torch.eye(4, 1), torch.eye(1, 4))], rank=1)
+    assert repr(one) == (
+        "State(1 client, 1 module, rank 1, basis consensus, captured 1.0000 of 1.0000 attainable)"
+    )
+
+
+def test_a_state_is_gone_through_by_its_modules(state):
+    assert list(state) == ["q", "k", "up"]
+    assert len(state) == 3
+    assert all(state[name] is state.modules[name] for name in state)
+
+
+def test_a_state_moves_its_bases_and_nothing_else(state):
+    moved = replace(state, dense={"head": torch.ones(2)}).to("meta")
+    for name in moved:
+        m = moved[name]
+        assert {x.device.type for x in (m.u, m.s, m.v)} == {"meta"}
+        assert m.stats is state[name].stats
+    assert moved.dense["head"].device.type == "meta"
+    assert moved.captured == state.captured
+    assert state["q"].u.device.type == "cpu"
+
+
+def test_a_state_draws_itself(state, tmp_path):
+    state.plot(tmp_path / "spectra.png")
+    assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(GloraError, match="png"):
+        state.plot(tmp_path / "spectra.gif")
+
+
+def test_eight_modules_have_eight_colours_that_differ():
+    from matplotlib.colors import to_rgb
+
+    from glora_ops.analysis.plots import NAMED_LINES, line_colours
+
+    drawn = torch.tensor([to_rgb(colour) for colour in line_colours(NAMED_LINES)])
+    apart = torch.cdist(drawn, drawn) + 9 * torch.eye(NAMED_LINES)
+    assert NAMED_LINES == 8
+    assert float(apart.min()) > 0.25  # in viridis neighbours are 0.13 apart
+    assert len(line_colours(20)) == 20
+
+
+def test_every_warning_has_a_class_of_its_own(tmp_path):
+    eye = [(torch.eye(6)[:, i : i + 1], torch.eye(5)[i : i + 1]) for i in range(2)]
+    with pytest.warns(errors.TieWarning):
+        glora.aggregate(eye, rank=1)
+    torch.manual_seed(0)
+    strangers = [{name: (torch.randn(6, 2), torch.randn(2, 5))} for name in ("a", "b")]
+    with pytest.warns(errors.StrangerWarning):
+        glora.aggregate(strangers, rank=4)
+    assert issubclass(errors.TieWarning, GloraWarning)
+    found = [
+        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, GloraWarning)
+    ]
+    assert {c.__name__ for c in found} <= set(errors.__all__)
+
+
+def test_every_warning_is_of_a_class_of_its_own_and_not_of_the_base():
+    """Whoever silences one keeps the others; the base is for `except` and for filters of all."""
+    raised = [
+        f"{path.name}:{call.lineno}"
+        for path in Path(glora.__file__).parent.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("warn")
+        if any(ast.unparse(argument) == "GloraWarning" for argument in call.args)
+    ]
+    assert raised == []

@@ -99,7 +99,7 @@ def orders(v: Counted) -> list[int]:
     return [shape[-1] for shape in v.eigenproblems]
 
 
-# The Gram route makes one N × N product per side, which is N/(R + p) passes, and the rest is a few.
+# The exact solver makes one N × N product a side, which is N/(R + p) passes; the rest is a few.
 @pytest.mark.parametrize(
     ("basis", "most"), [("update", 2.0), ("consensus", 3.5), ("projector", 3.5)]
 )

@@ -20,6 +20,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
+    "SECURITY.md": "security.md",
     "kernels/README.md": "kernels.md",
     "bench/README.md": "bench/how.md",
     "bench/results/cpu.md": "bench/cpu.md",
@@ -38,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
     for name, place in PAGES.items():
         add(place, (ROOT / name).read_text(encoding="utf-8"))
     add("reference/python.md", python())
-    add("reference/schemas.md", schemas())
+    add("reference/ops.md", ops())
     add("reference/cli.md", command_line())
     add("mathjax.js", mathjax())
     add("site.css", (ROOT / "docs/site/site.css").read_text(encoding="utf-8"))
@@ -106,27 +107,25 @@ def python() -> str:
     parts = ["# Python", "`import glora_ops as glora`, which also registers `torch.ops.glora`."]
     for name in glora_ops.__all__:
         public = getattr(glora_ops, name)
-        if hasattr(public, "__qualname__"):
-            parts.append(f"::: {public.__module__}.{public.__qualname__}")
-        else:
+        if isinstance(public, tuple):
             parts.append(f"## {name}\n\n" + ", ".join(f"`{x}`" for x in public))
+        elif callable(public):
+            parts.append(f"::: {public.__module__}.{public.__qualname__}")
     return "\n\n".join(parts)
 
 
-def schemas() -> str:
-    """Every op: what torch knows of it, and the docstring of its class."""
-    import inspect
-
+def ops() -> str:
+    """Every op: its function's docstring, and what torch knows of it."""
     import torch
     from glora_ops.bindings.library import OPS
 
-    parts = ["# Schemas of the ops", "Layouts, promises and arguments: [the ops](../ops.md)."]
-    for name, op in OPS.items():
+    parts = ["# Every op", "Layouts, promises and arguments: [the ops](../ops.md)."]
+    for name in OPS:
         packet, _, overload = name.partition(".")
         schema = getattr(getattr(torch.ops.glora, packet), overload or "default")._schema
         text = re.sub(r"\d\.\d{9,}", lambda x: repr(float(x[0])), str(schema))  # 0.1, not 0.1000…
         lines = textwrap.fill(text, 96, subsequent_indent="    ")
-        parts += [f"## {name}", inspect.getdoc(op) or "", f"```\n{lines}\n```"]
+        parts += [f"::: glora_ops.ops.{name.replace('.', '_')}", f"```\n{lines}\n```"]
     return "\n\n".join(parts)
 
 

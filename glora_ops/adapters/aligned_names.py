@@ -80,7 +80,11 @@ def align_names(
     problems : list of (int, Refusal)
         Clients whose layers may or may not be those of others.
     """
-    held = [_held(adapter) for adapter in adapters]
+    alike: dict[tuple[int, int], dict[Stem, Parts]] = {}  # clients of one layout share it
+    for adapter in adapters:
+        if (id(adapter.modules), id(adapter.dense)) not in alike:
+            alike[id(adapter.modules), id(adapter.dense)] = _held(adapter)
+    held = [alike[id(adapter.modules), id(adapter.dense)] for adapter in adapters]
     holders: dict[Stem, list[int]] = defaultdict(list)
     for i, stems in enumerate(held):
         for stem in stems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
-from .config import read_settings
+from .config import LoraSettings, read_settings
 from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
-from .modules import DenseTensor, Module, saved_by, sort_tensors
+from .modules import DenseTensor, Module, Tensors, saved_by, sort_tensors
 from .one_file import read_one_file
 from .places import Place, find_places
-from .safetensors_header import read_header
+from .safetensors_header import Header, read_header
 from .stored import Stored, signature
 from .targets import Targets
 
@@ -28,6 +29,7 @@ __all__ = [
     "MAX_BYTES",
     "TENSORS_NAME",
     "Adapter",
+    "Layouts",
     "check_values",
     "inspect_adapter",
     "read_adapter",
@@ -37,6 +39,30 @@ TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 EXAMPLES_NAME = "glora.json"
 MAX_BYTES = 16 * 2**30
+
+
+class Layouts:
+    """What many clients have in common, kept once: headers, and what they and configurations say.
+
+    Clients of one training script differ in numbers only; without this each costs a kilobyte and
+    the time of a look for every tensor.
+    """
+
+    def __init__(self) -> None:
+        self.headers: dict[bytes, Header] = {}
+        self._sorted: dict[tuple[int, str], tuple[LoraSettings, Tensors]] = {}
+
+    def sort(
+        self, header: Header, settings: LoraSettings, client: str
+    ) -> tuple[LoraSettings, Tensors, list[Refusal]]:
+        """`sort_tensors`, and the settings of the first client that had the same."""
+        key = id(header), json.dumps(settings.raw, sort_keys=True)
+        if key in self._sorted:
+            return *self._sorted[key], []
+        found, problems = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
+        if not problems:
+            self._sorted[key] = settings, found
+        return settings, found, problems
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,28 @@ class Adapter:
         b, a = self.stored.read(m.b_key, m.a_key)
         return b.flatten(1), a.flatten(1)
 
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """`factors`, written into rows: Bᵀ into b (r, d_out), A into a (r, d_in).
+
+        Parameters
+        ----------
+        module : str
+        b, a : Tensor
+            Contiguous, in any dtype that the stored values can be converted to.
+
+        Raises
+        ------
+        Refused
+            As `factors` does.
+        """
+        m = self.modules[module]
+        if m.expert[1] > 1:
+            left, right = self.factors(module)
+            b.copy_(left.mT)
+            a.copy_(right)
+        else:
+            self.stored.read_into(m.b_key, m.a_key, b, a)
+
     @property
     def saved(self) -> list[str]:
         """The entries of `modules_to_save` of which something is stored."""
@@ -135,7 +183,10 @@ class Adapter:
 
 
 def inspect_adapter(
-    folder: str | os.PathLike[str] | Place, *, max_bytes: int = MAX_BYTES
+    folder: str | os.PathLike[str] | Place,
+    *,
+    max_bytes: int = MAX_BYTES,
+    layouts: Layouts | None = None,
 ) -> tuple[Adapter | None, list[Refusal]]:
     """Check a LoRA adapter by its headers and configuration; no factor is read.
 
@@ -147,6 +198,8 @@ def inspect_adapter(
         that says all that is needed (`one_file`).
     max_bytes : int
         Largest tensor file that is accepted.
+    layouts : Layouts, optional
+        Of the clients before this one.
 
     Returns
     -------
@@ -164,7 +217,7 @@ def inspect_adapter(
         problem = what_else(path)
         if problem is not None:
             return None, [replace(problem, client=client)]
-        return _inspect(path, client, max_bytes)
+        return _inspect(path, client, max_bytes, layouts or Layouts())
     except OSError as error:
         return None, [
             Refusal(
@@ -212,7 +265,9 @@ def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | No
     )
 
 
-def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, list[Refusal]]:
+def _inspect(
+    path: Path, client: str, max_bytes: int, layouts: Layouts
+) -> tuple[Adapter | None, list[Refusal]]:
     settings, problems = read_settings(path, client)
     num_examples, more = _read_num_examples(path, client)
     problems += more
@@ -221,11 +276,11 @@ def _inspect(path: Path, client: str, max_bytes: int) -> tuple[Adapter | None, l
     if file is None:
         return None, problems
     found = signature(file.stat())
-    header, more = read_header(file, client, max_bytes=max_bytes)
+    header, more = read_header(file, client, max_bytes=max_bytes, known=layouts.headers)
     problems += more
     if header is None or settings is None:
         return None, problems
-    sorted_tensors, more = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
+    settings, sorted_tensors, more = layouts.sort(header, settings, client)
     problems += more
     if problems:
         return None, problems

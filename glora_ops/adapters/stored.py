@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,18 @@ __all__ = ["Stored", "signature"]
 
 #: Bytes that `scan` reads at a time: still in cache when they are looked at.
 PIECE = 2**20
+
+
+_here = threading.local()
+
+
+def _buffer(size: int) -> Tensor:
+    """Bytes to read into, this thread's own where they are no more than a piece."""
+    if size > PIECE:
+        return torch.empty(size, dtype=torch.uint8)
+    if not hasattr(_here, "buffer"):
+        _here.buffer = torch.empty(PIECE, dtype=torch.uint8)
+    return _here.buffer[:size]
 
 
 def signature(status: os.stat_result) -> tuple[int, int, int]:
@@ -71,6 +84,23 @@ class Stored:
             tensors = [self._tensor(file, self.tensors[name]) for name in names]
             self._check(file)
         return tensors
+
+    def read_into(self, columns: str, rows: str, b: Tensor, a: Tensor) -> None:
+        """A matrix (m, r), turned, into b (r, m), and one (r, n) into a; raises as `read` does.
+
+        Dimensions beyond the second count as part of it. Memory beside b and a: one piece.
+        """
+        with self._open() as file:
+            for first, piece in self._pieces(file, columns):
+                b[:, first : first + len(piece)] = piece.mT
+            info = self.tensors[rows]
+            if a.dtype == info.dtype:
+                file.seek(self.start + info.begin)
+                self._fill(file, a.view(-1).view(torch.uint8))
+            else:
+                for first, piece in self._pieces(file, rows):
+                    a[first : first + len(piece)] = piece
+            self._check(file)
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
         """`count` rows of a matrix; raises as `read` does."""
@@ -138,6 +168,22 @@ class Stored:
         file.seek(self.start + info.begin)
         self._fill(file, tensor.view(torch.uint8))
         return tensor.view(info.shape)
+
+    def _pieces(self, file: BinaryIO, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A tensor as a matrix, in turn the number and the values of as many rows as fit a piece.
+
+        A piece is overwritten by the next.
+        """
+        info = self.tensors[name]
+        count = info.shape[0]
+        row = (info.end - info.begin) // count
+        step = max(1, PIECE // row)
+        buffer = _buffer(step * row)
+        file.seek(self.start + info.begin)
+        for first in range(0, count, step):
+            piece = buffer[: min(step, count - first) * row]
+            self._fill(file, piece)
+            yield first, piece.view(info.dtype).view(-1, row // info.dtype.itemsize)
 
     def _fill(self, file: BinaryIO, target: Tensor) -> None:
         left = target.numpy().data

@@ -35,6 +35,7 @@ def write_adapter(
     *,
     layout: Mapping[str, Any],
     dense: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
 ) -> Path:
     """Write a PEFT LoRA folder: tensors, configuration and a model card.
@@ -52,7 +53,9 @@ def write_adapter(
         Of `adapter_layout`; must describe every module in `factors`.
     dense : mapping of str to Tensor
         Weights saved in full; each must lie in one of the layout's ``modules_to_save``. Their
-        dtypes are kept, the factors are written in float32.
+        dtypes are kept.
+    dtype : torch.dtype
+        Of the factors as they are written: float32, bfloat16 or float16.
     overwrite : bool
         Replace an existing folder that this function wrote and nobody changed (`strangers`).
 
@@ -102,7 +105,7 @@ def write_adapter(
         conv = entry["kind"] == "conv2d"
         tensors[a_key] = a.reshape(rank, -1, kh, kw) if conv else a
         tensors[b_key] = b.reshape(-1, rank, 1, 1) if conv else b
-    tensors = {key: _own(t.detach().to("cpu", torch.float32)) for key, t in tensors.items()}
+    tensors = {key: _own(t.detach().to("cpu", dtype)) for key, t in tensors.items()}
     places = Counter(t.data_ptr() for t in tensors.values())
     tensors = {key: t.clone() if places[t.data_ptr()] > 1 else t for key, t in tensors.items()}
     modules_to_save: set[str] = set()
@@ -139,9 +142,10 @@ def write_adapter(
         "target_parameters": sorted(parameters) or None,
         "modules_to_save": sorted(modules_to_save) or None,
     }
+    precision = str(dtype).removeprefix("torch.")
     texts = {
         CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True),
-        CARD_NAME: _model_card(config, len(factors), sorted(dense or {})),
+        CARD_NAME: _model_card(config, len(factors), sorted(dense or {}), precision),
     }
     mark = json.dumps({name: _digest(text.encode()) for name, text in sorted(texts.items())})
     final = Path(folder).resolve()
@@ -211,7 +215,9 @@ def _own(t: Tensor) -> Tensor:
     return t if whole else t.clone(memory_format=torch.contiguous_format)
 
 
-def _model_card(config: Mapping[str, Any], modules: int, dense: list[str]) -> str:
+def _model_card(
+    config: Mapping[str, Any], modules: int, dense: list[str], precision: str = "float32"
+) -> str:
     base = config["base_model_name_or_path"]
     front = ["library_name: peft", "tags: [lora, glora]"]
     if base:
@@ -224,7 +230,7 @@ def _model_card(config: Mapping[str, Any], modules: int, dense: list[str]) -> st
         "# Aggregated LoRA adapter",
         "",
         f"Written by glora. {modules} adapted modules, rank {config['r']}, "
-        f"lora_alpha {config['r']} (scaling 1), factors in float32.",
+        f"lora_alpha {config['r']} (scaling 1), factors in {precision}.",
     ]
     if dense:
         lines += ["", "Saved in full: " + ", ".join(f"`{name}`" for name in dense) + "."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..inner_products import check_pairs, of_pairs
 from ..robust import cosines, median_cosines
-from ..state import Factors
 from .alignment import align, canonical_bases, mean_over_modules
+
+if TYPE_CHECKING:
+    from ..state import Factors
 
 __all__ = ["Comparison", "compare_clients", "spectra"]
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..errors import require, unfit
 from ..runtime.outputs import apart, check_free, new_file
-from ..state import State
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ..state import State
 
 __all__ = [
     "FAINT",
@@ -35,17 +36,21 @@ __all__ = [
 ]
 
 INK, FAINT, CUT = "#333333", "#e6e6e6", "#c2556b"
-COLOURS = "viridis"
+COLOURS = "viridis"  # of many lines, in order
+#: Of few lines: each tells from the others, also for most who see colours otherwise (Okabe, Ito).
+CATEGORIES = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00", "#882255",
+)  # fmt: skip
 HEAT = "Blues"
 MARK = "glora: drawn by glora_ops.plots"  # in every picture's metadata
 SIGNED = "RdBu"
 SUFFIXES = (".png", ".pdf", ".svg")
 
 #: Above this many modules lines are told apart by a colour bar instead of a legend.
-NAMED_LINES = 8
+NAMED_LINES = len(CATEGORIES)
 #: Above this many clients a heat map's cells carry no numbers.
-NUMBERED_CELLS = 16
-FLOOR = 1e-7  # relative; below it spectra are rounding
+NUMBERED_CELLS = 16  # why: at the largest picture a number has four letters' room
+FLOOR = 1e-7  # why: relative to the largest value, what lies below is fp32 rounding
 
 
 def require_matplotlib() -> None:
@@ -97,8 +102,16 @@ def plot_state(state: State, path: str | os.PathLike[str]) -> None:
         panels = [("mean update", "σⱼ of W̄", [m.eig_u for m in modules])]
     else:
         panels = [
-            ("consensus of the column spaces", "eigenvalue", [m.eig_u for m in modules]),
-            ("consensus of the row spaces", "eigenvalue", [m.eig_v for m in modules]),
+            (
+                "consensus of the column spaces",
+                "eigenvalue: votes for direction j",
+                [m.eig_u for m in modules],
+            ),
+            (
+                "consensus of the row spaces",
+                "eigenvalue: votes for direction j",
+                [m.eig_v for m in modules],
+            ),
         ]
     figure = new_figure(4.2 * (1 + len(panels)), 4.8)
     update, *sides = figure.subplots(1, 1 + len(panels))
@@ -208,6 +221,8 @@ def new_figure(width: float, height: float) -> Figure:
 def line_colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
+    if count <= NAMED_LINES:
+        return list(CATEGORIES[:count])
     return list(colormaps[COLOURS](torch.linspace(0, 0.9, count).numpy()))
 
 

@@ -2,25 +2,42 @@
 
 One file per command. What a command finds out is one plain dictionary (`facts`, `measure`), which
 `show` prints for people and ``--json`` prints for machines. torch and the rest of glora are
-imported by the commands when they run, so that usage and help answer at once.
+imported by the commands when they run (`loading`), so that usage and help answer at once.
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import click
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..runtime.streams import steady
-from . import aggregate, compare, fl, inspect, readout
+from ..version import __version__
+from . import aggregate, apply, compare, fl, inspect, job, readout, update
+from .options import option
+from .recipe import RecipeCommand
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    """The commands; until the next version also the former spelling of one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["aggregate"] and "--update" in args[:-1]:
+            at = args.index("--update")
+            args = ["update", args[at + 1], *args[1:at], *args[at + 2 :]]
+            typer.echo("glora aggregate --update STATE is glora update STATE now", err=True)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="glora",
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,9 +56,12 @@ def _version(wanted: bool) -> None:
 def glora(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+        option(
+            "--version", example="glora --version", help="Print the version.",
+            callback=_version, is_eager=True,
+        ),
     ] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Merge the LoRA adapters of many clients into one server state, whatever their ranks.
 
     1. **Look.** A client is a folder as PeftModel.save_pretrained writes it, with a glora.json
@@ -52,7 +72,11 @@ def glora(
     of all updates at a rank of your choice, and certificates of how much of it that rank holds.
 
     3. **Read out.** **glora readout** slices an adapter of any rank out of the state;
-    PeftModel.from_pretrained loads it.
+    PeftModel.from_pretrained loads it, and **glora apply** adds it to the base model's weights.
+
+    **glora update** adds clients to a state and withdraws others.
+
+    **glora job** aggregates in parts, with any number of processes on any machines.
 
     **glora fl** runs federated experiments: training, aggregation, reports.
 
@@ -61,9 +85,12 @@ def glora(
     """
 
 
-for module in (inspect, compare, aggregate, readout):
-    app.command(epilog=module.EXAMPLE)(getattr(module, module.__name__.rpartition(".")[2]))
+for module in (inspect, compare, aggregate, update, readout, apply):
+    name = module.__name__.rpartition(".")[2]
+    command = RecipeCommand if module is aggregate else TyperCommand
+    app.command(name, cls=command, epilog=module.EXAMPLE)(getattr(module, name))
 app.add_typer(fl.app)
+app.add_typer(job.app)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from ..errors import Refusal, Refusals, Refused, unfit
 if TYPE_CHECKING:
     from ..adapters.places import Place
 
-__all__ = ["read_client_list"]
+__all__ = ["client_entry", "read_client_list"]
 
 _FORM = (
     'PATH, or PATH, NAME and WEIGHT with tabs between, or {"path": …, "name": …, "weight": …} '
@@ -41,7 +41,7 @@ def read_client_list(file: Path) -> tuple[list[Place], list[float] | None]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        entry = _entry(text)
+        entry = client_entry(text)
         if isinstance(entry, str):
             refuse("a line is no client", f"line {number}, {text[:80]!r}: {entry}")
             continue
@@ -71,7 +71,7 @@ def _lines(file: Path) -> list[str]:
         ) from None  # fmt: skip
 
 
-def _entry(text: str) -> dict[str, Any] | str:
+def client_entry(text: str) -> dict[str, Any] | str:
     """The fields of a line, or what is wrong with it."""
     from ..adapters.places import is_name
     from ..runtime.reading import parse_json_object

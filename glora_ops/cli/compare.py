@@ -11,13 +11,13 @@ import typer
 from rich.text import Text
 
 from ..errors import Refused
-from .options import Base, Clients, Json, Plot
+from .options import Base, Clients, Json, Plot, Quiet, Threads
 from .show import (
     answering,
     clean,
     console,
+    figures,
     labelled,
-    number,
     print_json,
     print_notes,
     progress,
@@ -30,16 +30,23 @@ __all__ = ["EXAMPLE", "compare"]
 EXAMPLE = "Example: **glora compare clients/ann clients/bob clients/cyd --plot alignment.png**"
 
 #: A client is loud whose update is longer than this many median clients'.
-LOUD = 3
+LOUD = 3  # why: half as much again as --robust clip shortens to
 #: A client is odd whose mean alignment is below this part of the median client's …
 ODD = 0.5
 #: … provided that the median client agrees with the others at least this much.
-AGREED = 0.1
+AGREED = 0.1  # why: among strangers everybody is odd
 #: More clients than this do not fit a terminal as a matrix.
-MATRIX_CLIENTS = 12
+MATRIX_CLIENTS = 12  # why: a cell takes six columns of eighty
 
 
-def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Json = False) -> None:
+def compare(
+    clients: Clients,
+    plot: Plot = None,
+    base: Base = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
     """Show which clients learnt alike: principal angles and signed cosines, loud and odd ones.
 
     Alignment 1 means the same directions (or one client's within the other's), 0 means orthogonal
@@ -50,7 +57,7 @@ def compare(clients: Clients, plot: Plot = None, base: Base = None, as_json: Jso
     """
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")
-    with answering(as_json, writes=plot is not None) as outcome:
+    with answering(as_json, writes=plot is not None, quiet=quiet, threads=threads) as outcome:
         from ..adapters import (
             Adapter,
             align_names,
@@ -165,7 +172,7 @@ def _print(facts: Mapping[str, Any]) -> None:
             clean(client["name"]),
             span(client["ranks"]),
             span(client["scalings"]),
-            number(client["norm"]),
+            figures(client["norm"]),
             _share(client["alignment"]),
             _share(client["cosine"]),
         )

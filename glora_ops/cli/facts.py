@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
 from ..state_file import MARK, MAX_BYTES, StateFile, read
-from .show import clean, console, labelled, number, print_notes, span, table
+from .show import clean, console, counted, figures, labelled, print_notes, span, table
 
 __all__ = [
     "STATE_NAME",
@@ -74,7 +74,7 @@ def state_facts(state: State) -> dict[str, Any]:
         "dense": sorted(state.dense.keys() - (state.layout or {}).get("base_copies", [])),
         "rank_to_captured": settings.get("rank_to_captured"),
         "notes": [
-            *(asdict(note) for note in notes(state)),
+            *({"text": note.text, "warning": note.warning} for note in notes(state)),
             *_partial_means(state),
             *_unserved(state),
         ],
@@ -165,16 +165,19 @@ def padding_note(state: State, rank: int, pad: str) -> list[dict[str, Any]]:
     ]
 
 
-def print_state(facts: Mapping[str, Any]) -> None:
-    """What was merged, what the certificates say, what deserves a second look."""
+def print_state(facts: Mapping[str, Any], verbose: bool = False) -> None:
+    """What was merged, what the certificates say, what deserves a second look.
+
+    Certificates take a line while nothing is in question; all of them with `verbose`.
+    """
     to = console()
     clients, modules = len(facts["weights"]), len(facts["certificates"])
     base = f", base {clean(facts['base_model'])}" if facts["base_model"] else ""
     to.print(
         labelled(
-            f"{_count(clients, 'client')} → rank {facts['rank']}",
+            f"{counted(clients, 'client')} → rank {facts['rank']}",
             "bold",
-            f", basis {facts['basis']}, {_count(modules, 'module')}{base}\n",
+            f", basis {facts['basis']}, {counted(modules, 'module')}{base}\n",
         )
     )
     _print_clients(facts)
@@ -185,12 +188,12 @@ def print_state(facts: Mapping[str, Any]) -> None:
             ranks.add_row(rank, f"{captured:.4f}", style=chosen)
         to.print(ranks)
         to.print()
-    certificates = table("certificate", "value", "what it means")
-    certificates.columns[2].justify = "left"
-    certificates.columns[2].no_wrap = False
-    for line in facts["summary"]:
-        certificates.add_row(line["name"], line["value"], line["meaning"])
-    to.print(certificates)
+    if verbose or any(note["warning"] for note in facts["notes"]):
+        _print_certificates(facts["summary"])
+    else:
+        held = f"captured {facts['captured']:.4f} of the mean update's energy"
+        best = f"attainable at this rank {facts['attainable']:.4f}"
+        to.print(f"{held}, {best}; all certificates fine (-v shows them)", soft_wrap=True)
     if facts["dense"]:
         to.print(f"\nweighted means of full weights: {', '.join(map(clean, facts['dense']))}")
     if facts["notes"] or facts["skipped"]:
@@ -201,6 +204,15 @@ def print_state(facts: Mapping[str, Any]) -> None:
         to.print(labelled("skipped: ", "bold yellow", clean(skipped)))
     if len(shown) < len(facts["skipped"]):
         to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
+
+
+def _print_certificates(summary: Sequence[Mapping[str, str]]) -> None:
+    certificates = table("certificate", "value", "what it means")
+    certificates.columns[2].justify = "left"
+    certificates.columns[2].no_wrap = False
+    for line in summary:
+        certificates.add_row(line["name"], line["value"], line["meaning"])
+    console().print(certificates)
 
 
 def _print_clients(facts: Mapping[str, Any]) -> None:
@@ -215,11 +227,11 @@ def _print_clients(facts: Mapping[str, Any]) -> None:
         held = [span(client["ranks"]), span(client["scalings"])] if stored else []
         rows.add_row(
             clean(client["name"]),
-            number(client["weight"]),
+            figures(client["weight"]),
             *held,
             *(
                 "–" if client[name] is None else form(client[name])
-                for name, form in zip(CLIENT_STATS, (number, *3 * ("{:.2f}".format,)), strict=True)
+                for name, form in zip(CLIENT_STATS, (figures, *3 * ("{:.2f}".format,)), strict=True)
             ),
             *([_cosine(client["cosine"])] if judged else []),
         )
@@ -239,10 +251,6 @@ def _print_clients(facts: Mapping[str, Any]) -> None:
 
 def _cosine(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def load_state(path: Path) -> tuple[State, StateFile]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .options import Json, Plot
+from .options import Json, Plot, Quiet, Threads, option
 from .show import answering, clean, console, finite, labelled, print_json, progress, table
 
 if TYPE_CHECKING:
@@ -27,16 +27,27 @@ app = typer.Typer(
 
 DataDir = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Local JSONL files: glue/TASK.{train,dev}.jsonl, superni/{train,heldout}/*.jsonl. "
-        "Otherwise data comes through the datasets package, by name.",
+    option(
+        "--data-dir", metavar="DIR", default="the datasets package, by name",
+        example="--data-dir data",
+        help="Local JSONL files: glue/TASK.{train,dev}.jsonl, superni/{train,heldout}/*.jsonl.",
     ),
-]
+]  # fmt: skip
 Model = Annotated[
     str | None,
-    typer.Option(metavar="NAME|DIR", help="Base model instead of the configuration's."),
-]
+    option(
+        "--model", metavar="NAME|DIR", default="the configuration's", example="--model models/tiny",
+        help="Base model.",
+    ),
+]  # fmt: skip
+Set = Annotated[
+    list[str] | None,
+    option(
+        "--set", metavar="KEY=VALUE", default="what the configuration says",
+        example="--set clients.count=4 --set methods.glora.step=0.5",
+        help="A field of the configuration by its dotted key, the value as TOML; may be repeated.",
+    ),
+]  # fmt: skip
 
 
 @app.command(
@@ -47,32 +58,46 @@ def run(
         str, typer.Argument(metavar="CONFIG", help="A .toml file, or a shipped one by name.")
     ],
     methods: Annotated[
-        str, typer.Option(metavar="a,b,…", help="Only these methods of the configuration.")
+        str,
+        option("--methods", metavar="a,b,…", default="all", example="--methods glora,fedit",
+               help="Only these methods of the configuration."),
     ] = "",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ….")] = 3,
+    seeds: Annotated[
+        int,
+        option("--seeds", min=1, default="3", example="--seeds 10",
+               help="How many seeds: 0, 1, …."),
+    ] = 3,
     engine: Annotated[
         Literal["local", "flower"],
-        typer.Option(help="In this process, or Flower's simulation with one node per client."),
+        option("--engine", default="local", example="--engine flower",
+               help="In this process, or Flower's simulation with one node per client."),
     ] = "local",
     data_dir: DataDir = None,
     model: Model = None,
     every: Annotated[
         int | None,
-        typer.Option("--evaluate-every", min=1, metavar="N", help="Rounds between evaluations, "
-                     "instead of the configuration's; the last one always is."),
+        option("--evaluate-every", min=1, metavar="N", default="the configuration's",
+               example="--evaluate-every 5",
+               help="Rounds between evaluations; after the last one there always is one."),
     ] = None,
+    settings: Set = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with runs that are in RUNS already.")
+        bool,
+        option("--resume", example="--resume", help="Go on with runs that are in RUNS already."),
     ] = False,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="RUNS", file_okay=False, help="Folder of all runs."),
+        option("--out", "-o", metavar="RUNS", file_okay=False, default="runs", example="-o runs",
+               help="Folder of all runs."),
     ] = Path("runs"),
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", file_okay=False, help="Metrics as TensorBoard events as well, "
-                     "into this folder; needs the extra tensorboard."),
+        option("--tensorboard", metavar="DIR", file_okay=False, default="none",
+               example="--tensorboard logs", help="Metrics as TensorBoard events as well, "
+               "into this folder; needs the extra tensorboard."),
     ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run a federated experiment: every method with every seed.
@@ -82,13 +107,14 @@ def run(
     tables and pictures of them.
     """
     kept = "every finished round is kept: go on with --resume"
-    with answering(as_json, writes=False, kept=kept) as outcome:
-        from ..fl.config import load_config
+    with answering(as_json, writes=False, kept=kept, quiet=quiet, threads=threads) as outcome:
+        from ..fl.config import load_config, parse_override
         from ..fl.experiment import run_experiment
         from ..fl.run import EngineFactory, local_engine
         from ..runtime.outputs import apart
 
-        loaded = load_config(config, model=model, every=every)
+        overrides = dict(map(parse_override, settings or []))
+        loaded = load_config(config, model=model, every=every, overrides=overrides)
         read = [data_dir / "glue", data_dir / "superni"] if data_dir is not None else []
         read += [Path(loaded.model.name)] if loaded.model.name else []
         apart(out / loaded.name, [path for path in read if path.exists()])
@@ -150,19 +176,20 @@ def report(
     ],
     reference: Annotated[
         str | None,
-        typer.Option(metavar="METHOD", help="Compare the others with this one; else the first "
-                     "of kind glora."),
+        option("--reference", metavar="METHOD", default="the first of kind glora",
+               example="--reference fedit", help="Compare the others with this one."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for report.md, "
-                     "report.json and pictures, by default RUNS/report; one that this command "
-                     "wrote is replaced."),
+        option("--out", "-o", metavar="DIR", file_okay=False, default="RUNS/report",
+               example="-o report", help="Folder for report.md, report.json and pictures; one "
+               "that this command wrote is replaced."),
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Tables, paired differences and pictures of finished runs, configuration by configuration."""
-    with answering(as_json, writes=True) as outcome:
+    with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..fl.load import load_runs, with_finished
         from ..fl.pictures import draw
         from ..fl.report import (
@@ -213,21 +240,26 @@ def report(
 @app.command(epilog="Example: **glora fl partition digits_dirichlet --plot partition.png**")
 def partition(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="As for glora fl run.")],
-    seed: Annotated[int, typer.Option(help="Whose partition.")] = 0,
+    seed: Annotated[
+        int, option("--seed", default="0", example="--seed 1", help="Whose partition.")
+    ] = 0,
     data_dir: DataDir = None,
     model: Model = None,
+    settings: Set = None,
     plot: Plot = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show which client holds how many examples of which label."""
-    with answering(as_json, writes=plot is not None) as outcome:
-        from ..fl.config import load_config
+    with answering(as_json, writes=plot is not None, quiet=quiet) as outcome:
+        from ..fl.config import load_config, parse_override
         from ..fl.partition import counts
         from ..fl.pictures import draw_partition
         from ..fl.run import partition_of
         from ..fl.tasks.build import build_task
 
-        loaded = load_config(config, model=model)
+        overrides = dict(map(parse_override, settings or []))
+        loaded = load_config(config, model=model, overrides=overrides)
         task = build_task(loaded, seed, data_dir)
         held = counts(partition_of(loaded, task, seed), task.labels, len(task.label_names))
         if plot is not None:
@@ -242,6 +274,9 @@ def partition(
             for i, (r, row) in enumerate(zip(loaded.ranks, held, strict=True))
         ]
         _print_table(("client", "rank", "examples", *task.label_names), rows)
+        console().print("right of the examples: how many of each label", style="dim")
+        if plot is not None:
+            console().print(labelled("written: ", "bold green", clean(plot)), soft_wrap=True)
 
 
 @app.command(epilog="Example: **glora fl configs text_small_sst2 > mine.toml**")
@@ -267,7 +302,7 @@ def configs(
         if as_json:
             print_json({name: c.model_dump(mode="json") for name, c in loaded.items()})
             return
-        shown = table("config", "asks", "takes", left=3)
+        shown = table("config", "asks", "takes, in hours", left=3)
         for name, c in loaded.items():
             shown.add_row(name, c.about, c.hours)
         console().print(shown)

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from .options import Json, Plot
+from .options import Json, Plot, Quiet, Verbose
 from .show import (
     answering,
     clean,
     console,
+    figures,
     labelled,
     number,
     print_json,
@@ -26,6 +27,7 @@ __all__ = ["EXAMPLE", "inspect"]
 
 EXAMPLE = "Example: **glora inspect out --plot spectra.png**"
 _BARS = "▁▂▃▄▅▆▇█"
+MODULE_WIDTH = 24  # why: narrower columns break paths into fragments that cannot be read
 
 
 def inspect(
@@ -37,13 +39,15 @@ def inspect(
         ),
     ],
     plot: Plot = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter or a server state holds: ranks, scalings, norms, spectra, certificates.
 
     Norms and spectra are those of the update s·B·A, whatever the factors look like.
     """
-    with answering(as_json, writes=plot is not None) as outcome:
+    with answering(as_json, writes=plot is not None, quiet=quiet) as outcome:
         from .facts import find_state
 
         if plot is not None:
@@ -59,8 +63,8 @@ def inspect(
         if "certificates" in facts:
             from .facts import print_state
 
-            print_state(facts)
-            _print_state_modules(facts["certificates"])
+            print_state(facts, verbose)
+            _print_state_modules(facts["certificates"], verbose)
             if facts["sha256"] is not None:
                 console().print(f"\nchecksums: all verified, sha256 {facts['sha256']}", style="dim")
         else:
@@ -145,8 +149,8 @@ def _print_adapter(facts: Mapping[str, Any]) -> None:
             f"{m['d_out']} × {m['d_in']}",
             str(m["rank"]),
             number(m["scaling"]),
-            number(m["norm"]),
-            number(m["singular_values"][0]),
+            figures(m["norm"]),
+            figures(m["singular_values"][0]),
             _bars(m["singular_values"]),
         )
     to.print(rows)
@@ -155,20 +159,23 @@ def _print_adapter(facts: Mapping[str, Any]) -> None:
     print_notes(facts["notes"])
 
 
-def _print_state_modules(certificates: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = table("module", "d_out × d_in", "‖W̄‖", "captured", "attainable", "gap", "rank", "cut",
-                 "spectrum")  # fmt: skip
+def _print_state_modules(certificates: Mapping[str, Mapping[str, Any]], verbose: bool) -> None:
+    """A row per module; the certificates of its cut where they are wanted, or one is in a tie."""
+    verbose = verbose or any(m["ambiguous"] for m in certificates.values())
+    more = ["attainable", "gap", "cut"] if verbose else []
+    rows = table("module", "d_out × d_in", "‖W̄‖", "captured", *more, "rank", "spectrum")
+    rows.columns[0].min_width = MODULE_WIDTH
     rows.columns[-1].justify = "left"
     for name, m in certificates.items():
+        tie = Text("in a tie", "bold yellow") if m["ambiguous"] else "clear"
+        gap = f"{min(m['gap_u'], m['gap_v'], m['gap_w']):.1e}"
         rows.add_row(
             clean(name) or "(unnamed)",
             f"{m['d_out']} × {m['d_in']}",
-            number(m["norm"]),
+            figures(m["norm"]),
             f"{m['captured']:.4f}",
-            f"{m['attainable']:.4f}",
-            f"{min(m['gap_u'], m['gap_v'], m['gap_w']):.1e}",
+            *([f"{m['attainable']:.4f}", gap, tie] if verbose else []),
             str(int(m["effective_rank"])),
-            Text("in a tie", "bold yellow") if m["ambiguous"] else "clear",
             _bars(m["singular_values"]),
         )
     to = console()

@@ -1,15 +1,60 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how every option's help is worded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["PICTURE_NAME", "Base", "Clients", "Json", "Overwrite", "Pad", "Plot", "Seed"]
+__all__ = [
+    "PICTURE_NAME",
+    "Base",
+    "Clients",
+    "DryRun",
+    "Dtype",
+    "Json",
+    "Overwrite",
+    "Pad",
+    "Plot",
+    "Quiet",
+    "Seed",
+    "Threads",
+    "Verbose",
+    "option",
+]
 
 PICTURE_NAME = "spectra.png"
+
+
+def option(
+    *names: str,
+    help: str,
+    example: str,
+    default: str | None = "off",
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+    file_okay: bool = True,
+    callback: Callable[..., Any] | None = None,
+    is_eager: bool = False,
+) -> Any:
+    """An option whose help ends with its default and an example.
+
+    Parameters
+    ----------
+    default : str or None
+        In words; None for what has to be given.
+    example : str
+        As it is typed.
+    """
+    said = "" if default is None else f" Default: {default}."
+    return typer.Option(
+        *names, help=f"{help}{said} Example: {example}", metavar=metavar, min=min, max=max,
+        file_okay=file_okay, callback=callback, is_eager=is_eager, show_default=False,
+    )  # fmt: skip
+
 
 Clients = Annotated[
     list[str],
@@ -20,33 +65,73 @@ Clients = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
+    option(
+        "--base", metavar="NAME", example="--base org/model", default="what the clients name",
         help="Vouch that all clients adapt this one base model although they name it differently.",
     ),
-]
+]  # fmt: skip
 Pad = Annotated[
     Literal["zero", "trainable"],
-    typer.Option(
+    option(
+        "--pad", default="zero", example="--pad trainable",
         help="Pairs beyond what the state holds: zero for use, trainable to train on "
-        "(the update is the same; zero pairs never learn)."
+        "(the update is the same; zero pairs never learn).",
     ),
-]
-Seed = Annotated[int, typer.Option(help="Of everything random. Equal seeds, equal bits.")]
+]  # fmt: skip
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16"],
+    option(
+        "--dtype", default="fp32", example="--dtype bf16",
+        help="Numbers of the adapters that are written; the state keeps its own.",
+    ),
+]  # fmt: skip
+Seed = Annotated[
+    int,
+    option(
+        "--seed", default="0", example="--seed 7",
+        help="Of everything random. Equal seeds, equal bits.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the folder if glora wrote all that is in it.")
-]
+    bool,
+    option(
+        "--overwrite", example="--overwrite",
+        help="Replace the folder if glora wrote all that is in it.",
+    ),
+]  # fmt: skip
+DryRun = Annotated[
+    bool,
+    option(
+        "--dry-run", example="--dry-run",
+        help="Check names, headers and places, say what would be read and written, and stop there.",
+    ),
+]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    option(
+        "--threads", metavar="N", min=1, default="as torch finds", example="--threads 4",
+        help="Threads to compute on.",
+    ),
+]  # fmt: skip
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Print one JSON object instead; null stands for a number without limit."
+    option(
+        "--json", example="--json",
+        help="Print one JSON object instead, as docs/cli.schema.json describes; null stands for a "
+        "number without limit.",
     ),
+]  # fmt: skip
+Verbose = Annotated[
+    bool,
+    option("--verbose", "-v", example="-v", help="All certificates, with what each means."),
+]
+Quiet = Annotated[
+    bool, option("--quiet", "-q", example="-q", help="Print warnings and refusals only.")
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option(
-        "--plot",
-        metavar="FILE.png",
+    option(
+        "--plot", metavar="FILE.png", default="no picture", example="--plot picture.png",
         help="Draw the picture into this file; one that glora drew before is replaced.",
     ),
-]
+]  # fmt: skip

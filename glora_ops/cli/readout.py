@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, Overwrite, Pad, Seed
-from .show import answering, clean, console, labelled, print_json, print_notes
+from .options import Dtype, Json, Overwrite, Pad, Quiet, Seed, option
+from .show import answering, clean, console, counted, labelled, print_json, print_notes, size
 
 __all__ = ["EXAMPLE", "readout"]
 
@@ -22,30 +22,45 @@ def readout(
             metavar="STATE", help="A server.safetensors, or the folder glora aggregate wrote."
         ),
     ],
-    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the adapter.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="New adapter folder.")],
+    rank: Annotated[
+        int,
+        option("--rank", "-r", min=1, default=None, example="-r 8", help="Rank of the adapter."),
+    ],
+    out: Annotated[
+        Path,
+        option(
+            "--out", "-o", metavar="DIR", default=None, example="-o adapters/r8",
+            help="New adapter folder.",
+        ),
+    ],
     pad: Pad = "zero",
+    dtype: Dtype = "fp32",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Read an adapter of any rank out of a server state, as a folder that PEFT loads.
 
     Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
     """
-    with answering(as_json, writes=True) as outcome:
+    with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..runtime.outputs import apart
+        from ..state import WRITTEN
         from .facts import file_notes, held_energy, load_state, padding_note
 
         apart(out, [state])
         loaded, file = load_state(state)
-        loaded.write_adapter(out, rank, pad=pad, seed=seed, overwrite=overwrite)
+        loaded.write_adapter(
+            out, rank, pad=pad, seed=seed, dtype=WRITTEN[dtype], overwrite=overwrite
+        )
         outcome.wrote(out)
         facts: dict[str, Any] = {
             "state": str(state),
             "out": str(out),
             "rank": rank,
             "pad": pad,
+            "dtype": dtype,
             "energy": held_energy(loaded, rank),
             "modules": list(loaded.modules),
             "notes": [*padding_note(loaded, rank, pad), *file_notes(file)],
@@ -54,8 +69,9 @@ def readout(
             print_json(facts)
             return
         line = (
-            f"{clean(out)}  PEFT adapter of rank {rank}, {len(facts['modules'])} modules, "
-            f"{facts['energy']:.2%} of the state's energy"
+            f"{clean(out)}  PEFT adapter of rank {rank}, "
+            f"{counted(len(facts['modules']), 'module')}, "
+            f"{facts['energy']:.2%} of the state's energy, {size(out)}"
         )
         console().print(labelled("written: ", "bold green", line), soft_wrap=True)
         print_notes(facts["notes"])

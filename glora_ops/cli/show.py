@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -30,18 +31,23 @@ from rich.text import Text
 from ..errors import GloraError, Refusal, clean
 from ..runtime.signals import Terminated, terminable
 from ..runtime.streams import output_trouble
+from .loading import load
 
 __all__ = [
     "Outcome",
     "answering",
     "clean",
     "console",
+    "counted",
+    "duration",
+    "figures",
     "finite",
     "labelled",
     "number",
     "print_json",
     "print_notes",
     "progress",
+    "size",
     "span",
     "table",
 ]
@@ -53,15 +59,45 @@ _STEPS = {
     "modules": "aggregating modules",
 }
 LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
+LINE = 100  # characters of a line of JSON that holds a field with entries
+ENTRY = 4  # spaces before an entry of a field
+_quiet = False  # whether the command that is answering was called with --quiet
 
 
 def console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, quiet=_quiet and not stderr
+    )
 
 
 def number(value: float) -> str:
     """Four significant digits, short."""
     return f"{value:.4g}"
+
+
+def figures(value: float) -> str:
+    """Four significant digits, zeros at the end as well: for columns."""
+    return f"{value:#.4g}".removesuffix(".")
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def size(path: Path) -> str:
+    """Bytes of a file, or of all files in a folder, for people."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return decimal(sum(file.stat().st_size for file in files if file.is_file()))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 3.2 s, 2 min 5 s, 1 h 4 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def span(values: Sequence[float]) -> str:
@@ -86,13 +122,31 @@ def table(*columns: str, left: int = 1) -> Table:
 
 
 def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
+    """Notes on stdout; with --quiet the warnings among them, on stderr."""
     for note in notes:
         label = ("warning: ", "bold yellow") if note["warning"] else ("note: ", "bold")
-        console().print(labelled(*label, clean(note["text"])))
+        to = console(stderr=_quiet and note["warning"])
+        to.print(labelled(*label, clean(note["text"])))
 
 
 def print_json(facts: Mapping[str, Any]) -> None:
-    typer.echo(json.dumps(finite(facts), indent=2, allow_nan=False))
+    typer.echo(_laid_out(finite(facts)))
+
+
+def _laid_out(value: Any, indent: int = 0) -> str:
+    """JSON with a line for every field, and for every entry of a field that is long."""
+    flat = json.dumps(value, allow_nan=False)
+    plain = isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
+    short = 0 < indent <= LINE - len(flat)
+    if plain or short or indent >= ENTRY or not value or not isinstance(value, (dict, list)):
+        return flat
+    inner = " " * (indent + 2)
+    if isinstance(value, list):
+        rows = [_laid_out(v, indent + 2) for v in value]
+    else:
+        rows = [f"{json.dumps(k)}: {_laid_out(v, indent + 2)}" for k, v in value.items()]
+    first, last = "[]" if isinstance(value, list) else "{}"
+    return f",\n{inner}".join([f"{first}\n{inner}{rows[0]}", *rows[1:]]) + f"\n{' ' * indent}{last}"
 
 
 def finite(value: Any) -> Any:
@@ -121,7 +175,27 @@ class Outcome:
 
 
 @contextmanager
-def answering(as_json: bool, *, writes: bool, kept: str = "") -> Iterator[Outcome]:
+def _set_up(quiet: bool, threads: int | None) -> Iterator[None]:
+    """What --quiet and --threads ask for, while the command runs."""
+    import torch
+
+    global _quiet
+    before = torch.get_num_threads()
+    _quiet = quiet
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        _quiet = False
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def answering(
+    as_json: bool, *, writes: bool, kept: str = "", quiet: bool = False, threads: int | None = None
+) -> Iterator[Outcome]:
     """Turn what glora and the file system refuse into a message and exit code 1.
 
     The command tells the outcome what it has written. From then on its exit status stands, whatever
@@ -133,12 +207,15 @@ def answering(as_json: bool, *, writes: bool, kept: str = "") -> Iterator[Outcom
         Whether the command is to write anything, and the message to say that it did not.
     kept : str
         What else is said of the files after Ctrl-C (exit code 130) and SIGTERM (143).
+    quiet, threads
+        As --quiet and --threads.
     """
+    load()
     from safetensors import SafetensorError
 
     outcome = Outcome(writes)
     try:
-        with terminable():
+        with terminable(), _set_up(quiet, threads):
             yield outcome
     except GloraError as error:
         _refuse(error.refusals, as_json, outcome)
@@ -217,6 +294,9 @@ class _Rate(ProgressColumn):
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Give ``report(step, done, total)``: bars on stderr, or a line now and then in a log."""
     to = console(stderr=True)
+    if _quiet:
+        yield lambda step, done, total: None
+        return
     if not to.is_terminal:
         yield _logged(to)
         return

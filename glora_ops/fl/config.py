@@ -25,6 +25,7 @@ from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
 from ..robust import CLIP
 from ..runtime.reading import MAX_DEPTH, read_bytes, too_deep
 from .methods import METHODS, Method
+from .registry import find_method, find_task
 from .robust import Rule
 from .server_optimiser import ServerOptimiser
 
@@ -33,7 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Config", "Training", "load_config", "shipped"]
+__all__ = ["Config", "Training", "load_config", "parse_override", "shipped"]
 
 
 RuleName = Literal["clip", "gate", "geometric-median"]
@@ -53,8 +54,9 @@ class Section(BaseModel):
 class TaskSection(Section):
     """What is learnt."""
 
-    kind: Literal["digits", "glue", "superni"] = Field(
-        default="digits", description="digits needs no download; glue and superni need data."
+    kind: str = Field(
+        default="digits",
+        description="digits needs no download; glue and superni need data; or a registered one.",
     )
     name: str = Field(default="", description="GLUE task: sst2, cola, mrpc, rte, qnli, stsb, ….")
     max_train: int = Field(
@@ -83,7 +85,8 @@ class TaskSection(Section):
     )
 
     @model_validator(mode="after")
-    def _glue_by_name(self) -> TaskSection:
+    def _known(self) -> TaskSection:
+        find_task(self.kind)
         named = self.kind != "glue" or bool(self.name)
         require(named, "name", "''", "a GLUE task such as sst2 or cola")
         return self
@@ -217,7 +220,7 @@ class MethodSection(BaseModel):
     """One arm: its kind, its learning rate, and the fields of the method's dataclass."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    kind: str = Field(description="One of " + ", ".join(METHODS) + ".")
+    kind: str = Field(description="One of " + ", ".join(METHODS) + ", or registered.")
     lr: float | None = Field(
         default=None, gt=0, le=1e30, description="Its learning rate; None: swept, or training.lr."
     )
@@ -261,8 +264,7 @@ def _method(kind: str, given: Mapping[str, Any]) -> Method:
     Refused
         Listing every field that does not fit.
     """
-    require(kind in METHODS, "kind", repr(kind), f"one of {', '.join(METHODS)}")
-    cls = METHODS[kind]
+    cls = find_method(kind)
     known = [f.name for f in dataclasses.fields(cls)]
     refusals = [
         _unknown(key, value, ("kind", *OWN, *known))
@@ -343,10 +345,24 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def load_config(which: str | Path, *, model: str | None = None, every: int | None = None) -> Config:
+def load_config(
+    which: str | Path,
+    *,
+    model: str | None = None,
+    every: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
     """Read a TOML file, or a shipped configuration by its name.
 
-    `model` replaces its model.name, `every` its evaluation.every.
+    Parameters
+    ----------
+    which : str or path
+    model : str, optional
+        In the place of its model.name.
+    every : int, optional
+        In the place of its evaluation.every.
+    overrides : mapping, optional
+        Values by dotted keys, such as ``{"clients.count": 4, "methods.glora.step": 0.5}``.
 
     Raises
     ------
@@ -362,10 +378,10 @@ def load_config(which: str | Path, *, model: str | None = None, every: int | Non
     )
     try:
         content = _parse_toml(read_bytes(path).decode("utf-8"))
-        for name, key, value in (("model", "name", model), ("evaluation", "every", every)):
-            section = content.setdefault(name, {})
-            if value is not None and isinstance(section, dict):
-                section[key] = value
+        given = {"model.name": model, "evaluation.every": every}
+        given = {key: value for key, value in given.items() if value is not None}
+        for key, value in (given | dict(overrides or {})).items():
+            _put(content, key, value)
         return Config.model_validate(content)
     except ValidationError as error:
         raise Refused(replace(r, file=str(path)) for r in _refusals(error)) from None
@@ -373,6 +389,26 @@ def load_config(which: str | Path, *, model: str | None = None, every: int | Non
         raise
     except ValueError as error:  # tomllib's own, of decoding, of a huge integer
         raise GloraError(f"config: {path} is no TOML in UTF-8 ({error})") from None
+
+
+def _put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set what stands under a dotted key."""
+    *sections, last = key.split(".")
+    for name in sections:
+        inner = content.setdefault(name, {})
+        require(isinstance(inner, dict), key, repr(value), f"a field: {name} is no section")
+        content = inner
+    content[last] = value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE``; VALUE as TOML has it, or else as text."""
+    key, equals, value = text.partition("=")
+    require(bool(equals and key.strip(". ")), "--set", repr(text), "KEY=VALUE: clients.count=4")
+    try:
+        return key.strip(), _parse_toml(f"value = {value}")["value"]
+    except (ValueError, KeyError):
+        return key.strip(), value
 
 
 # A key of many parts, which tomllib reads at the cost of its square.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import GloraError, Refusal, Refused, listing, require
 from ..runtime.outputs import check_free, write_text
-from .config import Config
+from .config import Config, load_config
 from .forms import read_sweep
 from .records import replied
 from .run import EngineFactory, Plan, local_engine, run
@@ -36,9 +37,10 @@ class Result:
 
 
 def run_experiment(
-    config: Config,
-    out: Path,
+    config: Config | str | Path,
+    out: str | Path,
     *,
+    overrides: Mapping[str, Any] | None = None,
     methods: Sequence[str] = (),
     seeds: Iterable[int] = range(3),
     engine: EngineFactory = local_engine,
@@ -47,9 +49,39 @@ def run_experiment(
     progress: Progress | None = None,
     tensorboard: Path | None = None,
 ) -> list[Result]:
-    """Run `methods` (all by default) with every seed into ``out/<config name>``.
+    """Run a federated experiment: every method with every seed, into ``out/<config name>``.
 
-    With `tensorboard`, a folder, the metrics go there too, as events for TensorBoard.
+    Parameters
+    ----------
+    config : Config, str or path
+        A configuration, a TOML file, or a shipped one by its name.
+    out : path
+        Folder of all runs.
+    overrides : mapping, optional
+        Values for a file's fields by dotted keys (`load_config`): ``{"clients.count": 4}``.
+    methods : sequence of str
+        Labels of the configuration's; all by default.
+    seeds : iterable of int
+    engine : callable
+        How messages travel: `glora_ops.fl.run.local_engine`, or what
+        `glora_ops.fl.flower.simulate` hands out.
+    data_dir : path, optional
+        Local data, as ``glora fl run --data-dir``.
+    resume : bool
+        Go on with runs that are there.
+    progress : callable (what, done, total), optional
+    tensorboard : path, optional
+        A folder for the metrics as events for TensorBoard as well.
+
+    Returns
+    -------
+    list of Result
+        In the order of `methods`, seed by seed.
+
+    Examples
+    --------
+    >>> from glora_ops.fl import run_experiment
+    >>> run_experiment("digits_iid", "runs", methods=["glora"], seeds=[0])  # doctest: +SKIP
 
     Raises
     ------
@@ -57,6 +89,9 @@ def run_experiment(
         For a method that the configuration does not have or that cannot do what it asks for, before
         anything is trained.
     """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides=overrides)
+    out = Path(out)
     if tensorboard is not None:
         require_tensorboard()
     labels = list(methods) or list(config.methods)

@@ -17,7 +17,6 @@ __all__ = [
     "Balanced",
     "Forms",
     "balance",
-    "balancing",
     "canonical_forms",
     "factor_coordinates",
     "positive",
@@ -50,8 +49,8 @@ class Balanced:
 
     @property
     def size(self) -> Tensor:
-        """(...): ‖B‖_F ‖A‖_F after balancing."""
-        return (_diagonal(self.gram_b).sum(-1) * _diagonal(self.gram_a).sum(-1)).sqrt()
+        """(...): Σ_j ‖b_j‖‖a_j‖, which is ‖B‖_F ‖A‖_F after exact balancing."""
+        return (_diagonal(self.gram_b) * _diagonal(self.gram_a)).sqrt().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -76,25 +75,21 @@ def _diagonal(g: Tensor) -> Tensor:
 
 
 def balance(gram_b: Tensor, gram_a: Tensor) -> Balanced:
-    """Drop pairs with a zero factor, balance the rest by exact powers of two."""
-    exponent, alive = balancing(_diagonal(gram_b), _diagonal(gram_a))
+    """Drop pairs with a zero factor, balance the rest by exact powers of two (3.1).
+
+    D_j⁴ = ‖a_j‖²/‖b_j‖² rounded to an exponent divisible by four, so that rescaling a pair by a
+    power of two changes D by exactly its inverse and nothing else by a single bit.
+    """
+    norm_b, norm_a = _diagonal(gram_b), _diagonal(gram_a)
+    alive = (norm_b > 0) & (norm_a > 0)
+    ratio = torch.where(alive, norm_a, 1.0) / torch.where(alive, norm_b, 1.0)
+    exponent = (torch.frexp(ratio).exponent + 1) >> 2
     d, d_inverse = (torch.exp2(e.double()) * alive for e in (exponent, -exponent))
     return Balanced(
         d[..., :, None] * gram_b * d[..., None, :],
         d_inverse[..., :, None] * gram_a * d_inverse[..., None, :],
         d,
     )
-
-
-def balancing(norm_b: Tensor, norm_a: Tensor) -> tuple[Tensor, Tensor]:
-    """Exponent of each pair's D_j, and whether it is alive, from squared norms (3.1).
-
-    D_j⁴ = ‖a_j‖²/‖b_j‖² rounded to an exponent divisible by four, so that rescaling a pair by a
-    power of two changes D by exactly its inverse and nothing else by a single bit.
-    """
-    alive = (norm_b > 0) & (norm_a > 0)
-    ratio = torch.where(alive, norm_a, 1.0) / torch.where(alive, norm_b, 1.0)
-    return (torch.frexp(ratio).exponent + 1) >> 2, alive
 
 
 def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
@@ -157,9 +152,9 @@ def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:
 
 
 def soft_votes(sigma: Tensor, tau: Tensor) -> Tensor:
-    """f(σ) = σ²/(σ² + τ²), f(0) = 0: (..., r) from σ (..., r) and τ (...)."""
-    voting = sigma > 0
-    return torch.where(voting, 1 / (1 + (tau[..., None] / sigma.where(voting, 1.0)).square()), 0.0)
+    """f(σ) = σ²/(σ² + τ²), f(0) = 0; in the ratio σ/τ, lest a square under- or overflow."""
+    square = (sigma / positive(tau)).square()
+    return square / (square + 1)
 
 
 def positive(x: Tensor) -> Tensor:

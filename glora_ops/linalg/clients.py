@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .canonical import balance, balancing, soft_votes
+from .canonical import balance, soft_votes
 from .ragged import Ragged
 from .vocabulary import Vocabulary
 
@@ -25,7 +26,7 @@ class Clients:
     sigma : Tensor (L, N) fp64
         Singular values (times |s_i|), descending within a client.
     size : Tensor (L, K)
-        |s_i|‖B_i‖_F‖A_i‖_F after balancing.
+        |s_i| Σ_j ‖b_j‖‖a_j‖ (3.1).
     noise, tau : Tensor (L, K)
         Information limit ½·u_in·size, and τ_i (4.2).
     """
@@ -38,10 +39,15 @@ class Clients:
     noise: Tensor
     tau: Tensor
 
-    @property
+    @cached_property
     def norm(self) -> Tensor:
         """(L, K): ‖ΔW_i‖_F."""
-        return self.ragged.segment_sum(self.sigma.square()).sqrt()
+        return torch.linalg.vector_norm(self.ragged.pad(self.sigma[..., None]), dim=(-2, -1))
+
+    @cached_property
+    def t(self) -> Tensor:
+        """(2, L, N, r_max): both sides."""
+        return torch.stack([self.t_u, self.t_v])
 
     @property
     def loudest(self) -> Tensor:
@@ -51,13 +57,12 @@ class Clients:
     @property
     def soft(self) -> Tensor:
         """(L, N): f(σ) of each direction (4.1)."""
-        sigma = self.ragged.pad(self.sigma[..., None])[..., 0]
-        return self.ragged.unpad(soft_votes(sigma, self.tau)[..., None])[..., 0]
+        return soft_votes(self.sigma, self.ragged.per_row(self.tau))
 
-    @property
+    @cached_property
     def hard(self) -> Tensor:
         """(L, N) fp64: 1 for directions above the numerical rank, σ > 4·u_in·size (8.2)."""
-        return (self.sigma > 8 * self.ragged.per_row(self.noise)).double()
+        return (self.sigma > self.ragged.per_row(8 * self.noise)).double()
 
 
 def canonicalize(
@@ -90,8 +95,5 @@ def canonicalize(
 
 
 def balanced_sizes(norm2_b: Tensor, norm2_a: Tensor, ragged: Ragged) -> Tensor:
-    """(L, K): ‖B_i‖_F‖A_i‖_F after balancing, from the rows' squared norms (L, N) (3.1)."""
-    exponent, alive = balancing(norm2_b, norm2_a)
-    norm2, power = torch.stack([norm2_b, norm2_a]), torch.stack([exponent, -exponent])
-    sums = ragged.segment_sum(torch.ldexp(norm2, 2 * power) * alive)
-    return (sums[0] * sums[1]).sqrt()
+    """(L, K): Σ_j ‖b_j‖‖a_j‖ of every client, from the rows' squared norms (L, N)."""
+    return ragged.segment_sum((norm2_b * norm2_a).sqrt())

@@ -95,7 +95,7 @@ class Ragged:
     def clients(self) -> int:
         return self.offsets.numel() - 1
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return int(self.offsets[-1])
 

@@ -7,11 +7,12 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..adapters.aligned_names import align_names
 from ..adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
@@ -22,16 +23,18 @@ from ..adapters.read import (
     MAX_BYTES,
     TENSORS_NAME,
     Adapter,
+    Layouts,
     check_values,
     inspect_adapter,
 )
 from ..api import aggregate
 from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
-from ..errors import GloraWarning, Refusal, Refusals, Refused, clean, listing, require
+from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
 from ..runtime.threads import release_freed, workers
 from ..state import State
+from ..state_file import check_saveable
 from .modules_to_save import (
     base_copies,
     dense_holders,
@@ -41,8 +44,20 @@ from .modules_to_save import (
     with_dense,
     without_mean,
 )
+from .selection import check_patterns, select, unselected
 
-__all__ = ["Progress", "aggregate_adapters", "merge"]
+__all__ = [
+    "Inspected",
+    "Progress",
+    "aggregate_adapters",
+    "config_digest",
+    "described",
+    "examine",
+    "examined",
+    "inspect",
+    "merge",
+    "with_equal_copies",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,6 +72,8 @@ def aggregate_adapters(
     dense: str = "mean",
     on_bad_client: str = "refuse",
     base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     captured: float = 0.9,
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
@@ -88,14 +105,18 @@ def aggregate_adapters(
         ``settings["skipped"]``; the weights of the others stand.
     base : str, optional
         Vouches that all clients adapt the same base although its names differ, and names it.
+    include, exclude : sequence of str
+        Only modules whose path, or the end of it after a dot, matches a pattern of `include` (if
+        there are any) and none of `exclude`: ``["q_proj", "*.layers.0.*"]``. Weights saved in full
+        are not modules: `dense` decides on them.
     max_file_bytes : int
         Largest tensor file that is accepted from a client.
     progress : callable, optional
         Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
         "dense".
     **settings
-        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, …. With `robust` all
-        factors are read once more.
+        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, device, …. With
+        `robust` all factors are read once more.
 
     Returns
     -------
@@ -113,30 +134,116 @@ def aggregate_adapters(
     """
     return merge(
         folders, weights, rank=rank, basis=basis, missing=missing, dense=dense,
-        on_bad_client=on_bad_client, base=base, captured=captured, max_file_bytes=max_file_bytes,
-        progress=progress, **settings,
+        on_bad_client=on_bad_client, base=base, include=include, exclude=exclude,
+        captured=captured, max_file_bytes=max_file_bytes, progress=progress, **settings,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """Clients whose headers are in order, and what is to be made of them.
+
+    Attributes
+    ----------
+    places : list of Place
+        All that were named.
+    weights : sequence of float or None
+        As given, one for each of `places`.
+    clients : dict of int to Adapter
+        Those that nothing is held against, by place.
+    readable : dict of int to Adapter
+        Those whose headers could be read: names are common to all of them.
+    refused : mapping of int to Refusals
+        What is held against others, by place.
+    arguments : dict
+        dense, base, include and exclude if there are any, and checked settings of `aggregate`.
+    """
+
+    places: list[Place]
+    weights: Sequence[float] | None
+    clients: dict[int, Adapter]
+    readable: dict[int, Adapter]
+    refused: Mapping[int, Refusals]
+    arguments: dict[str, Any]
+
+    @property
+    def voices(self) -> tuple[list[float], str]:
+        """One weight per client, not normalised, and where they come from."""
+        return _voices(self.clients, self.weights)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why others were left out."""
+        # Shortened: they are kept in the state, and clients decide how long their values are.
+        return [f"{refusal!s:.2000}" for refusals in self.refused.values() for refusal in refusals]
 
 
 def merge(
     folders: Sequence[str | os.PathLike[str] | Place],
     weights: Sequence[float] | None,
     *,
-    dense: str = "mean",
     on_bad_client: str = "refuse",
-    base: str | None = None,
-    max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
-    known: Sequence[Refusal] = (),
     entries: Mapping[int, Mapping[str, Any]] | None = None,
-    readouts: Sequence[int] = (),
-    **settings: Any,
+    **how: Any,
 ) -> State:
     """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
 
-    `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
-    is not the same any more is refused.
+    is not the same any more is refused. Everything else is as in `inspect`.
+    """
+    tell: Progress = progress or (lambda step, done, total: None)
+    found = inspect(
+        folders, weights, on_bad_client=on_bad_client, tell=tell, recorded=entries or (), **how
+    )
+    found, digests = examined(found, on_bad_client, tell, entries or {})
+    skipped = found.skipped
+    if skipped:
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), SkippedClientWarning, stacklevel=3)
+
+    adapters = list(found.clients.values())
+    voices, _ = found.voices
+
+    def tell_modules(done: int, total: int) -> None:
+        release_freed()  # a tenth of the time, and memory stays that of a few modules
+        tell("modules", done, total)
+
+    own = ("dense", "base", "include", "exclude")
+    settings = {k: v for k, v in found.arguments.items() if k not in own}
+    state = aggregate(
+        adapters,
+        voices,
+        [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
+        names=[adapter.name for adapter in adapters],
+        progress=tell_modules,
+        **settings,
+    )
+    means = dense_means(adapters, dense_holders(adapters), heeded(state, voices), tell)
+    return described(found, digests, state, means, skipped)
+
+
+def inspect(
+    folders: Sequence[str | os.PathLike[str] | Place],
+    weights: Sequence[float] | None,
+    *,
+    dense: str = "mean",
+    on_bad_client: str = "refuse",
+    base: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_file_bytes: int = MAX_BYTES,
+    tell: Progress = lambda step, done, total: None,
+    planned: Callable[[Sequence[Adapter]], None] | None = None,
+    known: Sequence[Refusal] = (),
+    recorded: Collection[int] = (),
+    readouts: Sequence[int] = (),
+    **settings: Any,
+) -> Inspected:
+    """The clients by their headers; no value is read.
+
+    `readouts` are ranks that the caller will read out: absurd ones are refused before the work.
+    `recorded` are the places of clients that should be as an earlier state recorded them.
+    `planned` is called with the clients whose headers are in order.
     """
     require(
         not isinstance(folders, (str, os.PathLike)),
@@ -145,11 +252,13 @@ def merge(
         "a list of folders",
         "put the one folder into a list",
     )
-    tell: Progress = progress or (lambda step, done, total: None)
     places = find_places(folders)
 
     # What no client is to blame for cannot be skipped with one.
     common = list(known)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        with listing(common):
+            check_patterns(name, patterns)
     with listing(common):
         require(dense in ("mean", "refuse"), "dense", repr(dense), "'mean' or 'refuse'")
     with listing(common):
@@ -169,9 +278,10 @@ def merge(
 
     refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
+    layouts = Layouts()
     for i, place in enumerate(places):
-        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes)
-        if adapter is None and entries and i in entries:
+        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes, layouts=layouts)
+        if adapter is None and i in recorded:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:
             refused[i] += refusals
@@ -182,6 +292,11 @@ def merge(
         aligned, problems = align_names(list(clients.values()), base)
         clients = dict(zip(clients, aligned, strict=True))
         _note(refused, clients, problems + incompatible(aligned, base))
+    if (include or exclude) and not common:
+        for i, adapter in clients.items():
+            clients[i] = select(adapter, include, exclude)
+            if not clients[i].modules:
+                refused[i].append(unselected(adapter, include, exclude))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
@@ -190,71 +305,89 @@ def merge(
         with listing(common):
             check_weights(voices, [adapter.name for adapter in good.values()], settings)
         common += without_mean(list(good.values()), voices)
-    clients = _settle(clients, refused, on_bad_client, common)
+    readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
+    check_saveable([
+        _entry(adapter, False, "0" * 64, None) | {"path": adapter.path.name}
+        for adapter in clients.values()
+    ])  # fmt: skip
+    if planned is not None:
+        planned(list(clients.values()))
+    arguments = {"dense": dense, "base": base} | settings
+    arguments |= {k: list(v) for k, v in (("include", include), ("exclude", exclude)) if v}
+    return Inspected(places, weights, clients, readable, refused, arguments)
 
+
+def examined(
+    found: Inspected,
+    on_bad_client: str,
+    tell: Progress,
+    entries: Mapping[int, Mapping[str, Any]],
+) -> tuple[Inspected, dict[int, str]]:
+    """The clients whose values are in order too, and the SHA-256 of their files, by place."""
     digests: dict[int, str] = {}
     with workers(torch.get_num_threads()) as pool:
-        found = zip(clients.items(), pool.map(_examine, clients.values()), strict=True)
-        for done, ((i, adapter), (digest, refusals)) in enumerate(found, start=1):
+        told = zip(found.clients.items(), pool.map(examine, found.clients.values()), strict=True)
+        for done, ((i, adapter), (digest, refusals)) in enumerate(told, start=1):
             digests[i] = digest
-            refused[i] += refusals
-            if entries and i in entries and not refusals:
-                refused[i] += _changes(adapter, digest, entries[i])
-            tell("values", done, len(clients))
+            found.refused[i].extend(refusals)
+            if i in entries and not refusals:
+                found.refused[i].extend(_changes(adapter, digest, entries[i]))
+            tell("values", done, len(found.clients))
+    return with_equal_copies(found, on_bad_client), digests
+
+
+def with_equal_copies(found: Inspected, on_bad_client: str) -> Inspected:
+    """The clients that agree with most in what they saved in full and should have in common."""
     for differing in (check_base_copies, unequal):
-        _note(refused, clients, differing(list(clients.values())))
-    clients = _settle(clients, refused, on_bad_client, [])
-    # Shortened: they are kept in the state, and clients decide how long their values are.
-    skipped = [f"{refusal!s:.2000}" for refusals in refused.values() for refusal in refusals]
-    if skipped:
-        warnings.warn(clean("left out:\n" + "\n".join(skipped)), GloraWarning, stacklevel=3)
+        _note(found.refused, found.clients, differing(list(found.clients.values())))
+    return replace(found, clients=_settle(found.clients, found.refused, on_bad_client, []))
 
-    adapters = list(clients.values())
-    voices, weights_from = _voices(clients, weights)
+
+def described(
+    found: Inspected,
+    digests: Mapping[int, str],
+    state: State,
+    means: Mapping[str, Tensor],
+    skipped: Sequence[str],
+) -> State:
+    """What was solved, with full weights and all that is known of the clients' files."""
+    adapters = list(found.clients.values())
     names = [adapter.name for adapter in adapters]
-
-    def tell_modules(done: int, total: int) -> None:
-        release_freed()  # a tenth of the time, and memory stays that of a few modules
-        tell("modules", done, total)
-
-    state = aggregate(
-        adapters,
-        voices,
-        [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
-        names=names,
-        progress=tell_modules,
-        **settings,
-    )
-    holders = dense_holders(adapters)
-    means = dense_means(adapters, holders, heeded(state, voices), tell)
+    _, weights_from = found.voices
     copies, uneven = base_copies(adapters)
+    layout = adapter_layout(adapters, found.arguments["base"])
+    if found.arguments.keys() & {"include", "exclude"}:
+        layout["exact"] = True  # names that end alike are not adapted with those that are
     recorded = {
         "weights_from": weights_from,
-        "skipped": skipped,
+        "skipped": list(skipped),
         "remarks": [*(f"{a.name}: {remark}" for a in adapters for remark in a.remarks), *uneven],
         "dense_from": {
             name: [names[i] for i in having]
-            for name, having in holders.items()
+            for name, having in dense_holders(adapters).items()
             if len(having) < len(adapters)
         },
     }
     return replace(
         state,
         settings=state.settings | recorded,
-        dense=means | copies,
-        layout=adapter_layout(adapters, base),
+        dense={**means, **copies},
+        layout=layout,
         record={
-            "arguments": {"dense": dense, "base": base}
-            | {name: value for name, value in settings.items() if name not in ("warm", "scratch")},
+            "arguments": {
+                name: value
+                for name, value in sorted(found.arguments.items())
+                if name not in ("warm", "scratch", "device")
+            },
             "clients": [
                 _entry(
                     adapter,
-                    places[i].named,
+                    found.places[i].named,
                     digests[i],
-                    None if weights is None else float(weights[i]),
+                    None if found.weights is None else float(found.weights[i]),
                 )
-                for i, adapter in clients.items()
+                for i, adapter in found.clients.items()
             ],
         },
     )
@@ -266,7 +399,8 @@ _AS_IT_WAS = (
 )
 
 
-def _examine(adapter: Adapter) -> tuple[str, list[Refusal]]:
+def examine(adapter: Adapter) -> tuple[str, list[Refusal]]:
+    """SHA-256 of a client's tensor file, and what is wrong with its values."""
     digest = hashlib.sha256()
     refusals = check_values(adapter, digest)
     return digest.hexdigest(), refusals
@@ -282,13 +416,14 @@ def _entry(adapter: Adapter, named: bool, digest: str, weight: float | None) -> 
         "num_examples": adapter.num_examples,
         "bytes": adapter.stored.signature[0],
         "sha256": digest,
-        "config_sha256": _config_digest(adapter),
+        "config_sha256": config_digest(adapter),
         "ranks": sorted({m.rank for m in adapter.modules.values()}),
         "scalings": sorted({m.scaling for m in adapter.modules.values()}),
     }
 
 
-def _config_digest(adapter: Adapter) -> str:
+def config_digest(adapter: Adapter) -> str:
+    """SHA-256 of a client's configuration."""
     return hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode()).hexdigest()
 
 
@@ -296,7 +431,7 @@ def _changes(adapter: Adapter, digest: str, entry: Mapping[str, Any]) -> list[Re
     """In what a client differs from what was recorded of it."""
     compared: list[tuple[str, str, object]] = [
         (TENSORS_NAME, "sha256", digest),
-        (CONFIG_NAME, "config_sha256", _config_digest(adapter)),
+        (CONFIG_NAME, "config_sha256", config_digest(adapter)),
     ]
     if entry["weights_from"] != "given":
         compared.append((EXAMPLES_NAME, "num_examples", adapter.num_examples))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.places import Place, find_places, is_name
 from ..adapters.read import MAX_BYTES
 from ..arguments import kind
@@ -24,6 +26,7 @@ def update_adapters(
     remove: Sequence[str] = (),
     weights: Sequence[float] | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
     max_file_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
 ) -> State:
@@ -47,7 +50,7 @@ def update_adapters(
         One per folder in `add`, if the state's weights were given; a replaced client keeps its
         own by default. Other states take ``num_examples`` of all clients, or equal weights, as
         a fresh run does.
-    scratch
+    scratch, device
         As in `aggregate`; the state remembers ``max_bytes`` but not where there was room.
     max_file_bytes, progress
         As in `aggregate_adapters`.
@@ -65,7 +68,7 @@ def update_adapters(
         The state records no clients: it was not made from folders, or by an older glora.
     """
     return renew(
-        state, add=add, remove=remove, weights=weights, scratch=scratch,
+        state, add=add, remove=remove, weights=weights, scratch=scratch, device=device,
         max_file_bytes=max_file_bytes, progress=progress,
     )  # fmt: skip
 

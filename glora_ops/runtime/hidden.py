@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import GloraWarning
+from ..errors import LeftoverWarning
 from .rename import rename_new
 from .signals import surely
 
@@ -119,7 +119,7 @@ def _clear(hidden: Path, final: Path, strangers: Strangers) -> None:
                 warnings.warn(
                     f"{str(left)!r} was replaced by a run that was killed, and holds what glora "
                     f"did not write: {', '.join(others[:5])}; it is kept",
-                    GloraWarning,
+                    LeftoverWarning,
                     stacklevel=2,
                 )
                 return

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
-__all__ = ["Terminated", "heed", "surely", "terminable"]
+__all__ = ["Terminated", "end_at_once", "heed", "surely", "terminable"]
+
+#: What Python does with the signals that end a command.
+_USUAL = ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler))
 
 _come: list[KeyboardInterrupt] = []  # in the current `terminable` block
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came."""
+
+
+def end_at_once() -> None:
+    """Until a `terminable` block: SIGTERM and Ctrl-C end the process with a line and 128 + signal.
+
+    For the time in which packages are imported: they catch exceptions of any kind, and there is
+    nothing to clear away.
+    """
+    for number, usual in _USUAL:
+        if signal.getsignal(number) is usual:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"terminated\n" if number == signal.SIGTERM else b"interrupted\n")
+    os._exit(128 + number)
 
 
 @contextmanager
@@ -37,12 +57,10 @@ def terminable() -> Iterator[None]:
 
     with ExitStack() as handlers:
         handlers.callback(_come.clear)
-        for number, usual in (
-            (signal.SIGTERM, signal.SIG_DFL),
-            (signal.SIGINT, signal.default_int_handler),
-        ):
-            if signal.getsignal(number) is usual:
-                handlers.callback(signal.signal, number, usual)
+        for number, usual in _USUAL:
+            before = signal.getsignal(number)
+            if before is usual or before is _end:
+                handlers.callback(signal.signal, number, before)
                 signal.signal(number, stop)
         try:
             yield

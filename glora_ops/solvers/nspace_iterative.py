@@ -7,6 +7,7 @@ on tall blocks, from what is known by then.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,18 +18,14 @@ from ..linalg.canonical import positive
 from .base import Found, Principal, Triplets, fill, row_votes
 from .operators import NSpaceProjector, NSpaceUpdate, Voters
 from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
-from .tall import SIDES, TallSolver, start_block
+from .tall import CANCELLED, SIDES, TallSolver, has_long_terms, start_block
 
 __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 
 # An eigenvalue below this fraction of the top is not resolved by fp32 overlaps.
 RESOLVED = 1e-5
-# A sum over pairs of clients this small against the clients' own energy may be rounding.
-NOISE = 2.0**-16
 # What is to come of a mean, over what is found, from which N-space is nearer than more steps.
 FLAT = 1e-2
-# Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
-LONG = 2.0**8
 
 
 def consensus_limit(rank: int, d_out: int, d_in: int) -> int:
@@ -57,9 +54,7 @@ class IterativeSolver(TallSolver):
         return self._turned(self.b, self.clients.t_u), self._turned(self.a, self.clients.t_v)
 
     def _turned(self, rows: Tensor, t: Tensor) -> Tensor:
-        """In fp64 where rounding would tell: terms of T_iᵀ x_i that are far longer than one."""
-        terms = self.ragged.segment_sum((t.abs() * self.v.lengths(rows)[..., None]).amax(-1))
-        wide = rows.double() if bool((terms > LONG).any()) else rows
+        wide = rows.double() if has_long_terms(self.v, rows, self.ragged, t) else rows
         return self.v.turned(wide, self.ragged, t).to(self.dtype)
 
     @cached_property
@@ -68,12 +63,21 @@ class IterativeSolver(TallSolver):
         return torch.cat([self.v.overlaps(q) for q in self.turned])
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
-        rank, v = self.settings.rank, self.v
+        rule = StopRule(self.settings, True, self.unit, ANCHORED)
+        norm2 = self._energy(p)
+        if norm2 is None:
+            return self._in_coordinates(p, self._iterate(p, warm, rule))
         start = start_block(self.a, "right", self.settings, warm)
-        lead = self._leading(p, self._pull(1, start), ANCHORED)
-        if lead.sigma[0, rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
+        lead = self._leading(p, norm2, self._pull(1, start), ANCHORED)
+        if lead.sigma[0, self.settings.rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
             return lead
-        far = super().triplets(p, v.qr(self._lift(1, lead.y))[0])
+        # A half-step on tall blocks takes from rounding the size that would earn it votes.
+        wt, left = self.mean(p).next, self._lift(0, lead.x)
+        ritz = subspace_iteration(self.v, wt, left, rule, _at_least(norm2))
+        return self._in_coordinates(p, ritz)
+
+    def _in_coordinates(self, p: Tensor, ritz: Ritz) -> Triplets:
+        far = self._triplets(ritz)
         strength = self._strength(p) * self._inverse(far.sigma)
         x, y = strength * self._pull(1, far.y), strength * self._pull(0, far.x)
         return replace(far, x=x, y=y)
@@ -84,7 +88,10 @@ class IterativeSolver(TallSolver):
         ritz = self._iterate(p, warm, rule)
         if not rule.flat:
             return self._update(self._triplets(ritz))
-        lead = self._leading(p, self._pull(1, ritz.images.block))
+        norm2 = self._energy(p)
+        if norm2 is None:
+            return super().update(p, warm)
+        lead = self._leading(p, norm2, self._pull(1, ritz.images.block))
         values, steps = lead.sigma, lead.steps + ritz.steps
         left, right = (
             Principal(self.v.qr(self._lift(side, z))[0], values, values, lead.norm, steps)
@@ -111,7 +118,8 @@ class IterativeSolver(TallSolver):
 
         def energies(x: Tensor, vectors: Tensor) -> Tensor:
             crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
-            return (crossed * v.product(grams.flip(0), crossed)).sum(-2).clamp(min=0).double()
+            back = v.product(grams, crossed.flip(0)).flip(0)
+            return (crossed * back).sum(-2).clamp(min=0).double()
 
         known = ref[..., (ref != 0).any(-2).any(0)]
         signs = replace(settings, rank=max(rank - known.shape[-1], 0))
@@ -136,8 +144,11 @@ class IterativeSolver(TallSolver):
                 continue
             voters = Voters(t, voices, self._lift(side, ref[here]))
             sides.append(self._principal(side, voters, w, basis))
+        norm2 = self._energy(p)
+        if norm2 is None:
+            return self.between((sides[0], sides[1]), p, *self._spectrum(p, None))
         seen = x[:1] if anchor is not None else strength * pulled[1]
-        spectrum = self._coordinates(p, seen, StopRule(settings, False, self.unit))
+        spectrum = self._coordinates(p, norm2, seen, StopRule(settings, False, self.unit))
         sigma = fill(spectrum.theta, rank + 1).sqrt()
         return self.between((sides[0], sides[1]), p, sigma, spectrum.total.sqrt())
 
@@ -145,18 +156,20 @@ class IterativeSolver(TallSolver):
         """(1, N, 1): D of the mean with weights p."""
         return (self.ragged.per_row(p) * self.clients.sigma)[..., None].to(self.dtype)
 
-    def _coordinates(self, p: Tensor, start: Tensor, rule: StopRule) -> Ritz:
-        """Subspace iteration on a mean in N-space, from left coordinates; its norm is exact."""
-        operator = NSpaceUpdate(self.v, self.grams, self._strength(p))
-        both, strength = operator.left * operator.right, operator.strength
-        total = (strength * self.v.product(both, strength)).sum((-2, -1)).double()
-        # Clients that cancel leave less than the rounding of this sum: what is seen then counts.
-        total = total * (total > NOISE * strength.square().sum((-2, -1)))
-        return subspace_iteration(
-            self.v, operator, start, rule, lambda x, images, seen: torch.maximum(total, seen)
-        )
+    def _energy(self, p: Tensor) -> Tensor | None:
+        """(1,): ‖W‖² from the overlaps; None where clients cancel until it is rounding."""
+        strength, (left, right) = self._strength(p), self.grams.split(1)
+        norm2 = (strength * self.v.product(left * right, strength)).sum((-2, -1)).double()
+        return norm2 if bool(norm2 > CANCELLED * strength.square().sum()) else None
 
-    def _leading(self, p: Tensor, seen: Tensor, settled: float | None = None) -> Triplets:
+    def _coordinates(self, p: Tensor, norm2: Tensor, start: Tensor, rule: StopRule) -> Ritz:
+        """Subspace iteration on a mean in N-space, from left coordinates."""
+        operator = NSpaceUpdate(self.v, self.grams, self._strength(p))
+        return subspace_iteration(self.v, operator, start, rule, _at_least(norm2))
+
+    def _leading(
+        self, p: Tensor, norm2: Tensor, seen: Tensor, settled: float | None = None
+    ) -> Triplets:
         """Leading triplets in coordinates; `seen` is Zᵀ Ω of a block to start from."""
         v, rank = self.v, self.settings.rank
         rule = StopRule(self.settings, False, self.unit, settled)
@@ -164,7 +177,8 @@ class IterativeSolver(TallSolver):
         # round the small ones by the large. Axes of the metric keep them apart.
         start, _ = v.qr(self._strength(p) * seen)
         gram = v.inner(start, v.product(self.grams[:1], start))
-        ritz = self._coordinates(p, v.combine(start, v.eigh((gram + gram.mT) / 2)[1]), rule)
+        start = v.combine(start, v.eigh(gram)[1])
+        ritz = self._coordinates(p, norm2, start, rule)
         turn = fill(ritz.vectors, rank).to(self.dtype)
         sigma = fill(ritz.theta.sqrt(), max(rank + 1, ritz.theta.shape[-1]))
         x = v.product(ritz.x, turn)
@@ -183,3 +197,8 @@ class IterativeSolver(TallSolver):
     def _lift(self, side: int, z: Tensor) -> Tensor:
         """(1, d, k): the tall vectors Q z."""
         return self.v.lift(self.turned[side], z)
+
+
+def _at_least(norm2: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The trace of an iteration on a mean of known norm, rounding apart."""
+    return lambda x, images, seen: torch.maximum(norm2, seen)

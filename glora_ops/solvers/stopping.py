@@ -9,10 +9,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
+from ..linalg.eigen import cholesky_ex
 from ..linalg.vocabulary import Vocabulary
 from .base import Settings
 from .operators import Images, Operator
@@ -32,8 +34,10 @@ SETTLED, ANCHORED = 2.0, 8.0
 JITTER = 4.0
 # A Ritz value, a square, below this fraction of the top is the rounding of fp32 blocks.
 EMPTY = 1e-13
-# Squared length, over the longest, of coordinates below which they hold no vector.
+# Squared length, over the longest, of coordinates below which they hold no vector; of images, below
+# which rounding of the long ones would show in their axes.
 DROP = 1e-5
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -108,40 +112,46 @@ class StopRule:
         return enough or self.flat or self.asked == self.limit
 
     def _enough(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
-        lead = theta[..., : self.rank]
+        values, all_there_is = _numbers(theta), _numbers(total)
+        lead, spare = values[..., : self.rank], values[..., self.rank :].sum(-1)
         found = lead.sum(-1)
-        outside = (total - theta.sum(-1)).clamp(min=0)
-        if self._little(outside, found, total):
+        outside = np.maximum(all_there_is - found - spare, 0)
+        if self.settled is None:  # (12.8)
+            share = self.rank / max(values.shape[-1] - 1, self.rank)
+            outside = np.minimum(outside, spare + share * outside)
+        if self._little(outside, found, all_there_is):
             return True
         before, self.before = self.before, lead
         if before is None:
             return False
         gains = lead - before
-        gains = gains * (gains > self.jitter * theta[..., :1])  # (12.4)
-        bulk = theta[..., self.rank :].sum(-1, keepdim=True) / max(theta.shape[-1] - self.rank, 1)
-        shift = 0.0 if self.half else theta[..., -1:] / 2
-        apart = positive(lead - shift)
-        rate = ((bulk - shift) / apart).clamp(min=0, max=SLOWEST) ** self.power
+        gains = gains * (gains > self.jitter * values[..., :1])  # (12.4)
+        bulk = spare[..., None] / max(values.shape[-1] - self.rank, 1)
+        shift = 0.0 if self.half else values[..., -1:] / 2
+        apart = np.maximum(lead - shift, TINY)
+        rate = ((bulk - shift) / apart).clip(0, SLOWEST) ** self.power
         ahead = gains * rate / (1 - rate)  # (12.5)
-        to_come = torch.minimum(ahead.sum(-1), outside)
-        if not self._little(to_come, found, total):
+        to_come = np.minimum(ahead.sum(-1), outside)
+        if not self._little(to_come, found, all_there_is):
             self.flat = self.asked > self.half and bool((to_come > self.patience * found).any())
             return False
         if self.settled is None:
             return True
-        energy = lead if self.weigh is None else self.weigh(x, vectors[..., : self.rank])
-        turn = (energy * ahead / positive(lead - bulk / 2)).sum(-1)  # (12.6)
-        turn = turn / positive(energy.sum(-1))
-        return bool((turn < self.settled * self.tol**2).all())
+        energy = lead if self.weigh is None else _numbers(self.weigh(x, vectors[..., : self.rank]))
+        turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.6)
+        return bool((turn < self.settled * self.tol**2 * np.maximum(energy.sum(-1), TINY)).all())
 
-    def _little(self, gain: Tensor, found: Tensor, total: Tensor) -> bool:
+    def _little(self, gain: np.ndarray, found: np.ndarray, total: np.ndarray) -> bool:
         """Whether a gain in energy is too small to matter, in captured and in error (12.7)."""
-        for g, f, t in zip(gain.tolist(), found.tolist(), total.tolist(), strict=True):
-            error = math.sqrt(max(0.0, 1 - f / max(t, 1e-300)))
-            left = math.sqrt(max(0.0, 1 - (f + g) / max(t, 1e-300)))
-            if g > SAFE * self.tol * f or error - left > SAFE * (self.tol + 0.01 * error):
-                return False
-        return True
+        error, left = (
+            np.sqrt(np.maximum(1 - x / np.maximum(total, TINY), 0)) for x in (found, found + gain)
+        )
+        allowed = SAFE * (self.tol + 0.01 * error)
+        return bool(((gain <= SAFE * self.tol * found) & (error - left <= allowed)).all())
+
+
+def _numbers(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
 
 
 def subspace_iteration(
@@ -153,8 +163,10 @@ def subspace_iteration(
 ) -> Ritz:
     """Leading eigenspace of an operator by X ← orth(O X) (Halko, Martinsson, Tropp 2011, 4.4).
 
-    Only the span matters: blocks are kept apart by a Householder QR of the coordinates, and what
-    the metric says is left to the Ritz problem.
+    Only the span matters: a next block is the images along the Ritz vectors, which are nearly
+    orthogonal, and orthonormal after a half-step, whose Gram matrix is the problem just solved
+    (Stathopoulos and Wu 2002, SVQB). Where that would round, a Householder QR of the coordinates
+    keeps them apart, and what the metric says is left to the Ritz problem.
 
     Parameters
     ----------
@@ -168,15 +180,19 @@ def subspace_iteration(
     trace = None
     while True:
         images = operator.images(x)
-        theta, vectors = _ritz(v, images)
+        theta, vectors, apart = _ritz(v, images)
         if trace is None:
             trace = total(x, images.block, theta.sum(-1))
         if rule(x, theta, vectors, trace) or _holds_all(images, theta):
             break
-        block = images.block
+        block, length = images.block, theta.sqrt()
         if not operator.half:  # what is left out lies in [0, θ_k], now around zero (12.3)
-            block = block - (theta[..., None, -1:] / 2).to(x.dtype) * x
-        x, _ = v.qr(block)
+            shift = theta[..., -1:] / 2
+            block, length = block - shift[..., None].to(x.dtype) * x, theta - shift
+        if apart and (operator.half or images.gram is not None):
+            x = v.combine(block, vectors / length[..., None, :])
+        else:
+            x, _ = v.qr(block)
         operator = operator.next
     steps = -(-rule.asked // (1 + operator.half))
     return Ritz(x, images, theta, vectors, trace, rule.asked, steps)
@@ -184,16 +200,28 @@ def subspace_iteration(
 
 def _holds_all(images: Images, theta: Tensor) -> bool:
     """Whether an orthonormal block is wider than the operator's range: no step finds more."""
-    return images.gram is None and bool((theta[..., -1] <= EMPTY * theta[..., 0]).all())
+    values = _numbers(theta)
+    return images.gram is None and bool((values[..., -1] <= EMPTY * values[..., 0]).all())
 
 
-def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor]:
-    """Eigenpairs of energy s = θ gram s; columns of s without length in gram are zero (12.1)."""
-    if images.gram is None:
-        return v.eigh(images.energy)
-    length2, basis = v.eigh((images.gram + images.gram.mT) / 2)
-    kept = length2 > DROP * length2[..., :1]
-    basis = basis * (kept / positive(length2).sqrt())[..., None, :]
-    energy = basis.mT @ images.energy @ basis
-    theta, turn = v.eigh((energy + energy.mT) / 2)
-    return theta, basis @ turn
+def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor, bool]:
+    """Eigenpairs of energy s = θ gram s, and whether both problems are far from singular.
+
+    Columns of s without length in gram are zero (12.1).
+    """
+    energy, apart = images.energy, True
+    basis = torch.eye(energy.shape[-1], dtype=energy.dtype, device=energy.device)
+    if images.gram is not None:
+        lower, failed = cholesky_ex(images.gram)
+        pivots, lengths2 = (_numbers(x.diagonal(0, -2, -1)) for x in (lower, images.gram))
+        apart = not failed.any() and pivots.min() ** 2 > DROP * lengths2.max()
+        if apart:
+            basis = torch.linalg.solve_triangular(lower, basis, upper=False).mT
+        else:
+            length2, basis = v.eigh(images.gram)
+            kept = length2 > DROP * length2[..., :1]
+            basis = basis * (kept / positive(length2).sqrt())[..., None, :]
+        energy = basis.mT @ energy @ basis
+    theta, turn = v.eigh(energy)
+    values = _numbers(theta)
+    return theta, basis @ turn, apart and bool((values[..., -1] > DROP * values[..., 0]).all())

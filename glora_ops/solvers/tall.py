@@ -6,6 +6,7 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import isqrt
 
@@ -22,13 +23,17 @@ from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
 
-__all__ = ["TallSolver", "principal", "start_block"]
+__all__ = ["CANCELLED", "SIDES", "TallSolver", "has_long_terms", "principal", "start_block"]
 
 SIDES = ("left", "right")
 # Eigenvalues of a mean projector below this fraction of the top are rounding of fp32 products.
 FLAT = 1e-12
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
+# ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
+CANCELLED = 2.0**-8
+# Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
+LONG = 2.0**8
 # Singular values over the largest below which their squares in fp64 leave vectors askew.
 WEAK = 1e-5
 
@@ -152,7 +157,7 @@ class TallSolver:
 
         def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
             if self._is_cheap:
-                return torch.maximum(self._norm2(mean.coef), seen)
+                return torch.maximum(self._norm2(p), seen)
             return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
@@ -161,18 +166,28 @@ class TallSolver:
     def _is_cheap(self) -> bool:
         return self.b.shape[-2] ** 2 * (self.b.shape[-1] + self.a.shape[-1]) <= CHEAP
 
-    def _norm2(self, coef: Tensor) -> Tensor:
-        """‖W‖² from both N × N Gram matrices."""
-        both = self.v.overlaps(self.b).double() * self.v.overlaps(self.a)
-        return (coef[..., :, None] * both * coef[..., None, :]).sum((-2, -1))
+    def _norm2(self, p: Tensor) -> Tensor:
+        """‖W‖² from both N × N Gram matrices, in fp64 where their terms cancel."""
+        coef = self.coefficients(p)
+        for gram in (self.v.overlaps, self._precise_gram):
+            terms = coef[..., :, None] * gram(self.b).double() * gram(self.a) * coef[..., None, :]
+            total = terms.sum((-2, -1))
+            if bool((total > CANCELLED * terms.abs().sum((-2, -1))).all()):
+                break
+        return total
+
+    def _precise_gram(self, rows: Tensor) -> Tensor:
+        columns = rows.mT
+        return self.v.inner(columns, columns)
 
     def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
         """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.8)."""
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        whole = self.v.product(b.mT, (coef[..., None] * a).to(a.dtype))
-        return (whole - self.v.product(q.mT, w)).double().square().sum((-2, -1))
+        whole = self.v.lift(b, coef[..., None].to(a.dtype) * a)
+        missed = whole - self.v.lift(q, w)
+        return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
         """The basis on one side; its images, orthonormal by their Gram matrix, on the other."""
@@ -216,6 +231,12 @@ def start_block(rows: Tensor, side: str, settings: Settings, *known: Tensor | No
     return torch.cat([*given, signs], -1) if given and count < d else signs
 
 
+def has_long_terms(v: Vocabulary, rows: Tensor, ragged: Ragged, t: Tensor) -> bool:
+    """Whether unit vectors T_iᵀ x_i are sums of terms so long that fp32 would round them away."""
+    terms = ragged.segment_sum((t.abs() * v.lengths(rows)[..., None]).amax(-1))
+    return bool((terms > LONG).any())
+
+
 def principal(
     v: Vocabulary,
     side: str,
@@ -237,7 +258,12 @@ def principal(
     mean : MeanUpdate, optional
         W̄ as it acts on this side's vectors, for their energies; all alike without.
     """
-    operator, count = MeanProjector(v, rows, ragged, voters), settings.columns
+    trace, count = voters.trace(ragged), settings.columns
+    if has_long_terms(v, rows, ragged, voters.t):
+        rows = v.turned(rows.double(), ragged, voters.t).to(working(rows.dtype))
+        own = torch.eye(ragged.max_rank).to(voters.t).expand(len(rows), ragged.clients, -1, -1)
+        voters = replace(voters, t=ragged.unpad(own))
+    operator = MeanProjector(v, rows, ragged, voters)
 
     def energies(x: Tensor, vectors: Tensor) -> Tensor:
         if mean is None:
@@ -246,7 +272,6 @@ def principal(
 
     first = start_block(rows, side, settings, voters.extra, *known)
     start = operator.apply(v.qr(operator.apply_t(first))[0])
-    trace = voters.trace(ragged)
     rule = StopRule(settings, False, torch.finfo(start.dtype).eps / 2, SETTLED, energies)
     ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
     values = fill(ritz.theta * (ritz.theta > FLAT * ritz.theta[..., :1]), count)

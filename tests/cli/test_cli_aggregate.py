@@ -34,10 +34,10 @@ def test_mixed_clients_come_back_as_their_mean(work: Path) -> None:
     assert sorted(p.name for p in (work / "out").iterdir()) == ["r4", "r9", "server.safetensors"]
     said = " ".join(result.stdout.split())
     assert "3 clients → rank 9, basis consensus, 6 modules" in said
-    assert "ann 0.5 4 2 " in said
+    assert "ann 0.5000 4 2 " in said
     assert "bob 0.1667 2 5.657 " in said
     assert "weights: as given" in said
-    assert "captured 1.0000 fraction of the mean update's energy" in said
+    assert "captured 1.0000 of the mean update's energy" in said
     assert "out/server.safetensors" in said
     assert "PEFT adapter of rank 4" in said
     assert result.stderr == ""
@@ -145,20 +145,20 @@ def test_updating_in_place_and_elsewhere(work: Path) -> None:
     glora("aggregate", "ann", "bob", "cyd", "-o", "three", *both)
     glora("aggregate", "ann", "cyd", "-o", "two", *both)
     before = everything(work / "out")
-    said = glora("aggregate", "--update", "out", "--add", "cyd", "-o", "new", *both[4:]).stdout
+    said = glora("update", "out", "--add", "cyd", "-o", "new", *both[4:]).stdout
     assert "3 clients" in said
     assert everything(work / "out") == before
     assert everything(work / "new") == everything(work / "three")
-    glora("aggregate", "--update", "out/server.safetensors", "--add", "cyd")
+    glora("update", "out/server.safetensors", "--add", "cyd")
     assert everything(work / "out") == everything(work / "three")
-    facts = glora_json("aggregate", "--update", "out", "--remove", "bob")
+    facts = glora_json("update", "out", "--remove", "bob")
     assert everything(work / "out") == everything(work / "two")
     assert [client["name"] for client in facts["clients"]] == ["ann", "cyd"]
     assert sorted(facts["readouts"]) == ["2", "4"]
     # Whatever else lies in the folder is not thrown away.
     (work / "out" / "notes.txt").write_text("precious")
     before = everything(work)
-    said = glora("aggregate", "--update", "out", "--add", "bob", code=1).stderr
+    said = glora("update", "out", "--add", "bob", code=1).stderr
     assert "notes.txt" in said
     assert "-o" in said
     assert everything(work) == before
@@ -169,9 +169,9 @@ def test_weights_of_added_clients(work: Path) -> None:
     glora("aggregate", "ann", "bob", "cyd", "-o", "want", "--weights", "3,1,2")
     (work / "w.json").write_text('{"cyd": 2}')
     for i, weights in enumerate(("2", "w.json")):
-        glora("aggregate", "--update", "out", "--add", "cyd", "--weights", weights, "-o", i)
+        glora("update", "out", "--add", "cyd", "--weights", weights, "-o", i)
         assert everything(work / str(i)) == everything(work / "want")
-    said = glora("aggregate", "--update", "out", "--add", "cyd", code=1).stderr
+    said = glora("update", "out", "--add", "cyd", code=1).stderr
     assert "the state's weights were given" in said
 
 
@@ -180,15 +180,15 @@ def test_updates_refused(work: Path) -> None:
     edit_config(work / "ann", lora_alpha=9)
     shutil.rmtree(work / "bob")
     before = everything(work)
-    refused = glora_json("aggregate", "--update", "out", "--remove", "cyd", code=1)["refused"]
+    refused = glora_json("update", "out", "--remove", "cyd", code=1)["refused"]
     named = {(r["client"], r["problem"]) for r in refused}
     assert ("bob", "no such folder") in named
     assert all("--remove NAME" in r["remedy"] for r in refused if r["client"] == "bob")
-    refused = glora_json("aggregate", "--update", "out", "--remove", "bob", code=1)["refused"]
+    refused = glora_json("update", "out", "--remove", "bob", code=1)["refused"]
     assert [(r["client"], r["file"]) for r in refused] == [("ann", "adapter_config.json")]
-    refused = glora_json("aggregate", "--update", "out", "--remove", "dan", code=1)["refused"]
+    refused = glora_json("update", "out", "--remove", "dan", code=1)["refused"]
     assert "ann, bob, cyd" in refused[0]["expected"]
-    glora("aggregate", "--update", "ann", "--remove", "bob", code=1)
+    glora("update", "ann", "--remove", "bob", code=1)
     assert everything(work) == before
 
 

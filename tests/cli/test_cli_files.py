@@ -218,9 +218,9 @@ def test_overwrite_replaces_a_whole_output_and_nothing_else(work: Path) -> None:
         ["aggregate", "ann", "bob", "-o", "ann/out"],
         ["aggregate", "box/ann", "bob", "-o", "box", "--overwrite"],
         ["aggregate", "ann", "--weights", "new/w.json", "-o", "new", "--overwrite"],
-        ["aggregate", "--update", "m", "--add", "cyd", "-o", "m/new"],
-        ["aggregate", "--update", "m", "--add", "cyd", "-o", "m", "--overwrite"],
-        ["aggregate", "--update", "m", "--add", "cyd", "-o", "bob/new"],
+        ["update", "m", "--add", "cyd", "-o", "m/new"],
+        ["update", "m", "--add", "cyd", "-o", "m", "--overwrite"],
+        ["update", "m", "--add", "cyd", "-o", "bob/new"],
         ["readout", "m", "-r", 2, "-o", "m/r2"],
         ["readout", "m/server.safetensors", "-r", 2, "-o", "m", "--overwrite"],
         ["inspect", "m", "--plot", "m/p.png"],
@@ -261,7 +261,7 @@ def test_a_trained_adapter_is_never_overwritten(work: Path) -> None:
         assert named in said
     for arguments in (
         ["aggregate", *CLIENTS, "-o", "m", "--overwrite"],
-        ["aggregate", "--update", "m", "--remove", "bob"],
+        ["update", "m", "--remove", "bob"],
     ):
         assert f"r4/{TENSORS}" in glora(*arguments, code=1).stderr
     assert everything(work) == before
@@ -288,7 +288,7 @@ def test_outputs_of_the_version_before_marks_are_known_by_their_record(work: Pat
     shutil.rmtree(work / "m" / "r3")
     glora("aggregate", *CLIENTS, "-o", "m", "--readout", "2,4", "--overwrite")
     as_before(work / "m")
-    glora("aggregate", "--update", "m", "--remove", "bob")
+    glora("update", "m", "--remove", "bob")
     assert strangers(work / "m") == []
     load(gpt2, work / "other" / "r2").save_pretrained(work / "other" / "r2")
     assert f"r2/{TENSORS}" in glora("aggregate", *CLIENTS, "-o", "other", "--overwrite",

@@ -16,7 +16,8 @@ from commands import CLIENTS, edit_config, glora
 @pytest.mark.parametrize(
     "command",
     [[], ["aggregate"], ["readout"], ["inspect"], ["compare"], ["fl", "run"], ["fl", "report"],
-     ["fl", "partition"], ["fl", "configs"]],
+     ["fl", "partition"], ["fl", "configs"], ["job"], ["job", "plan"], ["job", "work"],
+     ["job", "status"], ["job", "join"]],
 )  # fmt: skip
 def test_help_starts_with_a_sentence_and_ends_with_an_example(command: list[str]) -> None:
     said = glora(*command, "--help").stdout

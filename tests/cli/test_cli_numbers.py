@@ -61,7 +61,7 @@ def test_an_absurd_readout_of_a_state_is_refused(work: Path) -> None:
         said = glora("readout", "out", "-r", 999_999_999, "-o", "x", "--pad", pad, code=1).stderr
         assert "999999999" in said
         assert "at most 1024" in said
-    said = glora("aggregate", "--update", "out", "--remove", "bob", "--readout", 99_999, code=1)
+    said = glora("update", "out", "--remove", "bob", "--readout", 99_999, code=1)
     assert "99999" in said.stderr
     assert everything(work) == before
 

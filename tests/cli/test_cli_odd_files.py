@@ -35,7 +35,7 @@ NAMED: dict[str, tuple[str, list[str]]] = {
     "examples": ("ann/glora.json", ["inspect", "ann"]),
     "state": ("out/server.safetensors", ["readout", "out", "-r", "2", "-o", "r2"]),
     "a state by its name": ("out/server.safetensors", ["inspect", "out/server.safetensors"]),
-    "state to update": ("out/server.safetensors", ["aggregate", "--update", "out", "--add", "bob"]),
+    "state to update": ("out/server.safetensors", ["update", "out", "--add", "bob"]),
     "toml": ("c.toml", ["fl", "run", "c.toml", "-o", "runs"]),
     "run": ("runs/seed0/run.json", ["fl", "report", "runs", "-o", "report"]),
     "rounds": ("runs/seed0/metrics.jsonl", ["fl", "report", "runs", "-o", "report"]),

@@ -70,10 +70,10 @@ def test_the_gate_leaves_out_by_name_and_says_why(five: Path) -> None:
 def test_an_update_keeps_the_rule(five: Path) -> None:
     edit_tensors(five / "fay", louder(-1.0))
     glora("aggregate", *NAMES[:4], "-o", "out", "--robust", "gate", "--clip", "3")
-    facts = glora_json("aggregate", "--update", "out", "--add", "hal")
+    facts = glora_json("update", "out", "--add", "hal")
     assert facts["robust"]["left_out"] == ["fay"]
     assert facts["robust"]["clip"] == 3
-    glora("aggregate", "--update", "out", "--remove", "hal", "--robust", "clip", code=2)
+    glora("update", "out", "--remove", "hal", "--robust", "clip", code=2)
 
 
 def test_usage_and_signed_weights(five: Path) -> None:

@@ -41,8 +41,8 @@ def test_damage_is_refused_by_every_command_and_nothing_is_written(
     before = everything(work)
     for command in (
         ["inspect", "out"], ["inspect", STATE, "--plot", "x.png"],
-        ["readout", "out", "-r", 2, "-o", "x"], ["aggregate", "--update", "out", "--remove", "ann"],
-        ["aggregate", "--update", "out", "--remove", "ann", "-o", "x"],
+        ["readout", "out", "-r", 2, "-o", "x"], ["update", "out", "--remove", "ann"],
+        ["update", "out", "--remove", "ann", "-o", "x"],
     ):  # fmt: skip
         said = glora(*command, code=1).stderr
         assert "the tensor is not what was written" in said
@@ -64,9 +64,7 @@ def test_older_states_are_used_with_a_note(merged: Path, version: int) -> None:
         assert note in " ".join(result.stdout.split())
         assert result.stderr == ""
     if version == 2:
-        assert note in " ".join(
-            glora("aggregate", "--update", "out", "--remove", "ann").stdout.split()
-        )
+        assert note in " ".join(glora("update", "out", "--remove", "ann").stdout.split())
         assert glora_json("inspect", "out")["format_version"] == 3
 
 
@@ -75,7 +73,7 @@ def test_an_update_says_what_it_reads_before_it_does(
 ) -> None:
     (work / "new").mkdir()
     os.rename("cyd", "new/cyd")
-    command = ["aggregate", "--update", "out", "--remove", "ann", "--add", "new/cyd", "-o", "x"]
+    command = ["update", "out", "--remove", "ann", "--add", "new/cyd", "-o", "x"]
     lines = [
         f"reads: in {work}: bob (recorded in STATE)",
         f"reads: in {work / 'new'}: cyd (added)",
@@ -130,7 +128,7 @@ def test_records_that_lead_elsewhere_are_refused_unopened(
 
     monkeypatch.setattr(Path, "open", opened)
     before = sorted(everything_but_pipes(work))
-    said = glora("aggregate", "--update", "out", "--remove", "bob", code=1).stderr
+    said = glora("update", "out", "--remove", "bob", code=1).stderr
     assert says in said
     assert "ann" in said
     assert sorted(everything_but_pipes(work)) == before
@@ -172,11 +170,11 @@ def test_a_state_with_hostile_names_is_shown_clean(merged: Path, work: Path) -> 
     assert State.load(merged).clients[1] == evil
     commands = (
         ["inspect", "out"], ["inspect", "out", "--plot", "x.png"],
-        ["readout", "out", "-r", 2, "-o", "x"], ["aggregate", "--update", "out", "--remove", "ann"],
-        ["aggregate", "--update", "out", "--remove", "nobody"],
+        ["readout", "out", "-r", 2, "-o", "x"], ["update", "out", "--remove", "ann"],
+        ["update", "out", "--remove", "nobody"],
     )  # fmt: skip
     for command in commands:
-        result = glora(*command, code=int(command[0] == "aggregate"))
+        result = glora(*command, code=int(command[0] == "update"))
         assert not set("\x1b\x9b\u202e") & set(result.stdout + result.stderr)
     names = [client["name"] for client in glora_json("inspect", "out")["clients"]]
     assert names == ["ann", evil, "cyd"]

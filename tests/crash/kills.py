@@ -1,10 +1,10 @@
 """Kills glora at arbitrary moments and looks at what is left: ``make crash``.
 
-Each kill is a process of its own that aggregates, renews a state, reads out or runs federated
-rounds, and that gets SIGKILL or SIGTERM: at a random moment, or right before a random one of its
-calls that change files. Afterwards the output must be the old one or the new one, whole. SIGTERM
-leaves nothing else behind. The command given again must end well, give the bits of a run that was
-never killed, and leave nothing behind either.
+Each kill is a process of its own that aggregates, renews a state, reads out, plans, works on or
+joins a job, or runs federated rounds, and that gets SIGKILL or SIGTERM: at a random moment, or
+right before a random one of its calls that change files. Afterwards the output must be the old one
+or the new one, whole. SIGTERM leaves nothing else behind. The command given again must end well,
+give the bits of a run that was never killed, and leave nothing behind either.
 
 Processes are forked from this one, which has imported everything: a kill takes a fraction of a
 second.
@@ -88,6 +88,12 @@ def rounds(folder: Path) -> Tree:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         found["lines"] = [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
     return found
+
+
+def parts(folder: Path) -> Tree:
+    """A job: its parts, each whole; a receipt says also how long one took."""
+    found = folder.glob("parts/*.safetensors")
+    return {p.name: p.read_bytes() for p in found if p.with_suffix(".json").exists()}
 
 
 def client(folder: Path, rank: int, seed: int) -> None:
@@ -181,16 +187,23 @@ def jobs(template: Path) -> list[Job]:
         client(template / "clients" / name, seed, seed)
     (template / "tiny.toml").write_text(CONFIG)
     both = "aggregate clients/ann clients/bob --readout 2,3"
-    for command in (f"{both} -o m", f"{both} -o again", "readout m -r 1 -o single"):
+    planned = f"job plan {template}/clients/ann {template}/clients/bob"
+    for command in (
+        f"{both} -o m", f"{both} -o again", "readout m -r 1 -o single",
+        f"{planned} -o planned", f"{planned} -o worked", "job work worked",
+    ):  # fmt: skip
         assert forked(template, command) == 0, command
     commands = {
         "aggregate": (f"{both} -o deep/out", "deep/out", files),
         "aggregate --overwrite": (
             "aggregate clients/cyd clients/bob --readout 2 -o again --overwrite", "again", files,
         ),
-        "aggregate --update": ("aggregate --update m --add clients/cyd --remove bob", "m", files),
+        "update": ("update m --add clients/cyd --remove bob", "m", files),
         "readout": ("readout m -r 2 -o single2", "single2", files),
         "readout --overwrite": ("readout m -r 3 -o single --overwrite", "single", files),
+        "job plan": (f"{planned} -o deep/job", "deep/job", files),
+        "job work": ("job work planned", "planned", parts),
+        "job join": ("job join worked -o deep/joined --readout 2", "deep/joined", files),
         "fl run": ("fl run tiny.toml --seeds 1 -o runs --resume", "runs", rounds),
     }  # fmt: skip
     made = []
@@ -222,6 +235,8 @@ def killed(job: Job, template: Path, draw: random.Random) -> tuple[str, str, int
             what = "new"
         elif job.look is rounds or found == job.old:
             what = "old"
+        elif job.look is parts and found.items() <= job.new.items():
+            what = "some"
         else:
             raise AssertionError(f"{case}: neither old nor new")
         if number == signal.SIGTERM:

@@ -326,7 +326,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 COMMANDS = [
     ["aggregate", "ann", "bob", "-o", "out"],
-    ["aggregate", "--update", "server.safetensors", "--add", "bob", "-o", "out"],
+    ["update", "server.safetensors", "--add", "bob", "-o", "out"],
     ["readout", "server.safetensors", "-r", "2", "-o", "out"],
     ["inspect", "ann"],
     ["inspect", "server.safetensors"],

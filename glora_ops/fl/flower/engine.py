@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel
 from torch import Tensor
 
-from ...errors import GloraError, GloraWarning, require
+from ...errors import GloraError, NodeRefusedWarning, require
 from ..engine_local import LOST, Answers, lost
 from ..messages import (
     Client,
@@ -165,7 +165,7 @@ class FlowerEngine:
 
     def _refuse(self, node: int, why: str) -> None:
         self.refused[node] = why[:LONGEST_REASON]
-        warnings.warn(f"node refused: {self.refused[node]}", GloraWarning, stacklevel=3)
+        warnings.warn(f"node refused: {self.refused[node]}", NodeRefusedWarning, stacklevel=3)
 
     def _admit(self, node: int, facts: Facts) -> None:
         who, parts = f"node of client {facts.client}", self.plan.parts

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...errors import GloraWarning, require
+from ...errors import TaskWarning, require
 from ..config import Config
 from ..seeds import numpy_stream
 from .base import Answer, HeldOut, Judged, half
@@ -172,7 +172,7 @@ def _classes(
             f"labels of the training data, 0…{count - 1}")  # fmt: skip
     if any(isinstance(label, float) for label in own):
         warnings.warn(f"labels of {name} are whole numbers written as decimals: taken as {count} "
-                      "classes, not as a regression", GloraWarning, stacklevel=2)  # fmt: skip
+                      "classes, not as a regression", TaskWarning, stacklevel=2)  # fmt: skip
     return count
 
 

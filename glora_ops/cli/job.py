@@ -1,0 +1,266 @@
+"""`glora job`: an aggregation in parts, by any number of processes on any machines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import GloraWarning, Refusals, listing
+from . import aggregate as whole
+from .options import Dtype, Json, Overwrite, Pad, Verbose, option
+from .show import answering, clean, console, counted, decimal, labelled, print_json, progress
+from .weights import is_file, numbers, weights_file
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="job",
+    no_args_is_help=True,
+    help="Aggregate in parts: plan once, work in any number of processes on any machines that see "
+    "the same files, join at the end. The result is that of **glora aggregate**, to the bit.",
+    epilog="Example: **glora job plan --clients list.txt -o job && glora job work job --workers 4 "
+    "&& glora job join job -o out --readout 8,16**",
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that plan made.")]
+#: Options of `glora aggregate` that a plan takes, as they stand there.
+PLANNED = (
+    "clients", "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
+    "include", "exclude", "on_bad_client", "dense", "seed",
+)  # fmt: skip
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with those options before its own."""
+    theirs = signature(whole.aggregate, eval_str=True).parameters
+    own = [
+        p for p in signature(command, eval_str=True).parameters.values()
+        if p.kind is not Parameter.VAR_KEYWORD
+    ]  # fmt: skip
+    all_of_them = [*(theirs[name] for name in PLANNED), *own]
+    command.__signature__ = Signature(  # type: ignore[attr-defined]  # which typer looks at
+        [p.replace(kind=Parameter.KEYWORD_ONLY) for p in all_of_them]
+    )
+    return command
+
+
+@app.command(epilog="Example: **glora job plan clients/ann clients/bob -o job --rank 32**")
+@_with_options
+def plan(
+    out: Annotated[
+        Path,
+        option(
+            "--out", "-o", metavar="JOB", default=None, example="-o job",
+            help="New folder, which all workers can reach. One with the same plan is left as it "
+            "is, with what was done of it.",
+        ),
+    ],
+    as_json: Json = False,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Look at the clients, and write down which modules are computed together.
+
+    Options are those of **glora aggregate**. Nothing but headers is read, and with
+    **--on-bad-client skip** every value.
+    """
+    clients, client_list = options.pop("clients"), options.pop("client_list")
+    if bool(clients) == (client_list is not None):
+        raise typer.BadParameter(
+            "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
+        )
+    options["rank"], weights = whole.server_rank(options["rank"]), options.pop("weights")
+    if weights is not None and client_list is not None and not is_file(weights):
+        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
+    given = None if weights is None or is_file(weights) else numbers(weights, len(clients))
+    with answering(as_json, writes=True) as outcome:
+        from ..adapters.places import find_places
+        from ..job import plan as make
+        from .client_list import read_client_list
+
+        refusals = Refusals()
+        places = find_places(clients or [])
+        if client_list is not None:
+            places, given = read_client_list(client_list)
+        if is_file(weights):
+            with listing(refusals):
+                given = weights_file(Path(weights), [place.name for place in places], options)
+        options |= {name: options[name] or () for name in ("include", "exclude")}
+        with warnings.catch_warnings(), progress() as report:
+            warnings.simplefilter("ignore", GloraWarning)
+            about = make(
+                places, out, given, captured=whole.DEFAULT_CAPTURED, clip=whole.DEFAULT_CLIP,
+                progress=report, known=refusals, **options,
+            ).about  # fmt: skip
+        outcome.wrote(out)
+        facts = {
+            "job": str(out),
+            "clients": [client["name"] for client in about["clients"] if client["kept"]],
+            "skipped": about["skipped"],
+            "modules": [name for part in about["parts"] for name in part["modules"]],
+            "parts": [part["bytes"] for part in about["parts"]],
+        }
+        if as_json:
+            print_json(facts)
+        else:
+            _print_plan(facts)
+    if facts["skipped"]:
+        raise typer.Exit(3)
+
+
+def _print_plan(facts: dict[str, Any]) -> None:
+    to = console()
+    for reason in facts["skipped"]:
+        to.print(labelled("left out: ", "bold yellow", clean(reason)), soft_wrap=True)
+    line = (
+        f"{clean(facts['job'])}  {counted(len(facts['clients']), 'client')}, "
+        f"{counted(len(facts['modules']), 'module')} in {counted(len(facts['parts']), 'part')} of "
+        f"at most {decimal(max(facts['parts']))}"
+    )
+    to.print(labelled("planned: ", "bold green", line), soft_wrap=True)
+    to.print(f"next: glora job work {clean(facts['job'])}", soft_wrap=True)
+
+
+@app.command(epilog="Example: **glora job work job --index 0 --of 4**")
+def work(
+    job: Folder,
+    index: Annotated[
+        int | None,
+        option(
+            "--index", metavar="I", example="--index 0 --of 4",
+            default="what torchrun, Slurm or Kubernetes say in the environment; else 0 of 1",
+            help="Which worker this is, from 0.",
+        ),
+    ] = None,
+    of: Annotated[
+        int | None,
+        option(
+            "--of", metavar="N", default="as --index", example="--of 4",
+            help="How many workers there are.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        option(
+            "--workers", metavar="N", min=1, default="none", example="--workers 4",
+            help="Instead of being one, start so many workers on this machine with torchrun, which "
+            "starts them again when one is killed.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make this worker's parts, but for those that are made.
+
+    A worker may be killed and started again, and two may have the same index. It reads the
+    folders that JOB names, and computes on as many threads as torch has (OMP_NUM_THREADS).
+    """
+    if workers is not None and (index, of) != (None, None):
+        raise typer.BadParameter("starts workers, and is none itself", param_hint="--workers")
+    with answering(as_json, writes=False, kept="finished parts are kept; the same command goes on"):
+        from ..job import torchrun
+        from ..job import work as do
+
+        if workers is not None:
+            torchrun(job, workers)
+            index, of = 0, 1  # nothing is left, or this process does it
+        with warnings.catch_warnings(record=True) as said, progress() as report:
+            warnings.simplefilter("always", GloraWarning)
+            done = do(job, index, of, progress=report)
+        if as_json:
+            print_json(asdict(done))
+            return
+        for warning in said:
+            if issubclass(warning.category, GloraWarning):
+                console(stderr=True).print(clean(warning.message), soft_wrap=True)
+        made = counted(len(done.made) + len(done.again), "part")
+        console().print(f"{made} made, {len(done.found)} were there", soft_wrap=True)
+
+
+@app.command(epilog="Example: **glora job status job**")
+def status(job: Folder, as_json: Json = False) -> None:
+    """How far a job is: what is made, what is missing, how long the rest may take."""
+    with answering(as_json, writes=False):
+        from ..job import status as look
+
+        found = look(job)
+        if as_json:
+            print_json(asdict(found))
+            return
+        to = console()
+        for what, count, missing in (
+            ("parts made", found.parts, found.missing),
+            ("groups of clients checked", found.checks, found.unchecked),
+        ):
+            if count:
+                line = f"{what}: {count - len(missing)} of {count}{_which(missing)}"
+                to.print(line, soft_wrap=True)
+        left = "not known yet" if found.left is None else f"{found.left:.0f} s"
+        line = f"one thread's time: {found.seconds:.0f} s so far, for the rest {left}"
+        to.print(line, soft_wrap=True)
+
+
+def _which(missing: Sequence[int]) -> str:
+    more = ", …" * (len(missing) > 10)
+    return f", without {', '.join(map(str, missing[:10]))}{more}" if missing else ""
+
+
+@app.command(epilog="Example: **glora job join job -o out --readout 8,16**")
+def join(
+    job: Folder,
+    out: Annotated[
+        Path,
+        option(
+            "--out", "-o", metavar="OUT", default=None, example="-o merged",
+            help="New folder for server.safetensors and one adapter folder per readout.",
+        ),
+    ],
+    readout: Annotated[
+        str,
+        option(
+            "--readout", metavar="4,8,…", default="none", example="--readout 8,16",
+            help="Also write adapters of these ranks, as folders r4, r8, … in OUT.",
+        ),
+    ] = "",
+    pad: Pad = "zero",
+    dtype: Dtype = "fp32",
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Put the parts of a job together: what **glora aggregate** writes, to the bit.
+
+    All parts have to be there. JOB is left as it is; nothing needs it afterwards.
+    """
+    began = monotonic()
+    readouts = whole.ranks(readout)
+    with answering(as_json, writes=True) as outcome, ExitStack() as held:
+        from ..errors import Refused
+        from ..job import join as put_together
+        from ..job import read_job
+        from .state_folder import StateFolder, print_written
+
+        seed = read_job(job).about["arguments"].get("seed", 0)
+        folder = StateFolder(out, readouts, pad, dtype, seed, False, overwrite, False, began)
+        refusals = Refusals()
+        folder.reserve(held, [job], refusals)
+        if refusals:
+            raise Refused(refusals)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GloraWarning)
+            state = put_together(job, readouts=readouts)
+        facts = folder.write(state)
+        outcome.wrote(out)
+        held.close()
+        if as_json:
+            print_json(facts)
+        else:
+            print_written(facts, verbose)
+    if facts["skipped"]:
+        raise typer.Exit(3)

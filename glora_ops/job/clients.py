@@ -1,0 +1,109 @@
+"""A job's clients as a worker has them: looked at again, and refused where they changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapters.aligned_names import align_names
+from ..adapters.config import CONFIG_NAME
+from ..adapters.places import Place
+from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
+from ..errors import Refusal, Refusals, Refused
+from ..merging.aggregate import Inspected
+from ..merging.selection import select
+from ..values import value_fault
+from .folder import Job
+from .plan import fingerprint
+
+__all__ = ["Careful", "look_again"]
+
+_AS_IT_WAS = "put the files back as they were, or plan a new job"
+_FILES = {
+    "num_examples": EXAMPLES_NAME, "config_sha256": CONFIG_NAME,
+    "size": TENSORS_NAME, "mtime_ns": TENSORS_NAME, "inode": TENSORS_NAME,
+}  # fmt: skip
+
+
+def look_again(job: Job) -> Inspected:
+    """The clients of a plan by their headers; `Refused`, naming all that are not what they were."""
+    entries = job.about["clients"]
+    places = [Place(e["name"], Path(e["path"]), named=e["named"]) for e in entries]
+    readable: dict[int, Adapter] = {}
+    changed = Refusals()
+    layouts = Layouts()
+    for i, (place, entry) in enumerate(zip(places, entries, strict=True)):
+        if entry["files"] is None:
+            continue
+        adapter, refusals = inspect_adapter(
+            place, max_bytes=job.about["max_file_bytes"], layouts=layouts
+        )
+        if adapter is None:
+            changed += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
+            continue
+        readable[i] = adapter
+        now = fingerprint(adapter)
+        changed += [
+            Refusal(
+                "the client is not what it was when the job was planned", place.name, file,
+                None, f"{field} {now[field]!s:.16}", f"{entry['files'][field]!s:.16}", _AS_IT_WAS,
+            )
+            for field, file in _FILES.items()
+            if now[field] != entry["files"][field]
+        ][:1]  # fmt: skip
+    if changed:
+        raise Refused(changed)
+    arguments = job.about["arguments"]
+    aligned, _ = align_names(list(readable.values()), arguments["base"])
+    patterns = arguments.get("include", ()), arguments.get("exclude", ())
+    chosen = [select(adapter, *patterns) if any(patterns) else adapter for adapter in aligned]
+    readable = dict(zip(readable, chosen, strict=True))
+    weights = [entry["weight"] for entry in entries]
+    return Inspected(
+        places,
+        None if None in weights else weights,
+        {i: adapter for i, adapter in readable.items() if entries[i]["kept"]},
+        readable,
+        defaultdict(Refusals),
+        arguments,
+    )
+
+
+class Careful(Adapter):
+    """A client that refuses values which cannot be computed with when they are read."""
+
+    @classmethod
+    def of(cls, adapter: Adapter, modules: Collection[str]) -> Careful:
+        """The client with some of its modules."""
+        held = {name: adapter.modules[name] for name in modules if name in adapter.modules}
+        return cls(**vars(adapter) | {"modules": held})
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        b, a = super().factors(module)
+        found = self.modules[module]
+        for key, x in ((found.b_key, b), (found.a_key, a)):
+            self._look_at(key, x)
+        return b, a
+
+    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
+        """`factors` in rows: Bᵀ (r, d_out) into b, A into a."""
+        left, right = self.factors(module)
+        b.copy_(left.mT)
+        a.copy_(right)
+
+    def dense_tensor(self, name: str) -> Tensor:
+        x = super().dense_tensor(name)
+        if x.is_floating_point() and not bool(x.float().isfinite().all()):
+            self._look_at(self.dense[name].key, x.float())
+        return x
+
+    def _look_at(self, key: str, x: Tensor) -> None:
+        fault = value_fault(x)
+        if fault is not None:
+            problem, found, expected = fault
+            remedy = "leave this client out, or find out why its training diverged"
+            raise Refused([Refusal(problem, self.name, TENSORS_NAME, key, found, expected, remedy)])

@@ -1,0 +1,174 @@
+"""A job's plan: the clients as they are, and which modules are computed together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from ..adapters.places import Place
+from ..adapters.read import MAX_BYTES, Adapter
+from ..batches import BATCH_BYTES
+from ..batches import plan as batches_of
+from ..errors import Refusal, listing, require
+from ..merging.aggregate import (
+    Inspected,
+    Progress,
+    aggregate_adapters,
+    config_digest,
+    examined,
+    inspect,
+    with_equal_copies,
+)
+from ..merging.modules_to_save import dense_holders
+from ..runtime.outputs import apart, check_free, claimed, new_folder
+from .folder import FOLDERS, PLAN_NAME, Job, read_job, sealed, strangers
+
+__all__ = ["plan"]
+
+#: A check reads clients of about as many bytes, or of as many clients.
+CHECK_BYTES, CHECK_CLIENTS = 2**28, 256
+#: Of `aggregate_adapters`, which a state records.
+_DEFAULTS = {
+    name: signature(aggregate_adapters).parameters[name].default
+    for name in ("rank", "basis", "missing", "captured")
+}
+
+
+def plan(
+    folders: Sequence[str | os.PathLike[str] | Place],
+    job: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    *,
+    on_bad_client: str = "refuse",
+    max_file_bytes: int = MAX_BYTES,
+    progress: Progress | None = None,
+    known: Sequence[Refusal] = (),
+    **settings: Any,
+) -> Job:
+    """Check clients by their headers, and write down what is to be done to aggregate them.
+
+    Parameters
+    ----------
+    folders, weights, on_bad_client, max_file_bytes, progress
+        As in `aggregate_adapters`. With "refuse" the clients' values are read by the workers; with
+        "skip" they are read here, every byte, because whoever is left out changes every module.
+    job : path
+        New folder; one that holds the same plan is left as it is, with all that was done.
+    known : sequence of Refusal
+        What the caller refuses already, to be listed with the rest.
+    **settings
+        Of `aggregate_adapters`, but ``rank="auto"`` and ``robust``, which need all modules several
+        times, one time after the other.
+
+    Returns
+    -------
+    Job
+
+    Raises
+    ------
+    Refused
+        As `aggregate_adapters` does, but for values that are not read here.
+    GloraError
+        Arguments that no job has; a folder that is there and holds anything else.
+    """
+    tell: Progress = progress or (lambda step, done, total: None)
+    arguments = _DEFAULTS | settings
+    refusals = list(known)
+    once = "a job computes every module once, by itself"
+    for name, unfit, remedy in (
+        ("rank", "auto", "find the rank by aggregating a few clients, and give it"),
+        ("robust", arguments.get("robust"), "a verdict needs all modules first: aggregate as one"),
+    ):
+        given = arguments.get(name)
+        with listing(refusals):
+            require(given is None or given != unfit, name, repr(given), once, remedy)
+    place = Path(os.path.realpath(job))
+    with listing(refusals):
+        apart(job, [f.path if isinstance(f, Place) else f for f in folders])
+    found = inspect(
+        folders, weights, on_bad_client=on_bad_client, max_file_bytes=max_file_bytes, tell=tell,
+        known=refusals, **arguments,
+    )  # fmt: skip
+    digests: dict[int, str] = {}
+    if on_bad_client == "skip":
+        found, digests = examined(found, on_bad_client, tell, {})
+    else:
+        found = with_equal_copies(found, on_bad_client)
+    about = sealed(_content(found, digests, max_file_bytes))
+    if place.is_dir() and (place / PLAN_NAME).is_file() and read_job(place).about == about:
+        return read_job(place)
+    with claimed(place, strangers):
+        check_free(place, strangers, overwrite=False)
+        with new_folder(place, strangers, overwrite=False) as building:
+            for name in FOLDERS:
+                (building / name).mkdir()
+            (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
+    return Job(place, about)
+
+
+def _content(found: Inspected, digests: dict[int, str], max_file_bytes: int) -> dict[str, Any]:
+    adapters = list(found.clients.values())
+    modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
+    limit = found.arguments.get("max_bytes") or BATCH_BYTES
+    batches = batches_of(adapters, modules, min(BATCH_BYTES, limit))
+    parts: list[dict[str, Any]] = [
+        {"modules": list(batch.modules), "dense": [], "bytes": batch.bytes} for batch in batches
+    ]
+    for i, (name, having) in enumerate(dense_holders(adapters).items()):
+        part = parts[-1 - i % len(parts)]  # the smallest first
+        part["dense"].append(name)
+        infos = (adapters[j].stored.tensors[adapters[j].dense[name].key] for j in having)
+        part["bytes"] += sum(info.end - info.begin for info in infos)
+    largest = max(m.rank for adapter in adapters for m in adapter.modules.values())
+    unread = [i for i in found.clients if i not in digests]
+    return {
+        "format_version": 1,
+        "arguments": {k: v for k, v in found.arguments.items() if k != "scratch"},
+        "rank": found.arguments.get("rank") or 2 * largest,
+        "max_file_bytes": max_file_bytes,
+        "skipped": found.skipped,
+        "clients": [
+            {
+                "name": place.name,
+                "path": str(place.path),
+                "named": place.named,
+                "weight": None if found.weights is None else float(found.weights[i]),
+                "kept": i in found.clients,
+                "files": fingerprint(found.readable[i]) if i in found.readable else None,
+                "sha256": digests.get(i) if i in found.clients else None,
+            }
+            for i, place in enumerate(found.places)
+        ],
+        "parts": parts,
+        "checks": list(_checks(unread, found.clients)),
+    }
+
+
+def fingerprint(adapter: Adapter) -> dict[str, Any]:
+    """What tells that a client's files are no longer the same, as `schema.Files`."""
+    size, mtime, inode = adapter.stored.signature
+    return {
+        "size": size,
+        "mtime_ns": mtime,
+        "inode": inode,
+        "num_examples": adapter.num_examples,
+        "config_sha256": config_digest(adapter),
+    }
+
+
+def _checks(unread: Iterable[int], clients: dict[int, Adapter]) -> Iterator[list[int]]:
+    """Clients in runs that are read by one worker."""
+    run: list[int] = []
+    size = 0
+    for i in unread:
+        run.append(i)
+        size += clients[i].stored.signature[0]
+        if size >= CHECK_BYTES or len(run) == CHECK_CLIENTS:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run

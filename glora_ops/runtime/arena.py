@@ -1,0 +1,42 @@
+"""One block of memory that pieces are taken from and given back to.
+
+Memory fresh from the system comes page by page, zeroed on the way; what is taken again is there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["LINE", "Arena"]
+
+#: A cache line: every piece begins on one.
+LINE = 64
+
+
+class Arena:
+    """For one thread at a time.
+
+    Parameters
+    ----------
+    size : int
+        Bytes. Those that no piece reached are never touched.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8)
+        self.taken: list[range] = []  # in order
+
+    def take(self, size: int) -> Tensor | None:
+        """The first gap of `size` bytes; None where there is none."""
+        begin = 0
+        for place, piece in enumerate([*self.taken, range(len(self.memory), 0)]):
+            if piece.start - begin >= size:
+                self.taken.insert(place, range(begin, begin + size))
+                return self.memory[begin : begin + size]
+            begin = -(-piece.stop // LINE) * LINE
+        return None
+
+    def give_back(self, piece: Tensor) -> None:
+        """Let a piece that was taken be taken again."""
+        self.taken.remove(next(x for x in self.taken if x.start == piece.storage_offset()))

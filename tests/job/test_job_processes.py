@@ -1,0 +1,116 @@
+"""Jobs by real processes: launched, killed, doubled; and what each of them reads and holds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from job_clients import save_client, save_clients
+
+from glora_ops import job
+from glora_ops.merging.aggregate import aggregate_adapters
+
+LIMIT = 8_000
+HERE = Path(__file__).parent
+QUIET = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, and the system's counts")
+
+
+def started(*arguments: object, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env=os.environ | QUIET | more, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_those_of_one_process(
+    tmp_path: Path,
+) -> None:
+    """Two workers, the first killed before its third part: nothing that was done is done again."""
+    clients = save_clients(tmp_path / "clients", 6, layers=4)
+    expected = aggregate_adapters(clients, max_bytes=LIMIT)
+    planned = job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    assert len(planned.about["parts"]) >= 10
+    launched = started(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
+        HERE / "dying_worker.py", tmp_path / "job", tmp_path / "died",
+    )  # fmt: skip
+    said, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, said
+    assert (tmp_path / "died").exists(), said
+    assert job.status(tmp_path / "job").missing == []
+    times = {n: planned.part(n).stat().st_mtime_ns for n in range(len(planned.about["parts"]))}
+    died = (tmp_path / "died").stat().st_mtime_ns
+    assert times[0] < died
+    assert times[2] < died < times[4]
+    for state, name in ((expected, "one"), (job.join(tmp_path / "job"), "two")):
+        state.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_two_workers_of_one_index_are_harmless(tmp_path: Path) -> None:
+    clients = save_clients(tmp_path / "clients", 4)
+    expected = aggregate_adapters(clients, max_bytes=LIMIT)
+    job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    command = "import sys; from glora_ops import job; job.work(sys.argv[1], 0, 1)"
+    both = [started("-c", command, tmp_path / "job") for _ in range(3)]
+    for process in both:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    for state, name in ((expected, "one"), (job.join(tmp_path / "job"), "two")):
+        state.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert not [*tmp_path.rglob(".*")]
+
+
+COUNTED = """
+import sys
+from glora_ops import job
+from glora_ops.adapters.stored import Stored
+
+read = 0
+fill = Stored._fill
+
+def counting(self, file, target):
+    global read
+    if self.path.name == "adapter_model.safetensors":
+        read += target.numel() * target.element_size()
+    fill(self, file, target)
+
+Stored._fill = counting
+job.work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+print(read)
+"""
+
+
+def test_together_workers_read_each_byte_once_to_check_it_and_once_to_compute(
+    tmp_path: Path,
+) -> None:
+    """Checks read whole files, parts read factors and full weights: no worker reads another's."""
+    clients = [save_client(tmp_path / f"c{i}", i, 3, layers=4) for i in range(3)]
+    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in clients]
+    headers = [
+        8 + int.from_bytes((folder / "adapter_model.safetensors").read_bytes()[:8], "little")
+        for folder in clients
+    ]
+    job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    read = []
+    for index in range(2):
+        process = started("-c", COUNTED, tmp_path / "job", index, 2)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        read.append(int(said))
+    assert sum(read) == sum(sizes) + sum(sizes) - sum(headers)
+
+
+def test_the_command_starts_workers_of_its_own(tmp_path: Path) -> None:
+    clients = save_clients(tmp_path / "clients", 3)
+    planned = job.plan(clients, tmp_path / "job", max_bytes=LIMIT)
+    command = "from glora_ops.cli import app; app()"
+    launched = started("-c", command, "job", "work", tmp_path / "job", "--workers", 2)
+    said, _ = launched.communicate(timeout=300)
+    assert launched.returncode == 0, said
+    assert f"0 parts made, {len(planned.about['parts'])} were there" in said

@@ -1,0 +1,85 @@
+"""Many clients: what they have in common is kept once, and what cannot be saved is not computed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from job_clients import save_client
+
+from glora_ops import state_file
+from glora_ops.adapters import safetensors_header
+from glora_ops.errors import GloraError, Refusal, Refused
+from glora_ops.merging.aggregate import aggregate_adapters, inspect
+
+
+def test_clients_of_one_layout_share_headers_and_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layouts among six clients: the tensors' entries are looked at twice, not six times."""
+    folders = [save_client(tmp_path / f"c{i}", i, 2 + i % 2) for i in range(6)]
+    expected = [inspect([folder], None).clients[0] for folder in folders]
+    looked = []
+    look = safetensors_header._tensor_info
+    monkeypatch.setattr(
+        safetensors_header, "_tensor_info", lambda entry: looked.append(entry) or look(entry)
+    )
+    clients = inspect(folders, None).clients
+    assert len(looked) == 2 * 24
+    assert {id(clients[i].modules) for i in range(6)} == {id(clients[i].modules) for i in (0, 1)}
+    assert {id(clients[i].stored.tensors) for i in range(6)} == {
+        id(clients[i].stored.tensors) for i in (0, 1)
+    }
+    assert len({id(clients[i].config) for i in range(6)}) == 2
+    for i, alone in enumerate(expected):
+        assert clients[i] == alone
+
+
+def test_a_layout_is_not_shared_by_clients_whose_configurations_say_otherwise(
+    tmp_path: Path,
+) -> None:
+    """The same tensors mean another update under another alpha."""
+    folders = [save_client(tmp_path / f"c{i}", i, 2, alpha=i + 1) for i in range(3)]
+    clients = inspect(folders, None).clients
+    assert [{m.scaling for m in clients[i].modules.values()} for i in range(3)] == [
+        {0.5}, {1.0}, {1.5},
+    ]  # fmt: skip
+
+
+def test_a_header_that_is_known_does_not_vouch_for_a_file_of_another_length(tmp_path: Path) -> None:
+    folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(2)]
+    with (folders[1] / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(
+        Refused, match=r"client 'c1'.*the file's length is not what its header says"
+    ):
+        inspect(folders, None)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_HEADER_BYTES", 700), ("FEW", 1)])
+def test_what_could_not_be_saved_is_refused_before_any_value_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(3)]
+    monkeypatch.setattr(state_file, "FEW", 2)
+    monkeypatch.setattr(state_file, limit, value)
+    monkeypatch.setattr("glora_ops.state_schema.MAX_MANY", 3 if limit != "FEW" else 2)
+    steps = []
+    with pytest.raises(GloraError, match="which a state holds"):
+        aggregate_adapters(folders, progress=lambda step, done, total: steps.append(step))
+    assert set(steps) == {"headers"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        GloraError("rank: got 0", Refusal("rank cannot be used", found="0")),
+        Refused([Refusal("one", "ann", more=3), Refusal("two", "bob", "file")]),
+    ],
+)
+def test_errors_reach_other_processes_whole(error: GloraError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert again.refusals == error.refusals
