@@ -155,7 +155,7 @@ def ops(step: Step) -> None:
         b, a = (torch.randn(2, n, d, generator=rng).to(dtype) for d in (96, 64))
         offsets = torch.tensor([0, *ranks]).cumsum(0)
         one = torch.ones(len(ranks))
-        for basis in ("consensus", "projector", "update")[: 1 if step.rehearse else 3]:
+        for basis in ("update", "consensus", "projector")[: 1 if step.rehearse else 3]:
             with step.row(what="aggregate", basis=basis, dtype=str(dtype)[6:]) as r:
                 began = time.monotonic()
                 there = server_step(step.device)(
