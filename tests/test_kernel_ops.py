@@ -31,7 +31,7 @@ class Quick(CudaVocabulary):
 
 
 # torch's own, beside the kernels of a captured `aggregate`: the README's.
-OPERATIONS = {"consensus": 368, "projector": 303, "update": 214}
+OPERATIONS = {"consensus": 328, "projector": 278, "update": 196}
 OPS, WHOLE = Ops(Quick(), fixed_steps=True), Ops(CudaVocabulary(), fixed_steps=True)
 CPU = Ops(CpuVocabulary(), fixed_steps=True)
 HARD = [
@@ -202,7 +202,7 @@ def test_launches_do_not_depend_on_modules_or_clients(basis):
     }
     assert len(counts) == 1
     (names,) = counts
-    assert len(names) == {"consensus": 135, "projector": 92, "update": 44}[basis]
+    assert len(names) == {"consensus": 130, "projector": 87, "update": 48}[basis]
     ragged = launches(4, [4, 16, 64] * 30, basis)
     assert sorted(ragged) == sorted([*names, *["canonical_kernel"] * 2])
 
@@ -210,6 +210,8 @@ def test_launches_do_not_depend_on_modules_or_clients(basis):
 @pytest.mark.parametrize("basis", BASES)
 def test_neither_do_the_operations_between_them(basis):
     """No library eigenproblem or factorisation, which no graph can record; sums of splits apart.
+
+    No library product either: with another workspace in a graph it may sum in another order.
 
     A long contraction of few modules is cut so that it fills the device; its parts are one sum.
     """
@@ -219,6 +221,7 @@ def test_neither_do_the_operations_between_them(basis):
         with Between() as between:
             launches(modules, [16] * clients, basis)
         assert not [n for n in between.names if "linalg" in n and "vector_norm" not in n]
+        assert not [n for n in between.names if "mm" in n or "matmul" in n]
         found.append(len(between.names))
     cut, *others = found
     assert others == [OPERATIONS[basis]] * 2
