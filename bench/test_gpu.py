@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
 LLAMA_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 L2_BYTES = 2**27  # more than any L2: inputs cycled through this much memory are cold
 ROUNDS = 20
-GRAM_ROWS = 1024  # the exact route's N × N eigenproblems take minutes beyond
+EXACT_ROWS = 1024  # beyond, one library eigenproblem of N × N after another is not worth a row
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def record(benchmark: Any, call: Callable[[], object], **described: Any) -> None
 
 
 def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
-    """By the Gram route, however many rows."""
+    """By the exact solver, however many rows: N × N eigenproblems, the library's beyond 128."""
 
     def run(*args: Any, **settings: Any) -> Any:
         always = partial(patch.object, attribute="exact_limit", new=lambda rank: 2**31)
@@ -206,7 +206,7 @@ def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], 
 
     return {
         "adaptive (default)": lambda: each(glora),
-        "Gram": lambda: each(exact(glora)),
+        "exact": lambda: each(exact(glora)),
         "captured": lambda: each(glora, power_iters=steps),
         "captured, replayed": lambda: replayed(each(glora, power_iters=steps)),
         "plain torch": lambda: each(plain, power_iters=steps),
@@ -217,7 +217,7 @@ def ways(parts: list[Stacks], case: Case, steps: int) -> dict[str, Callable[[], 
 
 
 WAYS = {  # which depend on the number of power steps
-    "adaptive (default)": False, "Gram": False, "captured": True, "captured, replayed": True,
+    "adaptive (default)": False, "exact": False, "captured": True, "captured, replayed": True,
     "plain torch": True, "plain torch, compiled": True,
 }  # fmt: skip
 
@@ -232,8 +232,8 @@ WAYS = {  # which depend on the number of power steps
 def test_aggregate(benchmark, case, dtype, ranks, way, steps):
     parts = stacks(case, RANKS[ranks], dtype)
     rows = parts[0].pair[0].shape[1]
-    if way == "Gram" and rows > GRAM_ROWS:
-        pytest.skip(f"Gram route at N = {rows}: minutes")
+    if way == "exact" and rows > EXACT_ROWS:
+        pytest.skip(f"exact solver at N = {rows}: its eigenproblems are N × N and the library's")
     arms = ways(parts, case, steps)
     u, s, v, *_ = arms["captured"]()()[0]
     other, t, w, *_ = arms["plain torch"]()()[0]
@@ -247,13 +247,51 @@ def test_aggregate(benchmark, case, dtype, ranks, way, steps):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["Gram", "adaptive (default)", "captured, replayed"])
+@pytest.mark.parametrize("way", ["exact", "adaptive (default)", "captured, replayed"])
 @pytest.mark.parametrize("clients", [8, 16, 32, 64])
 def test_crossover(benchmark, clients, way):
     """Where N × N eigenproblems stop paying: N = 128 … 1024 rows of one 4096² module."""
     case = Case("4096", {(4096, 4096): 1}, clients, 32)
     call = ways(stacks(case, [16], torch.bfloat16), case, 1)[way]()
     record(benchmark, call, case=str(case), dtype="torch.bfloat16", way=way, rows=16 * clients)
+
+
+@pytest.mark.parametrize("op", ["projector_matmul", "projector_svd"])
+@pytest.mark.parametrize("way", ["glora", "formed bases"])
+@pytest.mark.parametrize("case", CASES[2:], ids=str)
+def test_projectors(benchmark, case, way, op):
+    """Σ p_i Q_i Q_iᵀ applied to a block, and its leading eigenvectors by randomized iteration.
+
+    glora goes from the factors to both without a basis, a projector or anything d × d; beside it
+    each client's Q_i by Householder QR, stacked, in plain torch.
+    """
+    (part,) = stacks(case, RANKS["uniform"], torch.float32)
+    x, offsets, weights = part.pair[0][0], part.offsets, part.weights
+    omega = torch.randn(x.shape[-1], case.rank + 16, device="cuda")
+
+    def formed() -> Tensor:
+        q = torch.linalg.qr(x.unflatten(0, (case.clients, -1)).mT)[0]
+        return (q * weights.sqrt()[:, None, None]).movedim(0, 1).flatten(1)
+
+    def formed_svd() -> Tensor:
+        return torch.svd_lowrank(formed(), case.rank + 16, niter=2)[1].square()
+
+    glora = torch.ops.glora
+    call = {
+        ("projector_matmul", "glora"): lambda: glora.projector_matmul.factors(
+            x, offsets, weights, omega
+        ),
+        ("projector_matmul", "formed bases"): lambda: (m := formed()) @ (m.mT @ omega),
+        ("projector_svd", "glora"): lambda: glora.projector_svd.factors(
+            x, offsets, weights, case.rank, power_iters=2
+        )[1],
+        ("projector_svd", "formed bases"): formed_svd,
+    }
+    value, other = call[op, "glora"](), call[op, "formed bases"]()
+    value, other = (y[..., : case.rank].double() for y in (value, other))
+    limit = 1e-5 if op == "projector_matmul" else 0.1
+    assert float((value - other).norm() / other.norm()) < limit
+    record(benchmark, call[op, way], case=str(case), way=f"{op}, {way}", dtype="torch.float32")
 
 
 @pytest.mark.parametrize("scheduled", ["all together", "by module"])
