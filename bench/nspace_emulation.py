@@ -2,7 +2,7 @@
 
     python bench/nspace_emulation.py [--only NAME…] [--recipes NAME…]    # a table, no clock, no GPU
 
-Nothing of this is built into glora yet; kernels/README.md says what was found. The mean's bases are
+Nothing of this is built into glora; docs/solvers.md says what was found. The mean's bases are
 sought in coordinates of the clients' orthonormal bases, with both N × N overlap matrices Γ held as
 fp16 pairs: subspace iteration with a Chebyshev filter, a number of steps told beforehand, one
 small eigenproblem for the anchor and one a side. Tensor cores are imitated: products of 16 columns

@@ -20,6 +20,7 @@ import torch
 import triton
 from glora_ops.bindings import ops as bindings_ops
 from gpu.device import LLAMA_7B, Stacks, clients, replayed, timed
+from torch import Tensor
 
 from glora_ops import algorithm
 
@@ -76,7 +77,7 @@ def one_shape(case: str, dtype: torch.dtype) -> Stacks:
 
 
 def exact(aggregate: Callable[..., Any]) -> Callable[..., Any]:
-    """By the exact solver, however many rows."""
+    """By the exact solver, however many rows: N × N eigenproblems, the library's beyond 128."""
 
     def run(*args: Any, **settings: Any) -> Any:
         always = partial(patch.object, attribute="exact_limit", new=lambda rank: 2**31)
@@ -101,6 +102,42 @@ def test_crossover(benchmark, count, way):
         benchmark, call, case=f"4096², K = {count}", dtype="torch.bfloat16", way=way,
         rows=16 * count,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["projector_matmul", "projector_svd"])
+@pytest.mark.parametrize("way", ["glora", "formed bases"])
+def test_projectors(benchmark, way, op):
+    """Σ p_i Q_i Q_iᵀ applied to a block, and its leading eigenvectors by randomized iteration.
+
+    glora goes from the factors to both without a basis, a projector or anything d × d; beside it
+    each client's Q_i by Householder QR, stacked, in plain torch.
+    """
+    part, glora = one_shape("4096², K = 100", torch.float32), torch.ops.glora
+    x, offsets, weights = part.b[0], part.offsets, part.weights
+    omega = torch.randn(x.shape[-1], RANK + 16, device="cuda")
+
+    def formed() -> Tensor:
+        q = torch.linalg.qr(x.unflatten(0, (len(weights), -1)).mT)[0]
+        return (q * weights.sqrt()[:, None, None]).movedim(0, 1).flatten(1)
+
+    call = {
+        ("projector_matmul", "glora"): lambda: glora.projector_matmul.factors(
+            x, offsets, weights, omega
+        ),
+        ("projector_matmul", "formed bases"): lambda: (m := formed()) @ (m.mT @ omega),
+        ("projector_svd", "glora"): lambda: glora.projector_svd.factors(
+            x, offsets, weights, RANK, power_iters=2
+        )[1],
+        ("projector_svd", "formed bases"): lambda: torch.svd_lowrank(formed(), RANK + 16, niter=2)[
+            1
+        ].square(),
+    }
+    value, other = (call[op, who]()[..., :RANK].double() for who in ("glora", "formed bases"))
+    limit = 1e-5 if op == "projector_matmul" else 0.1
+    assert float((value - other).norm() / other.norm()) < limit
+    record(
+        benchmark, call[op, way], case="4096², K = 100", way=f"{op}, {way}", dtype="torch.float32"
+    )
 
 
 @pytest.mark.parametrize("scheduled", ["all together", "by module"])

@@ -305,7 +305,11 @@ class ClientStats(Op):
         v, solver = device.v, _factors(self, device.v, Settings(1))
         reach = v.times(solver.b, _modules(self.u)), v.times(solver.a, _modules(self.v))
         coef = solver.coefficients(_per_client(self.weights, solver.b))
-        return (algorithm.client_stats(solver.clients, reach, _modules(self.s, 2).double(), coef),)
+        return (
+            algorithm.client_stats(
+                solver.v, solver.clients, reach, _modules(self.s, 2).double(), coef
+            ),
+        )
 
 
 # What both forms of `aggregate` take and return beside their factors.

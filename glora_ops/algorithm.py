@@ -89,7 +89,7 @@ def aggregate(
             ends = real.sign()[..., None, :]
             reach = reach[0] * ends, reach[1] * ends
         held = found.s * (found.norm > ROUNDING * scale)[..., None]
-        each = client_stats(solver.clients, reach, held, solver.coefficients(p))
+        each = client_stats(solver.v, solver.clients, reach, held, solver.coefficients(p))
     u, w = _signed(found.u, found.v, real)
     eig = fill(eig, s.columns)
     return u, real * unit[..., None], w, eig[0].clone(), eig[1].clone(), stats, each

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .linalg.canonical import positive
 from .linalg.clients import Clients
+from .linalg.vocabulary import Vocabulary
 from .solvers.base import Found
 
 __all__ = [
@@ -174,7 +175,9 @@ def of_clients(clients: Clients, weights: Tensor, tau_rel: float | None) -> dict
     }
 
 
-def client_stats(clients: Clients, reach: tuple[Tensor, Tensor], s: Tensor, coef: Tensor) -> Tensor:
+def client_stats(
+    v: Vocabulary, clients: Clients, reach: tuple[Tensor, Tensor], s: Tensor, coef: Tensor
+) -> Tensor:
     """`client_stats` (L, K, 4) of Ŵ = U diag(s) Vᵀ.
 
     Parameters
@@ -186,9 +189,10 @@ def client_stats(clients: Clients, reach: tuple[Tensor, Tensor], s: Tensor, coef
         W̄ is the sum of these times the rows' products.
     """
     ragged, hard = clients.ragged, clients.hard
-    t, z = torch.cat([clients.t_u, clients.t_v]), torch.cat(reach)
-    held = ragged.unpad(ragged.pad(t).mT @ ragged.pad(z)).square().sum(-1)
-    left, right = held.chunk(2)
+    left, right = (
+        v.fold(t, torch.ones_like(coef), ragged, z).square().sum(-1)
+        for t, z in zip((clients.t_u, clients.t_v), reach, strict=True)
+    )
     share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
     sums = ragged.segment_sum(torch.stack([left * hard, right * hard, share, hard]))
     energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])

@@ -30,6 +30,7 @@ def product(b_X, b_W, b_Y, MODE: tl.constexpr):
     elif MODE == "half":
         b_Y = tl.dot(b_X, b_W, b_Y, input_precision="ieee")
     elif MODE == "split w":
+        b_W = b_W.to(tl.float32)
         b_high = leading_bits(b_W)
         b_mid = leading_bits(b_W - b_high)
         b_low = b_W - b_high - b_mid

@@ -124,11 +124,9 @@ def launch_accumulate(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """
     modules, n, d = x.shape
     k = z.shape[-1]
-    if x.dtype != torch.float64:
-        z = z.to(torch.float32)
-    mode = product_mode(x, z)
-    dtype = torch.float64 if mode == "double" else torch.float32
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty(modules, k, d, dtype=dtype, device=x.device).mT
+    mode = product_mode(x, y)  # fp64 z become fp32 on their way
     _launch(x.mT, z, y[None], (d, k, n), n, mode, ProductConfig.for_shape(d, k, mode))
     return y
 

@@ -43,14 +43,16 @@ def times_fp16() -> None:
 def accumulate_bf16() -> None:
     from glora_ops.kernels.product import launch_accumulate
 
-    launch_accumulate(meta(MODULES, ROWS, WIDTH, dtype=HALF), meta(MODULES, ROWS, COLUMNS))
+    z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
+    launch_accumulate(meta(MODULES, ROWS, WIDTH, dtype=HALF), z)
 
 
 @case(tensor_cores="HGMMA|HMMA", tf32=True)
 def accumulate_fp32() -> None:
     from glora_ops.kernels.product import launch_accumulate
 
-    launch_accumulate(meta(MODULES, ROWS, WIDTH), meta(MODULES, ROWS, COLUMNS))
+    z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
+    launch_accumulate(meta(MODULES, ROWS, WIDTH), z)
 
 
 @case(tensor_cores="HGMMA|HMMA", tf32=True)

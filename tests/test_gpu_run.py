@@ -145,6 +145,11 @@ def told(folder: Path, rehearsal: bool, ms: float) -> None:
     Lines(folder / NAME, step="run").add("start", rehearsal=rehearsal)
     lines = Lines(folder / NAME, step="headline")
     lines.add("start", limit_s=120)
+    row = {
+        "case": "4096², K = 100", "way": "core", "dtype": "torch.bfloat16", "event_ms_cold": ms,
+        "event_ms_warm": ms, "peak_bytes": 1e9, "share_of_copy": 0.61,
+    }  # fmt: skip
+    (folder / "rows.json").write_text(json.dumps({"benchmarks": [{"extra_info": row}]}))
     lines.add(
         "row", case="7B, K = 10", way="glora, replayed", dtype="bfloat16", q=1, rank=64, ms=ms,
         ms_quartiles=[ms, ms], rounds=5, captured=0.5, optimum=0.5,
@@ -161,6 +166,7 @@ def test_figures_come_from_stored_runs_and_never_from_rehearsals(tmp_path: Path)
     assert "11.1" not in shown
     assert "22.2 (22.2–22.2), 5 rounds" in shown
     assert "| headline | cut off |" in shown
+    assert "| 4096², K = 100, bfloat16 | core | 22.2 | 22.2 | 1 | 61 % |" in shown
 
 
 @needs_triton

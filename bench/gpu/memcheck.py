@@ -16,10 +16,10 @@ LEFT_OUT = "not beyond_two_to_the_31 and not long_contractions"
 
 
 def body(step: Step) -> None:
-    tool = shutil.which("compute-sanitizer")
-    with step.row(tool="compute-sanitizer", found=tool is not None) as r:
+    with step.row(tool="compute-sanitizer") as r:
+        tool = shutil.which("compute-sanitizer")
         if tool is None:
-            return
+            raise FileNotFoundError("no compute-sanitizer on PATH")
         # Every tensor its own allocation, or an access beyond one falls into its neighbour unseen.
         environment = os.environ | {"GLORA_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         files = [str(TESTS / f"test_kernel_{name}.py") for name in FILES]

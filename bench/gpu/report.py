@@ -5,6 +5,7 @@ Rehearsals are never shown. Of a step that ran more than once the last attempt c
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,24 @@ HOW = (
 
 def section(folder: Path) -> str:
     """Everything stored below `folder`, newest name last."""
-    runs = [(path.parent.name, read(path)) for path in sorted(folder.glob(f"*/{NAME}"))]
-    real = [(name, lines) for name, lines in runs if not any(x.get("rehearsal") for x in lines)]
+    runs = [(path.parent, read(path)) for path in sorted(folder.glob(f"*/{NAME}"))]
+    real = [(at, lines) for at, lines in runs if not any(x.get("rehearsal") for x in lines)]
     if not real:
         return f"## GPU: not measured yet\n\n{HOW}"
-    return "\n\n".join(["## GPU", HOW, *(one(name, lines) for name, lines in real)])
+    return "\n\n".join(["## GPU", HOW, *(one(at, lines) for at, lines in real)])
 
 
-def one(name: str, lines: list[Line]) -> str:
+def one(at: Path, lines: list[Line]) -> str:
     """One folder's run: the card, how every step ended, and what is to be known from each."""
     found = {step: rows for step, rows in attempts(lines).items() if step != "run"}
     rows = {step: [x for x in part if x["kind"] == "row"] for step, part in found.items()}
-    parts = [f"### {name}", card(rows.get("ceilings", [])), outcomes(found)]
+    parts = [f"### {at.name}", card(rows.get("ceilings", [])), outcomes(found)]
     for step, shown in SHOWN.items():
         told = shown(rows.get(step, []))
         if told:
             parts.append(told)
+    if (at / "rows.json").exists():
+        parts.append(single_parts(json.loads((at / "rows.json").read_text())))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -131,6 +134,19 @@ def profile(rows: list[Line]) -> str:
 def probes(rows: list[Line]) -> str:
     body = [[x["probe"], x["of"], number(x["ms"]), number(x["tflop_s"])] for x in rows if "ms" in x]
     return table(["probe", "of", "ms", "TFLOP/s"], body) if body else ""
+
+
+def single_parts(stored: dict[str, Any]) -> str:
+    """The pytest-benchmark rows of bench/test_gpu.py."""
+    body = []
+    for i in (entry["extra_info"] for entry in stored["benchmarks"]):
+        share = i.get("share_of_copy")
+        body.append([
+            f"{i['case']}, {i['dtype'].removeprefix('torch.')}", i["way"],
+            number(i["event_ms_cold"]), number(i["event_ms_warm"]), number(i["peak_bytes"] / 1e9),
+            "–" if share is None else f"{100 * share:.0f} %",
+        ])  # fmt: skip
+    return table(["single part", "way", "cold, ms", "warm, ms", "peak, GB", "of copy speed"], body)
 
 
 # Milliseconds at most, and three times faster than plain torch.

@@ -26,6 +26,7 @@ from gpu.device import server_step
 from gpu.step import Step, main
 
 U32, U64 = 2.0**-24, 2.0**-53
+FP64 = {(8, 0), (9, 0), (10, 0)}
 
 
 class Words:
@@ -44,7 +45,7 @@ class Words:
         self.t = self.drawn(2, n, max(ranks), seed=5)
         self.small = self.drawn(2, k, k, seed=6)
         # Where a card has hardly any fp64 units, sums over long dimensions are fp32 ones.
-        few = not step.rehearse and torch.cuda.get_device_capability()[1] != 0
+        few = step.device == "cuda" and torch.cuda.get_device_capability() not in FP64
         self.unit = U32 if few else U64
         self.psd = self.small @ self.small.mT
 
@@ -155,7 +156,7 @@ def ops(step: Step) -> None:
         b, a = (torch.randn(2, n, d, generator=rng).to(dtype) for d in (96, 64))
         offsets = torch.tensor([0, *ranks]).cumsum(0)
         one = torch.ones(len(ranks))
-        for basis in ("consensus", "projector", "update")[: 1 if step.rehearse else 3]:
+        for basis in ("update", "consensus", "projector")[: 1 if step.rehearse else 3]:
             with step.row(what="aggregate", basis=basis, dtype=str(dtype)[6:]) as r:
                 began = time.monotonic()
                 there = server_step(step.device)(

@@ -38,10 +38,10 @@ class Told:
 
 
 def body(step: Step) -> None:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        with step.row(missing=missing) as r:
-            r["ok"] = False
+    with step.row(needed=NEEDED) as r:
+        r["missing"] = [name for name in NEEDED if find_spec(name) is None]
+        r["ok"] = not r["missing"]
+    if step.wrong:
         return
     os.environ["GLORA_HYPOTHESIS_PROFILE"] = "quick"
     if not step.rehearse:

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import require
+from .recording import refuse_in_recording
 
 __all__ = ["Group", "Ragged"]
+
+# What a plan keeps on a device.
+INDICES = ("marks", "ranks", "owner", "within", "exists", "index")
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,4 +198,9 @@ class Ragged:
 @lru_cache(maxsize=32)
 def _kept(marks: tuple[int, ...], max_rank: int, device: torch.device) -> Ragged:
     """One plan per layout, so that a repeated call copies no index to the device."""
-    return Ragged(torch.tensor(marks), max_rank, device)
+    refuse_in_recording("a plan of client ranks", device)
+    plan = Ragged(torch.tensor(marks), max_rank, device)
+    if device.type != "cpu":  # none is left to be made later, while a graph is recorded
+        for name in INDICES:
+            getattr(plan, name)
+    return plan

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .recording import refuse_in_recording
+
 __all__ = ["SIDES", "sign_matrix", "start_matrix"]
 
 SIDES = {"left": 0, "right": 1, "probe": 2, "pad": 3}
@@ -30,6 +32,7 @@ def sign_matrix(
     matrix extends a narrower one. Signs are exact in bf16. Kept, so that a repeated call copies
     nothing to the device.
     """
+    refuse_in_recording(f"random signs of dimension {dim}", device)
     return _signs(seed, side, dim, count).to(device=device, dtype=dtype)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg.clients import Clients
 from ..linalg.ragged import Ragged
+from ..linalg.vocabulary import Vocabulary
 
 __all__ = ["Factors", "Found", "Principal", "Settings", "Solver", "Triplets", "fill", "row_votes"]
 
@@ -136,12 +137,14 @@ class Solver(Protocol):
 
     Attributes
     ----------
+    v : Vocabulary
     roundoff : float
         Of the stored factors.
     unit : float
         Of the working precision.
     """
 
+    v: Vocabulary
     roundoff: float
     unit: float
 

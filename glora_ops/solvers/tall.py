@@ -109,13 +109,24 @@ class TallSolver:
             lead, vote = anchor
             column = vote.sqrt()[..., None, :].to(self.dtype)
             extra = [lead.x * column, lead.y * column]
-        mean, voices = self.mean(p), row_votes(self.clients, votes, self.settings)
+        voices = row_votes(self.clients, votes, self.settings)
         known = None if anchor is None else extra[1]
         left = Voters(self.clients.t_u, voices, extra[0])
         right = Voters(self.clients.t_v, voices, extra[1])
+        return self._solve((left, right), p, known, warm)
+
+    def _solve(
+        self,
+        voters: tuple[Voters, Voters],
+        p: Tensor,
+        known: Tensor | None,
+        warm: tuple[Tensor | None, Tensor | None],
+    ) -> Found:
+        """`consensus` where it is known who votes; `known` are right vectors of W̄ or near them."""
+        mean = self.mean(p)
         sides = (
-            self._principal(0, left, mean.next, warm[0]),
-            self._principal(1, right, mean, warm[1]),
+            self._principal(0, voters[0], mean.next, warm[0]),
+            self._principal(1, voters[1], mean, warm[1]),
         )
         return self.between(sides, p, *self._spectrum(p, known))
 
@@ -145,8 +156,9 @@ class TallSolver:
             for pair in ((left.values, right.values), (left.energies, right.energies))
         )
         return Found(
-            v.combine(left.basis, x), s, v.combine(right.basis, y), (z_u @ x, z_v @ y),
-            sigma, norm, values, energies, max(left.steps, right.steps), True,
+            v.combine(left.basis, x), s, v.combine(right.basis, y),
+            (v.product(z_u, x), v.product(z_v, y)), sigma, norm,
+            values, energies, max(left.steps, right.steps), True,
         )  # fmt: skip
 
     def _iterate(
