@@ -358,8 +358,11 @@ class Aggregate(Op):
         warm_u, warm_v = (None if x is None else _modules(x) for x in (self.warm_u, self.warm_v))
         fixed, roundoff = device.fixed_steps and self.power_iters >= 0, _roundoff(b, a)
 
-        def of_some(ragged: Ragged, *stacks: Tensor | None) -> Tensors:
-            """Modules in which the same rows are alive: b, a, and what there is one of a module."""
+        def of_some(
+            ragged: Ragged, b: Tensor, a: Tensor, weights: Tensor, scaling: Tensor,
+            *warm: Tensor | None,
+        ) -> Tensors:  # fmt: skip
+            """Modules in which the same rows are alive."""
             s = Settings(
                 _at_most(self.rank, ragged.rows, longest),
                 self.basis,
@@ -380,20 +383,22 @@ class Aggregate(Op):
                 return algorithm.aggregate(solver, weights, s, (warm[0], warm[1]))
 
             together = fixed or ragged.rows <= exact_limit(s.rank)
-            u, sigma, v, eig_u, eig_v, *told = (run if together else _by_module(run))(*stacks)
+            u, sigma, v, eig_u, eig_v, *told = (run if together else _by_module(run))(
+                b, a, weights, scaling, *warm
+            )
             count = self.rank + self.oversample
             eig = fill(eig_u, count), fill(eig_v, count)
             return fill(u, self.rank), fill(sigma, self.rank), fill(v, self.rank), *eig, *told
 
-        stacks = b, a, weights, scaling, warm_u, warm_v
         alive = None if fixed else _alive(b, a)  # by shape where the steps are fixed
         if alive is None:
-            return of_some(whole, *stacks)
+            return of_some(whole, b, a, weights, scaling, warm_u, warm_v)
 
         def of_pattern(some: Tensor, live: Tensor) -> Tensors:
             ragged = whole.keeping(torch.bincount(whole.owner[live], minlength=whole.clients))
-            rest = (None if x is None else x[some] for x in stacks[2:])
-            return of_some(ragged, _picked(b[some], live), _picked(a[some], live), *rest)
+            stacks = (_picked(x[some], live) for x in (b, a))
+            warm = (None if x is None else x[some] for x in (warm_u, warm_v))
+            return of_some(ragged, *stacks, weights[some], scaling[some], *warm)
 
         return _by_pattern(of_pattern, alive)
 
