@@ -62,7 +62,6 @@ CLIENT_STATS = (
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
 RESOLVED = 1e-12
-TINY = 1e-300
 FLAG_KAPPA = 1e-2
 FLAG_GAP = 1e-3
 
@@ -143,14 +142,14 @@ def certify(
         "power_iters": float(found.steps),
         "iterative": float(found.randomized),
     }
-    flags = []
+    flags, worst = [], FLAG_KAPPA / roundoff
     if mean is not None:
         values |= {"gap_w": mean.gap, "kappa_w": mean.kappa}
-        flags += [mean.kappa * roundoff > FLAG_KAPPA, mean.gap < FLAG_GAP]
+        flags += [mean.kappa > worst, mean.gap < FLAG_GAP]
     if projectors is not None:
         kappa = projectors.kappa.amax(0) * present
         values |= {"gap_u": projectors.gap[0], "gap_v": projectors.gap[1], "kappa_p": kappa}
-        flags += [kappa * roundoff > FLAG_KAPPA, (projectors.gap < FLAG_GAP).any(0)]
+        flags += [kappa > worst, (projectors.gap < FLAG_GAP).any(0)]
     values |= {"ambiguous": torch.stack(flags).any(0)} | clients
     same = {x: torch.full_like(size, x) for x in values.values() if isinstance(x, float)}
     return torch.stack([same[x] if isinstance(x, float) else x for x in values.values()], -1)

@@ -91,8 +91,9 @@ class ExactSolver:
         n = pad((self.weight * per_size)[..., None])
         other = n * cholesky(gram_a)
         sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
-        sigma = (sigma2 * (sigma2 > 16 * self.ragged.max_rank * U64)).sqrt()
-        inverse = (sigma.sign() / positive(sigma))[..., None, :]
+        kept = sigma2 > 16 * self.ragged.max_rank * U64
+        sigma = (sigma2 * kept).sqrt()
+        inverse = (kept / positive(sigma))[..., None, :]
         t_u = other @ y * inverse
         t_v = n * (gram_b @ t_u) * inverse
         sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
