@@ -105,6 +105,12 @@ class IterativeSolver(TallSolver):
         p: Tensor,
         warm: tuple[Tensor | None, Tensor | None],
     ) -> Found:
+        norm2 = self._energy(p)
+        if norm2 is None:
+            if anchor is not None:
+                lead, vote = anchor
+                anchor = replace(lead, x=self._lift(0, lead.x), y=self._lift(1, lead.y)), vote
+            return super().consensus(votes, anchor, p, warm)
         settings, rank, v, dtype = self.settings, self.settings.rank, self.v, self.dtype
         grams, strength = self.grams, self._strength(p)
         voices = row_votes(self.clients, votes, settings)
@@ -143,9 +149,6 @@ class IterativeSolver(TallSolver):
                 continue
             voters = Voters(t, voices, self._lift(side, ref[here]))
             sides.append(self._principal(side, voters, w, basis))
-        norm2 = self._energy(p)
-        if norm2 is None:
-            return self.between((sides[0], sides[1]), p, *self._spectrum(p, None))
         seen = x[:1] if anchor is not None else strength * pulled[1]
         spectrum = self._coordinates(p, norm2, seen, StopRule(settings, False, self.unit))
         sigma = fill(spectrum.theta, rank + 1).sqrt()
