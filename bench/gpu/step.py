@@ -57,13 +57,15 @@ def main(body: Callable[[Step], None]) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     given = parser.parse_args()
-    threading.Thread(target=_leave_with_the_parent, daemon=True).start()
+    # A copy of it: pytest puts another in its place.
+    threading.Thread(target=_leave_with, args=(os.dup(0),), daemon=True).start()
     step = Step(Path(sys.argv[0]).stem, given.out, given.rehearse)
     step.lines.add("process", process=os.getpid())
     body(step)
     sys.exit(step.wrong > 0)
 
 
-def _leave_with_the_parent() -> None:
-    if not os.isatty(0) and not os.read(0, 1):
+def _leave_with(parent: int) -> None:
+    """End with the process that holds the other end of this pipe."""
+    if not os.isatty(parent) and not os.read(parent, 1):
         os._exit(1)

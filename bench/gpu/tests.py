@@ -26,12 +26,19 @@ class Told:
             return
         self.counts[report.outcome] += 1
         if report.failed:
-            reason = str(getattr(report.longrepr, "reprcrash", "") or report.longrepr)
-            reason = reason.rpartition(str(TESTS.parent))[2].strip("/")
-            with self.step.row(test=report.nodeid, error=reason.splitlines()[0][:300]) as r:
-                r["ok"] = False
+            self.failed(report)
         elif self.counts.total() % OFTEN == 0:
             self.tell()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed(report)
+
+    def failed(self, report: Any) -> None:
+        reason = str(getattr(report.longrepr, "reprcrash", "") or report.longrepr)
+        reason = reason.rpartition(str(TESTS.parent))[2].strip("/")
+        with self.step.row(test=report.nodeid, error=reason.splitlines()[0][:300]) as r:
+            r["ok"] = False
 
     def tell(self) -> None:
         self.step.lines.add("row", so_far=dict(self.counts))
@@ -59,7 +66,8 @@ def body(step: Step) -> None:
         ["-p", "no:cacheprovider", f"--junitxml={step.out / 'junit.xml'}", *chosen], plugins=[told]
     )
     told.tell()
-    step.wrong += status != 0
+    with step.row(pytest=int(status)) as r:
+        r["ok"] = status == 0
 
 
 if __name__ == "__main__":
