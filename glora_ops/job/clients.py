@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, require
 from ..merging.aggregate import Inspected
 from ..merging.selection import select
-from ..values import value_fault
+from ..values import value_faults
 from .folder import Job
 from .plan import fingerprint
 
@@ -99,8 +99,7 @@ class Careful(Adapter):
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         b, a = super().factors(module)
         found = self.modules[module]
-        for key, x in ((found.b_key, b), (found.a_key, a)):
-            self._look_at(key, x)
+        self._look_at({found.b_key: b, found.a_key: a})
         return b, a
 
     def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
@@ -112,12 +111,16 @@ class Careful(Adapter):
     def dense_tensor(self, name: str) -> Tensor:
         x = super().dense_tensor(name)
         if x.is_floating_point() and not bool(x.float().isfinite().all()):
-            self._look_at(self.dense[name].key, x.float())
+            self._look_at({self.dense[name].key: x.float()})
         return x
 
-    def _look_at(self, key: str, x: Tensor) -> None:
-        fault = value_fault(x)
-        if fault is not None:
-            problem, found, expected = fault
-            remedy = "leave this client out, or find out why its training diverged"
-            raise Refused([Refusal(problem, self.name, TENSORS_NAME, key, found, expected, remedy)])
+    def _look_at(self, read: Mapping[str, Tensor]) -> None:
+        remedy = "leave this client out, or find out why its training diverged"
+        refusals = [
+            Refusal(problem, self.name, TENSORS_NAME, key, found, expected, remedy)
+            for key, fault in zip(read, value_faults(list(read.values())), strict=True)
+            if fault is not None
+            for problem, found, expected in (fault,)
+        ]
+        if refusals:
+            raise Refused(refusals)
