@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from .launching import launch
+from .precision import target_of
 
 __all__ = ["MAX_COLUMNS", "launch_triangular"]
 
@@ -56,7 +57,7 @@ def unit(b_s):
 
 
 @triton.jit
-def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr):
+def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     G += i * n * n
     W += i * n * n
@@ -81,9 +82,17 @@ def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr):
         inside = (o >= start) & (o < end)
         b_C = tl.where(inside[:, None], tl.where(o[:, None] == o_j[None, :], 1.0, 0.0), b_C)
         b_L = tl.dot(b_C, b_H, input_precision="ieee", out_dtype=tl.float64)
-        below = tl.where((o >= end)[:, None], -b_L, 0.0)
         b_X = tl.where(inside[:, None], 0.0, b_X)
-        b_X = tl.dot(b_L, tl.trans(below), b_X, input_precision="ieee", out_dtype=tl.float64)
+        if DOT:
+            below = tl.where((o >= end)[:, None], -b_L, 0.0)
+            b_X = tl.dot(b_L, tl.trans(below), b_X, input_precision="ieee", out_dtype=tl.float64)
+        else:  # the same, column by column from memory: X keeps its place in registers
+            tl.debug_barrier()
+            tl.store(W + o_C, b_L, mask=m_C)
+            tl.debug_barrier()
+            for k in range(start, tl.minimum(end, n)):
+                b_l = tl.load(W + o * n + k, mask=o < n, other=0.0)
+                b_X -= b_l[:, None] * tl.where(o >= end, b_l, 0.0)[None, :]
         tl.debug_barrier()
         tl.store(W + o_C, b_s[:, None] * tl.where((o < end)[:, None], b_L, 0.0), mask=m_C)
 
@@ -105,8 +114,10 @@ def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     w = torch.empty_like(g)
     n = g.shape[-1]
     block = max(16, triton.next_power_of_2(n))
+    # From a dot's layout to memory's a block of 128 crosses twice the shared memory of an AMD chip.
+    dot = block < 128 or not target_of(g).startswith("gfx")
     launch(
-        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block, P=PANEL,
+        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block, P=PANEL, DOT=dot,
         num_warps=WARPS[block], num_stages=1,
     )  # fmt: skip
     return w

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from glora_ops.kernels import triangular
 from glora_ops.kernels.blocks import leading_bits
 from glora_ops.kernels.canonical_solve import launch_canonical_solve
 from glora_ops.kernels.core import launch_core
@@ -239,8 +240,8 @@ def test_readout(rank):
     assert not a[:, kept:].any()
 
 
-@pytest.mark.parametrize("n", [12, 20, 70])
-def test_triangular_is_the_one_of_the_cpu(n):
+@pytest.mark.parametrize(("n", "target"), [(12, ""), (20, ""), (70, ""), (70, "gfx942")])
+def test_triangular_is_the_one_of_the_cpu(n, target, monkeypatch):
     """One panel of columns, two, and five; dependent, zero and tiny columns."""
     y = randn(3, 90, n, dtype=torch.float64)
     y[..., 4] = y[..., 1] + y[..., 2]
@@ -249,6 +250,8 @@ def test_triangular_is_the_one_of_the_cpu(n):
     y[..., 9] *= 1e-9
     y[1] = 0
     gram = y.mT @ y
+    if target and DEVICE == "cpu":
+        monkeypatch.setattr(triangular, "target_of", lambda g: target)
     with poisoned():
         w = launch_triangular(gram, 1e-12)
     want = inverse_cholesky(gram, 1e-12)
