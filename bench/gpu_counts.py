@@ -1,18 +1,27 @@
-"""What a captured `aggregate` moves and multiplies on a GPU, counted on tensors without values.
+"""What fixed steps move, multiply and wait for on a GPU, counted on tensors without values.
 
-    python bench/gpu_counts.py        # bench/results/gpu/counts.json; needs no GPU, half a minute
+    python bench/gpu_counts.py [--former]     # bench/results/gpu/counts.json; needs no GPU
 
 The op runs on meta tensors; every kernel launch and every torch operation between them is seen.
-Bytes: each operand once, read or written, as if nothing stayed in a cache and nothing was read
-twice. Flops: a three-term product as the three dots it is. The floor of a launch is the larger of
-its bytes and its products at the datasheet's rates of one H100; floors add up, launches do not
-overlap. An order of magnitude and a ranking, not a prediction: nothing was run.
+A launch takes the longest of
+
+    memory         each operand once: views of one memory count once
+    L2             what its tiles read again, at the rate of L2
+    products       a three-term product as the three dots it is
+    instructions   of small problems: those that its loops issue, four a cycle and processor, so
+                   many programs at a time as its registers allow
+
+and launches add up, none overlaps. Replayed, a call takes that; called eagerly no less than the
+host needs to start everything. A lower bound and a ranking: nothing was run. `--former` counts the
+design of another checkout, once, to stand beside this one.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OUT = Path(__file__).resolve().parent / "results" / "gpu" / "counts.json"
-# NVIDIA's datasheet of the H100 SXM, dense: bytes and flops a second.
-H100 = {"bytes": 3.35e12, "bf16": 989e12, "tf32": 494e12, "fp64": 67e12}
+# An H200: memory as a copy was measured there to move it; L2 and products with few columns as
+# assumed, below any datasheet; fp64 by the datasheet. Bytes and flops a second.
+RATES = {"bytes": 4.3e12, "l2": 5.5e12, "bf16": 400e12, "tf32": 200e12, "fp64": 67e12}
+PROCESSORS, CLOCK, ISSUED = 132, 1.9e9, 4
+# Seconds the host needs for a launch and for a torch operation.
+HOST = {"kernel": 30e-6, "torch": 6e-6}
 LLAMA_7B = {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
 CASES = {
     "7B, K = 10": (LLAMA_7B, 10, 64),
@@ -42,10 +55,26 @@ ARITHMETIC = {
     "tf32x3": (3, "tf32"),
     "double": (1, "fp64"),
 }
+# Instructions of the loops of small problems by block side: per column, and per round of Jacobi;
+# warps of a program, and programs that fit in a processor. Read off sm_90's machine code (Triton
+# 3.8.0). `triangular` by panels has a 16th of a panel's in every column.
+LOOPS = {
+    ("eigh_kernel", 32): (203, 201, 4, 5), ("eigh_kernel", 64): (238, 269, 8, 1),
+    ("eigh_kernel", 128): (431, 640, 16, 1), ("svd_kernel", 16): (222, 188, 1, 20),
+    ("svd_kernel", 64): (413, 273, 8, 1), ("svd_kernel", 128): (836, 641, 16, 1),
+    ("canonical_kernel", 16): (1114, 193, 1, 12),
+    ("triangular_kernel", 32): (174 + 27, 0, 2, 6), ("triangular_kernel", 64): (97 + 24, 0, 8, 2),
+    ("triangular_kernel", 128): (105 + 38, 0, 16, 1),
+    ("former triangular_kernel", 32): (791, 0, 2, 6),
+    ("former triangular_kernel", 64): (791, 0, 8, 2),
+    ("former triangular_kernel", 128): (1208, 0, 32, 1),
+}  # fmt: skip
+# Sweeps of Jacobi until nothing turns: 7 to 20 by the spectrum.
+SWEEPS = 9
 
 
 class Counts(TorchDispatchMode):
-    """Launches, bytes, flops by unit and floors in seconds by kernel; torch's own as ``torch``."""
+    """Launches, bytes, flops by unit and seconds by kernel; torch's own as ``torch``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,19 +82,28 @@ class Counts(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        self.bound: Counter[str] = Counter()
 
-    def add(self, name: str, tensors: list[Tensor], flops: list[tuple[str, int]]) -> None:
-        moved = sum(size(x) for x in {id(x): x for x in tensors}.values())
+    def add(
+        self, name: str, moved: int, flops: list[tuple[str, int]], again: int = 0, issue: float = 0
+    ) -> None:
         self.launches[name] += 1
         self.bytes[name] += moved
         for unit, number in flops:
             self.flops[unit] += number
-        products = sum(number / H100[unit] for unit, number in flops)
-        self.seconds[name] += max(moved / H100["bytes"], products)
+        floors = {
+            "memory": moved / RATES["bytes"],
+            "L2": (moved + again) / RATES["l2"] if again else 0.0,
+            "products": sum(number / RATES[unit] for unit, number in flops),
+            "instructions": issue,
+        }
+        longest = max(floors, key=floors.__getitem__)
+        self.seconds[name] += floors[longest]
+        self.bound[longest] += floors[longest]
 
     def launched(self, call: Call) -> bool:
         tensors = [x for x in call.arguments.values() if isinstance(x, Tensor)]
-        self.add(call.name, tensors, products(call))
+        self.add(call.name, moved(tensors), products(call), reread(call), instructions(call))
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +113,8 @@ class Counts(TorchDispatchMode):
         view = any(r.alias_info for r in func._schema.returns) and not mutable
         if made and not view and not func.__name__.startswith(("empty", "new_empty", "_unsafe")):
             read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            self.add("torch", read if mutable else read + made, [])
+            # a result is written even where it is written in place
+            self.add("torch", moved(read) + (0 if mutable else moved(made)), [])
         return out
 
 
@@ -85,23 +124,31 @@ def size(x: Tensor) -> int:
     return torch.Size(held).numel() * x.itemsize
 
 
+def moved(tensors: list[Tensor]) -> int:
+    """Bytes of some tensors; a memory seen twice, as in yᵀy, is read once."""
+    found = {}
+    for x in tensors:
+        found[x.untyped_storage()._cdata, x.storage_offset(), size(x)] = size(x)
+    return sum(found.values())
+
+
 def products(call: Call) -> list[tuple[str, int]]:
     """(unit, flops) of a launch's long products; r × r and k × k ones are left out."""
     a = call.arguments
     terms, unit = ARITHMETIC.get(a.get("MODE", ""), (0, "bf16"))
     if call.name == "product_kernel":
-        return [(unit, terms * 2 * a["M"] * a["N"] * a["C"] * call.grid[2])]
+        return [(unit, terms * 2 * a["M"] * a["N"] * a["C"] * len(a["X"]))]
     if call.name == "sketch_kernel":
         found = []
-        for side in range(call.grid[2]):
+        for side in range(2):
             modules, rows, d = a[f"X{side}"].shape
-            gram = call.grid[0] * a["CLIENTS"] * a["R"] ** 2
+            gram = ceil(a["clients"] / a["CLIENTS"]) * a["CLIENTS"] * a["R"] ** 2
             found.append((unit, terms * 2 * rows * a[f"k{side}"] * d * modules))
             found.append(("fp64", 2 * gram * d * modules))
         return found
     if call.name == "core_kernel":
         long = a["d_out"] * a["k_u"] + a["d_in"] * a["k_v"]
-        modules = call.grid[1]
+        modules = len(a["B"])
         return [
             (unit, terms * 2 * a["rows"] * long * modules),
             ("fp64", 2 * a["rows"] * a["k_u"] * a["k_v"] * modules),
@@ -109,8 +156,44 @@ def products(call: Call) -> list[tuple[str, int]]:
     return []
 
 
+def reread(call: Call) -> int:
+    """Bytes that tiles read more than once, from L2."""
+    a = call.arguments
+    if call.name == "product_kernel":
+        down, across = ceil(a["M"] / a["BM"]), ceil(a["N"] / a["BN"])
+        x = len(a["X"]) * a["M"] * a["C"] * a["X"].itemsize
+        w = len(a["X"]) * a["C"] * a["N"] * a["W"].itemsize
+        return (across - 1) * x + (down - 1) * w
+    if call.name == "sketch_kernel":
+        programs = ceil(a["clients"] / a["CLIENTS"]) * len(a["X0"])
+        return (programs - 1) * sum(size(a[f"W{side}"]) for side in range(2))
+    if call.name == "core_kernel":
+        return (ceil(a["rows"] / a["BM"]) - 1) * (size(a["U"]) + size(a["V"]))
+    return 0
+
+
+def instructions(call: Call) -> float:
+    """Seconds in which a small problem's loops can issue their instructions."""
+    a = call.arguments
+    block = a.get("N" if call.name != "triangular_kernel" else "BN")
+    former = call.name == "triangular_kernel" and "P" not in a
+    key = (f"former {call.name}" if former else call.name, block)
+    if key not in LOOPS:
+        return 0.0
+    column, turn, warps, resident = LOOPS[key]
+    if call.name == "canonical_kernel":
+        n, programs = block, len(a["RANKS"]) * a["G_B"].shape[0]
+    else:
+        n = a["n"]
+        programs = call.grid[0]
+    issued = column * n + turn * SWEEPS * (2 * ceil(n / 2) - 1)
+    together = min(resident, ceil(programs / PROCESSORS))
+    cycles = issued * max(1.0, together * warps / ISSUED)  # a warp issues one a cycle
+    return ceil(programs / (PROCESSORS * together)) * cycles / CLOCK
+
+
 def count(name: str, steps: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A captured consensus of every shape of a case, clients of rank 16."""
+    """A consensus by fixed steps of every shape of a case, clients of rank 16."""
     shapes, clients, rank = CASES[name]
     counts, stacks = Counts(), 0
     op = Ops(CudaVocabulary(), fixed_steps=True).aggregate
@@ -124,25 +207,53 @@ def count(name: str, steps: int, dtype: torch.dtype) -> dict[str, Any]:
             op(b, a, offsets, one, one, rank, power_iters=steps)  # plans are made once
         with torch.no_grad(), counts, observed(counts.launched):
             op(b, a, offsets, one, one, rank, power_iters=steps)
+    kernels = sum(n for k, n in counts.launches.items() if k != "torch")
+    operations = counts.launches["torch"]
     return {
         "case": name, "dtype": str(dtype).removeprefix("torch."), "steps": steps,
-        "kernels": sum(n for k, n in counts.launches.items() if k != "torch"),
-        "operations": counts.launches["torch"], "shapes": len(shapes),
-        "stack_gb": stacks / 1e9, "read_ms": 1e3 * stacks / H100["bytes"],
+        "kernels": kernels, "operations": operations, "shapes": len(shapes),
+        "stack_gb": stacks / 1e9, "read_ms": 1e3 * stacks / RATES["bytes"],
         "moved_gb": {k: n / 1e9 for k, n in counts.bytes.most_common()},
         "floor_ms": {k: 1e3 * n for k, n in counts.seconds.most_common()},
-        "product_ms": {k: 1e3 * n / H100[k] for k, n in counts.flops.most_common()},
+        "bound_ms": {k: 1e3 * n for k, n in counts.bound.most_common()},
+        "product_ms": {k: 1e3 * n / RATES[k] for k, n in counts.flops.most_common()},
+        "host_ms": 1e3 * (kernels * HOST["kernel"] + operations * HOST["torch"]),
     }  # fmt: skip
 
 
+def shown(former: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """The former design and this one, side by side."""
+    lines = [f"{'':32}{'former':>44}{'now':>44}"]
+    told = f"{'launches':>14}{'GB':>8}{'device ms':>11}{'host ms':>11}"
+    lines.append(f"{'':32}{told}{told}")
+    before = {(r["case"], r["dtype"], r["steps"]): r for r in former}
+    for row in rows:
+        key = row["case"], row["dtype"], row["steps"]
+        line = f"{key[0]}, {key[1]}, q = {key[2]}".ljust(32)
+        for r in (before.get(key), row):
+            if r is None:
+                line += "–".rjust(44)
+                continue
+            launches = f"{r['kernels']} + {r['operations']}"
+            gb, ms = sum(r["moved_gb"].values()), sum(r["floor_ms"].values())
+            line += f"{launches:>14}{gb:8.3g}{ms:11.3g}{r['host_ms']:11.3g}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    rows = [
+    found = [
         count(name, steps, dtype)
         for name in CASES
         for dtype in (torch.bfloat16, torch.float32)
         for steps in (1, 2)
     ]
+    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    former = found if "--former" in sys.argv else kept.get("former", [])
+    now = kept.get("rows", []) if "--former" in sys.argv else found
     OUT.parent.mkdir(exist_ok=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    OUT.write_text(json.dumps({"versions": versions, "rates": H100, "rows": rows}, indent=1) + "\n")
+    told = {"versions": versions, "rates": RATES, "former": former, "rows": now}
+    OUT.write_text(json.dumps(told, indent=1) + "\n")
+    print(shown(former, now))
     print(f"written: {OUT}")

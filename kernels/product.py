@@ -28,6 +28,11 @@ __all__ = ["ProductConfig", "launch_accumulate", "launch_inner", "launch_times"]
 # Programs that fill the smaller of the GPUs in use (A100: 108 processors, H100: 132).
 FILL = 128
 
+# Rows from which tiles of 128 of them leave enough programs.
+TALL = 512
+# Numbers that tiles read from which it pays to make them narrower once, in a launch of its own.
+REREAD = 2**23
+
 
 @dataclass(frozen=True)
 class ProductConfig:
@@ -43,6 +48,8 @@ class ProductConfig:
     def for_shape(cls, m: int, n: int, mode: str) -> ProductConfig:
         """Wide enough for wgmma (M = 64) where there are rows; narrow where registers end."""
         block_m = 64 if m > 32 else 32 if m > 16 else 16
+        if mode == "split w" and m >= TALL:  # each row tile reads w again, from L2
+            return cls(128, 64 if n > 32 else 32 if n > 16 else 16, 32, 8, 2)
         block_n = min(max(16, triton.next_power_of_2(n)), 32 if mode in PRECISE else 64)
         # Operands of several terms are the register budget: 64 columns of one, 32 of three bf16
         # terms or of fp64, 16 of three tf32 terms; three terms take twice as many warps.
@@ -126,7 +133,9 @@ def launch_accumulate(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     k = z.shape[-1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = torch.empty(modules, k, d, dtype=dtype, device=x.device).mT
-    mode = product_mode(x, y)  # fp64 z become fp32 on their way
+    if z.dtype != dtype and triton.cdiv(d, 64) * z.numel() > REREAD:
+        z = z.to(dtype)
+    mode = product_mode(x, y)  # an fp64 z becomes fp32 on its way
     _launch(x.mT, z, y[None], (d, k, n), n, mode, ProductConfig.for_shape(d, k, mode))
     return y
 

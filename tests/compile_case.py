@@ -34,6 +34,9 @@ class Case:
         Whether tf32 instructions may occur (three of them make one fp32 product).
     stack : dict
         Bytes of stack (spills) allowed by target; 0 where not named, on sm_80, sm_89 and sm_90.
+    barriers : int
+        Barriers of the whole program at least (sm_80 and later), which order global memory too:
+        matrices pass between threads through it, in programs of one warp as well.
     exceptions : dict
         Target → why the case does not compile there.
     """
@@ -45,6 +48,7 @@ class Case:
     without_doubles: str = "HMMA"
     tf32: bool = False
     stack: dict[str, int] = field(default_factory=dict)
+    barriers: int = 0
     exceptions: dict[str, str] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ def square(n: int) -> torch.Tensor:
     return meta(4, n, n, dtype=torch.float64)
 
 
-@case(wide_loads=False)
+@case(wide_loads=False, barriers=6)
 def canonical_64() -> None:
     from glora_ops.kernels.canonical_solve import launch_canonical_solve
 
@@ -22,7 +22,14 @@ def canonical_64() -> None:
     launch_canonical_solve(grams, grams, meta(10, dtype=torch.int64))
 
 
-@case(wide_loads=False)
+@case(wide_loads=False, barriers=6)
+def eigh_16() -> None:
+    from glora_ops.kernels.eigh import launch_eigh
+
+    launch_eigh(square(16))
+
+
+@case(wide_loads=False, barriers=6)
 def eigh_64() -> None:
     from glora_ops.kernels.eigh import launch_eigh
 
@@ -50,7 +57,7 @@ def triangular_80() -> None:
     launch_triangular(square(80), 1e-12)
 
 
-@case(wide_loads=False)
+@case(wide_loads=False, barriers=6)
 def svd_64() -> None:
     from glora_ops.kernels.svd import launch_svd
 

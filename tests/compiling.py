@@ -55,6 +55,7 @@ SASS = {
     "tf32": r"MMA\S*TF32",
     "local": r"\b(?:LDL|STL)\b",
     "trap": r"\bBPT\.TRAP",
+    "barriers": r"\bBAR\.SYNC",
     "FFMA": r"\bFFMA",
     "instructions": r"^\s+/\*[0-9a-f]{4,}\*/\s+\S",
 }

@@ -77,6 +77,8 @@ def faults(row: dict[str, Any], expected: dict[str, Any]) -> list[str]:
         wrong.append(f"{row['tmem']} columns of tensor memory")
     if not expected["tf32"] and (row["tf32"] or row["ptx_tf32"]):
         wrong.append("tf32 where fp32 is meant")
+    if row["barriers"] < expected["barriers"]:
+        wrong.append(f"{row['barriers']} barriers, expected {expected['barriers']}")
     if target == "sm_100":
         return wrong
     if row["stack"] > expected["stack"].get(target, 0):
@@ -107,12 +109,13 @@ def test_machine_code(target: str) -> None:
 def test_the_gate_can_fail() -> None:
     """A kernel that spills, traps, loads two bytes at a time or computes in tf32 is refused."""
     good = dict.fromkeys(["shared", "trap", "tmem", "tf32", "ptx_tf32", "stack", "loads_16"], 0)
+    good["barriers"] = 6
     good |= {"target": "sm_90", "loads_128": 4, "HGMMA": 1, "HMMA": 0, "DMMA": 0, "num_warps": 4}
-    expected = {"exceptions": {}, "tf32": False, "stack": {}, "wide_loads": True,
+    expected = {"exceptions": {}, "tf32": False, "stack": {}, "wide_loads": True, "barriers": 6,
                 "tensor_cores": "HGMMA", "without_doubles": "HMMA"}  # fmt: skip
     assert not faults(good, expected)
     for bad in ({"shared": 2**20}, {"trap": 1}, {"tmem": 640}, {"ptx_tf32": 1}, {"stack": 8},
-                {"loads_128": 0}, {"loads_16": 2}, {"HGMMA": 0}, {"num_warps": 64},
+                {"loads_128": 0}, {"loads_16": 2}, {"HGMMA": 0}, {"num_warps": 64}, {"barriers": 5},
                 {"error": "no"}):  # fmt: skip
         assert faults(good | bad, expected), bad
 

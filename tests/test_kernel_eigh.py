@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from glora_ops.kernels import jacobi
 from glora_ops.kernels.eigh import launch_eigh
 from glora_ops.kernels.jacobi import MAX_SIZE
 from glora_ops.kernels.launching import Call, observed
@@ -49,6 +51,20 @@ def test_is_the_eigendecomposition(n: int) -> None:
     grams = [symmetric(SPECTRA[name](n)) for name in names]
     for name, g, (lam, v) in zip(names, grams, solve(*grams), strict=True):
         assert not faults(g, lam, v), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the bound is compiled in")
+def test_twenty_sweeps_are_enough_and_forty_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the bound changes no bit on any spectrum; two sweeps would."""
+    grams = [symmetric(SPECTRA[name](7)) for name in ("clusters", "graded", "uniform")]
+    assert jacobi.SWEEPS.value == 40
+    whole = solve(*grams)
+    monkeypatch.setattr(jacobi, "SWEEPS", tl.constexpr(20))
+    for (lam, v), (some, w) in zip(whole, solve(*grams), strict=True):
+        assert (lam == some).all()
+        assert (v == w).all()
+    monkeypatch.setattr(jacobi, "SWEEPS", tl.constexpr(2))
+    assert any((v != w).any() for (_, v), (_, w) in zip(whole, solve(*grams), strict=True))
 
 
 def test_what_is_wrong_is_found() -> None:

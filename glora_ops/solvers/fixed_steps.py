@@ -41,7 +41,7 @@ def energies(y: Tensor) -> Tensor:
 class FixedStepSolver(TallSolver):
     """Randomized solutions at a cost known beforehand, all modules at once.
 
-    Reads of both stacks: 1 for Gram matrices and sketch, ½ for the probes, 2 + 2q for the triplets
+    Reads of both stacks: 1 for Gram matrices and sketch, ½ for the probes, 1½ + 2q for the triplets
     of the anchor (or of the mean), 3½ + 2q for both consensus bases and the mean's certificates.
     """
 
