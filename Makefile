@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 READY := $(VENV)/.ready
 
-.PHONY: demo test crash fuzz test-kernels test-deep test-deployment test-gpu bench bench-gpu docs lint clean help
+.PHONY: demo test crash fuzz test-kernels test-deep test-deployment test-cluster test-gpu bench bench-gpu docs lint clean help
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -45,6 +45,9 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 
 crash: $(READY)  ## glora killed 240 times at arbitrary moments, and what is left; some minutes
 	$(BIN)/python tests/crash/kills.py
+
+test-cluster: $(READY)  ## jobs on Ray, a worker killed; a minute or two
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/job
 
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl

@@ -20,13 +20,14 @@ setup(
         "glora_ops.fl.flower",
         "glora_ops.fl.methods",
         "glora_ops.fl.tasks",
-        "glora_ops.kernels",
         "glora_ops.job",
+        "glora_ops.kernels",
         "glora_ops.linalg",
         "glora_ops.merging",
         "glora_ops.runtime",
         "glora_ops.solvers",
     ],
     package_dir={"glora_ops.bindings": "bindings", "glora_ops.kernels": "kernels"},
+    include_package_data=False,  # MANIFEST.in is the source distribution's alone
     package_data={"glora_ops": ["py.typed"], "glora_ops.fl.configs": ["*.toml"]},
 )

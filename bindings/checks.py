@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from glora_ops.errors import require
+from glora_ops.errors import require, unfit
 from glora_ops.packing import FLOATS, shown
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def numbers(call: Op) -> None:
     for name in call.arguments:
         if name in NUMBERS:
             value, (holds, expected) = getattr(call, name), NUMBERS[name]
-            default = getattr(type(call), name, None)
-            remedy = "" if default is None else f"{default!r} is the default"
-            require(holds(value), name, repr(value), expected, remedy)
+            if not holds(value):
+                default = getattr(type(call), name, None)
+                remedy = "" if default is None else f"{default!r} is the default"
+                raise unfit(name, repr(value), expected, remedy)

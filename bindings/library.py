@@ -101,8 +101,19 @@ class Op(ABC):
         return _returned(out if call.leading.dim() == 3 else [x[0] for x in out])
 
     @classmethod
+    def refuse_gradients(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `GloraError` where a gradient would be expected."""
+        if torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))):
+            raise GloraError(
+                f"torch.ops.glora.{cls.name}: got an input that requires grad, expected none; "
+                "aggregation is not differentiable, so detach the factors first "
+                "(glora_ops.aggregate does)"
+            )
+
+    @classmethod
     def fake(cls, *args: Any, **kwargs: Any) -> Tensor | Tensors:
         """Check and describe."""
+        cls.refuse_gradients(args, kwargs)
         call = cls(*args, **kwargs)
         empty, modules = call.leading.new_empty, call.leading.shape[:-2]
         return _returned([empty((*modules, *shape), dtype=x) for shape, x in call.outputs()])
@@ -110,6 +121,12 @@ class Op(ABC):
 
 def _returned(out: Sequence[Tensor]) -> Tensor | Tensors:
     return out[0] if len(out) == 1 else tuple(out)
+
+
+def _requires_grad(x: Any) -> bool:
+    if isinstance(x, list):
+        return any(map(_requires_grad, x))
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 class Ops:
@@ -132,7 +149,7 @@ AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 def schema(text: str) -> Callable[[type[AnyOp]], type[AnyOp]]:
-    """Define the op of this schema, its fake and its refusal of gradients, as the class says."""
+    """Define the op of this schema and its fake, as the class says."""
 
     def define(op: type[AnyOp]) -> type[AnyOp]:
         LIBRARY.define(text)
@@ -144,31 +161,11 @@ def schema(text: str) -> Callable[[type[AnyOp]], type[AnyOp]]:
             if x.has_default_value():
                 setattr(op, x.name, x.default_value)
         torch.library.register_fake(f"glora::{op.name}", op.fake, lib=LIBRARY)
-        LIBRARY.impl(op.name, _without_gradients(op.name, overload), "Autograd")
+        LIBRARY.impl(op.name, torch.library.fallthrough_kernel, "Autograd")
         OPS[op.name] = op
         return op
 
     return define
-
-
-def _without_gradients(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
-    def autograd(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(map(_requires_grad, (*args, *kwargs.values()))):
-            raise GloraError(
-                f"torch.ops.glora.{name}: got an input that requires grad, expected none; "
-                "aggregation is not differentiable, so detach the factors first "
-                "(glora_ops.aggregate does)"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **kwargs)
-
-    return autograd
-
-
-def _requires_grad(x: Any) -> bool:
-    if isinstance(x, list):
-        return any(map(_requires_grad, x))
-    return isinstance(x, Tensor) and x.requires_grad
 
 
 def register(device: Callable[[], Ops], key: str) -> None:
@@ -182,6 +179,7 @@ def register(device: Callable[[], Ops], key: str) -> None:
 
 def _isolated(op: type[Op], device: Callable[[], Ops]) -> Callable[..., Tensor | Tensors]:
     def run(*args: Any, **kwargs: Any) -> Tensor | Tensors:
+        op.refuse_gradients(args, kwargs)
         with exact_products(), one_thread():
             out = op.run(device(), *args, **kwargs)
         return out.contiguous() if isinstance(out, Tensor) else tuple(x.contiguous() for x in out)

@@ -48,10 +48,17 @@ def _roundoff(*factors: Tensor) -> float:
     return max(torch.finfo(x.dtype).eps / 2 for x in factors)
 
 
-def _by_module(run: Callable[[slice], Tensors], modules: int) -> Tensors:
-    """Run one module at a time and stack: an adaptive iteration stops for each on its own."""
-    parts = [run(slice(l, l + 1)) for l in range(modules)]
-    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+def _by_module(run: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """One module at a time, stacked again: an adaptive iteration stops for each on its own."""
+
+    def each(first: Tensor, *rest: Tensor | None) -> Tensors:
+        parts = [
+            run(*(None if x is None else x[l : l + 1] for x in (first, *rest)))
+            for l in range(len(first))
+        ]
+        return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
+
+    return each
 
 
 def _at_most(rank: int, rows: int, longest: int) -> int:
@@ -59,12 +66,10 @@ def _at_most(rank: int, rows: int, longest: int) -> int:
     return min(rank, min(rows, longest) + 1)
 
 
-def _dead(x: Tensor) -> Tensor:
-    """(L, N) bool: the rows that are zero; only those that begin with zeros are read on."""
-    dead = (x[..., :16] == 0).all(-1)
-    if bool(dead.any()):
-        dead &= (x == 0).all(-1)
-    return dead
+def _alive(b: Tensor, a: Tensor) -> Tensor | None:
+    """(L, N) bool: pairs with no zero row, None if all; only what begins with zeros is read on."""
+    begins = b[..., :16].any(-1) & a[..., :16].any(-1)
+    return None if bool(begins.all()) else b.any(-1) & a.any(-1)
 
 
 def _picked(x: Tensor, live: Tensor) -> Tensor:
@@ -164,7 +169,8 @@ def _carrying(rows: Tensor, ragged: Ragged, voters: Voters) -> tuple[Tensor, Rag
     A client keeps as many rows as it has rows or columns of T that carry something: the vote of
     column j stands at row j.
     """
-    used = (~_dead(rows) & (voters.t != 0).any(-1)).double()[..., None]
+    alive, needed = _alive(rows, rows), voters.t.any(-1)
+    used = (needed if alive is None else needed & alive).double()[..., None]
     t = ragged.pad(voters.t * used)[0]
     lines, columns = ragged.pad(used)[0, ..., 0] > 0, (t != 0).any(-2) & ragged.exists
     counts = torch.maximum(lines.sum(-1), columns.sum(-1))
@@ -235,9 +241,10 @@ class ProjectorSvd(_Voters):
         rows, ragged, voters = self.voters(device.v, self.extra)
         warm = None if self.warm is None else _modules(self.warm)
 
-        def run(here: slice) -> Tensors:
-            some = Voters(voters.t[here], voters.votes[here], voters.extra[here])
-            stack, kept, some = _carrying(rows[here], ragged, some)
+        def run(
+            rows: Tensor, t: Tensor, votes: Tensor, extra: Tensor, start: Tensor | None
+        ) -> Tensors:
+            stack, kept, some = _carrying(rows, ragged, Voters(t, votes, extra))
             longest = stack.shape[-1]
             inner = _at_most(self.rank, kept.rows + some.extra.shape[-1], longest)
             s = Settings(
@@ -247,12 +254,11 @@ class ProjectorSvd(_Voters):
                 tol=self.tol,
                 seed=self.seed,
             )
-            start = None if warm is None else warm[here]
             basis, values, trace = algorithm.projector_svd(device.v, stack, kept, some, s, start)
             explained = (values[..., :inner].sum(-1) / positive(trace)).clamp(max=1.0)
             return fill(basis, self.rank), fill(values, self.rank + self.oversample), explained
 
-        return _by_module(run, rows.shape[0])
+        return _by_module(run)(rows, voters.t, voters.votes, voters.extra, warm)
 
 
 @schema(f"projector_svd.factors(Tensor x, Tensor offsets, Tensor weights, {_SVD}")
@@ -354,14 +360,13 @@ class Aggregate(Op):
         longest = max(b.shape[-1], a.shape[-1])
         weights, scaling = _per_client(self.weights, b), _per_client(self.scaling, b)
         warm_u, warm_v = (None if x is None else _modules(x) for x in (self.warm_u, self.warm_v))
-        fixed = device.fixed_steps and self.power_iters >= 0
+        fixed, roundoff = device.fixed_steps and self.power_iters >= 0, _roundoff(b, a)
 
-        def of_some(some: slice | Tensor, live: Tensor | None) -> Tensors:
+        def of_some(
+            ragged: Ragged, b: Tensor, a: Tensor, weights: Tensor, scaling: Tensor,
+            *warm: Tensor | None,
+        ) -> Tensors:  # fmt: skip
             """Modules in which the same rows are alive."""
-            stack_b, stack_a, ragged = b[some], a[some], whole
-            if live is not None:
-                ragged = whole.keeping(torch.bincount(whole.owner[live], minlength=whole.clients))
-                stack_b, stack_a = _picked(stack_b, live), _picked(stack_a, live)
             s = Settings(
                 _at_most(self.rank, ragged.rows, longest),
                 self.basis,
@@ -374,26 +379,32 @@ class Aggregate(Op):
                 self.client_statistics,
             )
 
-            def run(here: slice) -> Tensors:
-                factors = Factors(
-                    stack_b[here], stack_a[here], ragged, scaling[some][here], _roundoff(b, a)
-                )
+            def run(
+                b: Tensor, a: Tensor, weights: Tensor, scaling: Tensor, *warm: Tensor | None
+            ) -> Tensors:
+                factors = Factors(b, a, ragged, scaling, roundoff)
                 solver = algorithm.choose(device.v, factors, s, fixed)
-                start_u, start_v = (None if x is None else x[some][here] for x in (warm_u, warm_v))
-                return algorithm.aggregate(solver, weights[some][here], s, (start_u, start_v))
+                return algorithm.aggregate(solver, weights, s, (warm[0], warm[1]))
 
             together = fixed or ragged.rows <= exact_limit(s.rank)
-            u, sigma, v, eig_u, eig_v, *told = (
-                run(slice(None)) if together else _by_module(run, len(stack_b))
+            u, sigma, v, eig_u, eig_v, *told = (run if together else _by_module(run))(
+                b, a, weights, scaling, *warm
             )
             count = self.rank + self.oversample
             eig = fill(eig_u, count), fill(eig_v, count)
             return fill(u, self.rank), fill(sigma, self.rank), fill(v, self.rank), *eig, *told
 
-        dead = None if fixed else _dead(b) | _dead(a)  # by shape where the steps are fixed
-        if dead is None or not bool(dead.any()):
-            return of_some(slice(None), None)
-        return _by_pattern(of_some, ~dead)
+        alive = None if fixed else _alive(b, a)  # by shape where the steps are fixed
+        if alive is None:
+            return of_some(whole, b, a, weights, scaling, warm_u, warm_v)
+
+        def of_pattern(some: Tensor, live: Tensor) -> Tensors:
+            ragged = whole.keeping(torch.bincount(whole.owner[live], minlength=whole.clients))
+            stacks = (_picked(x[some], live) for x in (b, a))
+            warm = (None if x is None else x[some] for x in (warm_u, warm_v))
+            return of_some(ragged, *stacks, weights[some], scaling[some], *warm)
+
+        return _by_pattern(of_pattern, alive)
 
 
 @schema(f"aggregate.list(Tensor[] lora_B, Tensor[] lora_A, {_AGGREGATE}")

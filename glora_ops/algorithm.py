@@ -16,7 +16,7 @@ from .certificates import (
     information_vote,
     of_clients,
 )
-from .linalg.canonical import factor_coordinates, positive
+from .linalg.canonical import factor_coordinates, positive, soft_votes
 from .linalg.clients import canonicalize
 from .linalg.ragged import Ragged
 from .linalg.random_signs import sign_matrix
@@ -58,41 +58,42 @@ def aggregate(
     solver: Solver, weights: Tensor, s: Settings, warm: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The whole server step; see the op of the same name."""
-    scale = (weights.abs() * solver.sizes).sum(-1)
+    size = (weights.abs() * solver.sizes).sum(-1)
     # Powers of two keep W̄ near one inside, whatever its size; they return at the end.
-    unit = torch.exp2(torch.frexp(scale).exponent.double())
-    scale, p = scale / unit, weights / unit[..., None]
+    scale, exponent = torch.frexp(size)
+    unit = torch.exp2(exponent.double())
+    p, rounding = weights / unit[..., None], ROUNDING * scale
+    mean = projectors = None
     if s.basis == "update":
         found = solver.update(p, warm[1])  # (8.3)
-        cuts = Cut.of_mean(found.sigma, s.rank, ROUNDING * scale), Cut.none(found.values[..., 0])
+        mean = Cut.of_mean(found.sigma, s.rank, rounding)
         eig = found.values * unit[..., None]
     else:
         clients = solver.clients  # (3.2), (4.1)
         votes = weights / positive(weights.sum(-1, keepdim=True))
-        noise, voter, cut = information_vote(votes, clients), None, Cut.none(scale)
-        if s.basis == "projector":
-            noise = 0 * noise
-        elif s.anchor > 0:
-            lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
-            voter, cut = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
+        noise, voter = torch.zeros_like(scale), None
+        if s.basis == "consensus":
+            noise = information_vote(votes, clients)
+            if s.anchor > 0:
+                lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
+                voter, mean = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
         found = solver.consensus(votes, voter, p, warm)  # (5.1), (6.3), (7.1)
-        cuts, eig = (cut, Cut.of_projectors(found, s.rank, noise)), found.values
-    real = found.s * (found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True))
+        projectors, eig = Cut.of_projectors(found, s.rank, noise), found.values
+    real = found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True)
+    present = found.norm > rounding
     known = s.client_statistics or s.basis != "update"
-    softened = None if s.basis == "projector" else s.tau_rel
-    told = of_clients(solver.clients, weights, softened) if known else {}
-    stats = certify(cuts, found, real, scale, unit, solver.unit, told)
+    told = of_clients(solver.clients, weights, s.basis == "projector") if known else {}
+    stats = certify(mean, projectors, found, real, present, size, unit, solver.unit, told)
     each = scale.new_empty(len(scale), 0, 4)
     if s.client_statistics:
         reach = found.reach
         if s.basis == "update":  # where Ŵ ends, so do its bases
-            ends = real.sign()[..., None, :]
-            reach = reach[0] * ends, reach[1] * ends
-        held = found.s * (found.norm > ROUNDING * scale)[..., None]
+            reach = reach[0] * real[..., None, :], reach[1] * real[..., None, :]
+        held = found.s * present[..., None]
         each = client_stats(solver.v, solver.clients, reach, held, solver.coefficients(p))
     u, w = _signed(found.u, found.v, real)
-    eig = fill(eig, s.columns)
-    return u, real * unit[..., None], w, eig[0].clone(), eig[1].clone(), stats, each
+    eig_u, eig_v = (x.clone() for x in fill(eig, s.columns))
+    return u, found.s * real * unit[..., None], w, eig_u, eig_v, stats, each
 
 
 def anchor(
@@ -103,25 +104,23 @@ def anchor(
     W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄) (6.1), g_k = σ̃_k²/(σ̃_k² + c²), c the largest of σ̃_R,
     0.01 σ̃_1 and the storage noise of W̃ (6.2); none at all for rounding.
     """
-    clients = solver.clients
-    norm = clients.norm
+    norm = solver.clients.norm
     mean_norm = (votes * norm).sum(-1, keepdim=True)
-    voice = votes * norm.sign() * (1 / positive(norm) + ANCHOR_EPSILON / positive(mean_norm))
+    heard = votes * norm.sign()
+    voice = heard / positive(norm) + heard * (ANCHOR_EPSILON / positive(mean_norm))
     lead = solver.triplets(voice, warm)
-    size = voice * clients.size
+    size = voice * solver.clients.size
     floor = ROUNDING * size.sum(-1, keepdim=True)
     head = lead.sigma[..., : s.rank]
     noise = torch.linalg.vector_norm(0.5 * solver.roundoff * size, dim=-1, keepdim=True)
     c = torch.maximum(torch.maximum(head[..., -1:], 0.01 * head[..., :1]), noise)
-    energy = head.square()
-    g = (head > floor) * energy / positive(energy + c.square())
-    return lead, s.anchor * g, floor[..., 0]
+    return lead, s.anchor * soft_votes(head * (head > floor), c), floor[..., 0]
 
 
-def _signed(u: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero columns where s is zero; otherwise the largest entry of each left vector positive."""
+def _signed(u: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero columns where Ŵ has ended; otherwise the largest entry of each left vector positive."""
     peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = peak.sign() * s.sign()[..., None, :].to(u.dtype)
+    sign = torch.copysign(real[..., None, :].to(u.dtype), peak)
     return u * sign, v * sign
 
 

@@ -19,9 +19,9 @@ from .packing import FLOATS
 from .report import notes
 from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
-from .values import value_fault
+from .values import value_faults
 
-__all__ = ["aggregate"]
+__all__ = ["aggregate", "available"]
 
 Client = Factors | Mapping[str, Factors] | Source
 Progress = Callable[[int, int], None]
@@ -169,7 +169,7 @@ def aggregate(
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, sources, names)
-    place = _device(sources, names) if device is None else _available(device)
+    place = _device(sources, names) if device is None else available(device)
     _check_values(sources, names)
     check_ranks(sources, settings)
 
@@ -318,12 +318,12 @@ def _device(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
     return next(iter(found))
 
 
-def _available(device: str | torch.device) -> torch.device:
+def available(device: str | torch.device) -> torch.device:
     """A device on which a tensor can be made."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         problem = str(error).partition("\n")[0]
         raise unfit(
             "device", f"{device!r} ({problem})", "a device that torch has here, such as cpu or cuda"
@@ -385,6 +385,7 @@ def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
     """Refuse, all at once, factors that are misshapen or hold a value that is not finite."""
     refusals = []
     shapes: dict[str, tuple[str, int, int]] = {}
+    held: list[tuple[str, str, Tensor]] = []
     for name, source in zip(names, sources, strict=True):
         if not isinstance(source, _InMemory):
             continue
@@ -415,19 +416,20 @@ def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
                     )
                 )
             for side, x in (("B", b), ("A", a)):
-                fault = value_fault(x.detach())
-                if fault:
-                    problem, found, expected = fault
-                    refusals.append(
-                        Refusal(
-                            problem,
-                            client=name,
-                            tensor=f"{module}.{side}" if module else side,
-                            found=found,
-                            expected=expected,
-                            remedy="leave the client out, or find out why its training diverged",
-                        )
-                    )
+                held.append((name, f"{module}.{side}" if module else side, x.detach()))
+    for (name, tensor, _), fault in zip(held, value_faults([x for *_, x in held]), strict=True):
+        if fault is not None:
+            problem, found, expected = fault
+            refusals.append(
+                Refusal(
+                    problem,
+                    client=name,
+                    tensor=tensor,
+                    found=found,
+                    expected=expected,
+                    remedy="leave the client out, or find out why its training diverged",
+                )
+            )
     if refusals:
         raise Refused(refusals)
 

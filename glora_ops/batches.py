@@ -278,7 +278,7 @@ def compare(
         scaling = [scale.get(batch.modules[0], 0.0) for scale in scalings]
         return inner_products(b[0], a[0], offsets, torch.tensor(scaling, dtype=torch.float64))
 
-    def in_turn() -> Generator[Tensor]:
+    def in_turn() -> Generator[Tensor, None, None]:
         for batch in batches:
             yield products(batch, stack(batch))
 
@@ -301,7 +301,7 @@ def _ahead(
     work: Callable[[Batch, list[Tensor]], Result],
     room: int,
     in_order: bool = False,
-) -> Generator[Result]:
+) -> Generator[Result, None, None]:
     """What `work` makes of every batch, on as many threads as the caller has.
 
     The calling thread stacks the next batch meanwhile, in the memory of those that are done:

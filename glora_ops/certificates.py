@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg.canonical import positive
+from .linalg.canonical import positive, soft_votes
 from .linalg.clients import Clients
 from .linalg.vocabulary import Vocabulary
 from .solvers.base import Found
@@ -63,7 +63,6 @@ CLIENT_STATS = (
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
 RESOLVED = 1e-12
-TINY = 1e-300
 FLAG_KAPPA = 1e-2
 FLAG_GAP = 1e-3
 
@@ -78,8 +77,7 @@ def information_vote(votes: Tensor, clients: Clients) -> Tensor:
     votes : Tensor (L, K)
         Normalised weights of the clients.
     """
-    relative = (clients.noise / positive(clients.tau)).square()
-    return 4 * (votes * relative / (relative + 1)).amax(-1)
+    return 4 * (votes * soft_votes(clients.noise, clients.tau)).amax(-1)
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,6 @@ class Cut:
     kappa: Tensor
 
     @classmethod
-    def none(cls, like: Tensor) -> Cut:
-        """Where nothing of the kind is cut."""
-        return cls(torch.ones_like(like), torch.zeros_like(like))
-
-    @classmethod
     def of_mean(cls, sigma: Tensor, rank: int, floor: Tensor) -> Cut:
         """The cut of a mean update's singular values (L, ≥ R + 1), rounding below floor (11.3)."""
         gap = cut_gap(sigma, rank, floor)
@@ -103,16 +96,18 @@ class Cut:
     @classmethod
     def of_projectors(cls, found: Found, rank: int, noise: Tensor) -> Cut:
         """(2, L): of the two mean projectors; eigenvalues up to noise count as zero."""
-        floor = torch.maximum(noise, RESOLVED * found.values[..., 0])
-        kappa = ambiguity(found.values, found.energies, rank, found.norm)
-        return cls(cut_gap(found.values, rank, floor), kappa)
+        resolved = RESOLVED * found.values[..., 0]
+        kappa = ambiguity(found.values, found.energies, rank, resolved, found.norm)
+        return cls(cut_gap(found.values, rank, torch.maximum(noise, resolved)), kappa)
 
 
 def certify(
-    cuts: tuple[Cut, Cut],
+    mean: Cut | None,
+    projectors: Cut | None,
     found: Found,
     real: Tensor,
-    scale: Tensor,
+    present: Tensor,
+    size: Tensor,
     unit: Tensor,
     roundoff: float,
     clients: dict[str, Tensor],
@@ -121,53 +116,55 @@ def certify(
 
     Parameters
     ----------
-    cuts : pair of Cut
-        Of a mean update (L,) and of the mean projectors (2, L).
-    real : Tensor (L, R)
-        Singular values of Ŵ, zero where they are rounding.
-    scale, unit : Tensor (L,)
-        S and the norm are in units of `unit`; a mean below S's rounding has nothing to hold.
+    mean, projectors : Cut, optional
+        Of a mean update (L,) and of the mean projectors (2, L); None where nothing is cut.
+    real : Tensor (L, R) bool
+        The singular values of Ŵ that are not rounding.
+    present : Tensor (L,) bool
+        Whether the mean is more than rounding; one that cancels is held whole.
+    size, unit : Tensor (L,)
+        S, and what `found` is in units of.
     roundoff : float
         Of the working precision.
     clients : dict of Tensor (L,)
         What only canonical forms tell, by name; NaN for what is missing.
     """
-    mean, projectors = cuts
-    present = found.norm > ROUNDING * scale
-    kappa_p = projectors.kappa.amax(0) * present
-    gap = torch.minimum(projectors.gap.amin(0), mean.gap)
-    kappa = torch.maximum(kappa_p, mean.kappa)
-    energies = torch.stack([found.s, found.sigma[..., : found.s.shape[-1]]]).square().sum(-1)
-    # A mean that cancels to rounding is held whole.
-    held, best = ((energies + TINY) / (found.norm.square() * present + TINY)).clamp(max=1.0)
-    values = {
+    energies = torch.stack([found.s, found.sigma[..., : found.s.shape[-1]]])
+    length = torch.linalg.vector_norm(energies, dim=-1)
+    held, best = ((length / positive(found.norm)).square() + ~present).clamp(max=1.0)
+    values: dict[str, Tensor | float] = dict.fromkeys(STATS, torch.nan) | {
         "captured": held,
         "attainable": torch.maximum(best, held),
         "norm": found.norm * unit,
-        "gap_u": projectors.gap[0],
-        "gap_v": projectors.gap[1],
-        "gap_w": mean.gap,
-        "kappa_p": kappa_p,
-        "kappa_w": mean.kappa,
-        "ambiguous": (kappa * roundoff > FLAG_KAPPA) | (gap < FLAG_GAP),
-        "effective_rank": real.sign().sum(-1),
-        "storage_scale": scale * unit,
-        "power_iters": torch.full_like(scale, found.steps),
-        "iterative": torch.full_like(scale, found.randomized),
-    } | clients
-    unknown = torch.full_like(scale, torch.nan)
-    return torch.stack([values.get(name, unknown).double() for name in STATS], -1)
+        **dict.fromkeys(("gap_u", "gap_v", "gap_w"), 1.0),
+        **dict.fromkeys(("kappa_p", "kappa_w"), 0.0),
+        "effective_rank": real.sum(-1),
+        "storage_scale": size,
+        "power_iters": float(found.steps),
+        "iterative": float(found.randomized),
+    }
+    flags, worst = [], FLAG_KAPPA / roundoff
+    if mean is not None:
+        values |= {"gap_w": mean.gap, "kappa_w": mean.kappa}
+        flags += [mean.kappa > worst, mean.gap < FLAG_GAP]
+    if projectors is not None:
+        kappa = projectors.kappa.amax(0) * present
+        values |= {"gap_u": projectors.gap[0], "gap_v": projectors.gap[1], "kappa_p": kappa}
+        flags += [kappa > worst, (projectors.gap < FLAG_GAP).any(0)]
+    values |= {"ambiguous": torch.stack(flags).any(0)} | clients
+    same = {x: torch.full_like(size, x) for x in values.values() if isinstance(x, float)}
+    return torch.stack([same[x] if isinstance(x, float) else x for x in values.values()], -1)
 
 
-def of_clients(clients: Clients, weights: Tensor, tau_rel: float | None) -> dict[str, Tensor]:
-    """Entries of `stats` that only canonical forms tell, (L,) each; tau_rel None for hard votes."""
+def of_clients(clients: Clients, weights: Tensor, hard: bool) -> dict[str, Tensor]:
+    """Entries of `stats` that only canonical forms tell, (L,) each, for hard votes or soft ones."""
     loudest = clients.loudest
-    if tau_rel is None:  # directions that exist in what is stored, and have no vote
+    if hard:  # directions that exist in what is stored, and have no vote
         stored = clients.sigma > ROUNDING * clients.ragged.per_row(clients.size)
         limited = clients.ragged.segment_sum(stored * (1 - clients.hard)) > 0
     else:
-        limited = clients.noise > tau_rel * loudest
-    heard = (weights != 0) & (loudest > 0)
+        limited = clients.noise >= clients.tau
+    heard = torch.logical_and(weights, loudest)
     return {
         "voices": heard.sum(-1),
         "rho_max": (heard * clients.size / positive(loudest)).amax(-1),
@@ -190,11 +187,11 @@ def client_stats(
     """
     ragged, hard = clients.ragged, clients.hard
     left, right = (
-        v.fold(t, torch.ones_like(coef), ragged, z).square().sum(-1)
+        v.fold(t, hard, ragged, z).square().sum(-1)
         for t, z in zip((clients.t_u, clients.t_v), reach, strict=True)
     )
     share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
-    sums = ragged.segment_sum(torch.stack([left * hard, right * hard, share, hard]))
+    sums = ragged.segment_sum(torch.stack([left, right, share, hard]))
     energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])
     over = torch.stack([sums[3], sums[3], energy])
     return torch.cat([clients.norm[None], sums[:3] / positive(over)]).movedim(0, -1)
@@ -208,18 +205,18 @@ def cut_gap(values: Tensor, rank: int, floor: Tensor) -> Tensor:
     return 1 - outside / positive(values[..., rank - 1])
 
 
-def ambiguity(eigenvalues: Tensor, energies: Tensor, rank: int, norm: Tensor) -> Tensor:
+def ambiguity(
+    eigenvalues: Tensor, energies: Tensor, rank: int, resolved: Tensor, norm: Tensor
+) -> Tensor:
     """κ_P (2, L) of both sides (11.2).
 
-    κ_P² = Σ_{j ≤ R < k} (e_j + e_k)/((λ_j − λ_k)² ‖W̄‖²), over eigenpairs above 1e-12 of the top:
+    κ_P² = Σ_{j ≤ R < k} (e_j + e_k)/((λ_j − λ_k)² ‖W̄‖²), over eigenpairs above `resolved` (2, L):
     the first-order change of the projected mean when the mean projector moves by a unit. A
     distance counts as 32·u32 at least, where a perturbation of that size has swapped the two
     directions and cannot do more.
     """
-    counts = (eigenvalues > RESOLVED * eigenvalues[..., :1]).double()
-    energies = energies * counts
-    inside, outside = eigenvalues[..., :rank, None], eigenvalues[..., None, rank:]
-    apart = (inside - outside).clamp(min=32 * U32).square().reciprocal()
-    both = energies[..., :rank, None] * counts[..., None, rank:]
-    both = both + counts[..., :rank, None] * energies[..., None, rank:]
-    return ((both * apart).sum((-2, -1)) / positive(norm.square())).sqrt()
+    outside = eigenvalues[..., rank:]
+    outside = outside.masked_fill(outside <= resolved[..., None], -torch.inf)[..., None, :]
+    apart = (eigenvalues[..., :rank, None] - outside).clamp(min=32 * U32)
+    both = energies[..., :rank, None] + energies[..., None, rank:]
+    return (both * apart.pow(-2)).sum((-2, -1)).sqrt() / positive(norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glora_ops as glora
 from glora_ops import State, batches
 from glora_ops.batches import BATCH_BYTES, PADDING, plan
+from glora_ops.runtime.arena import LINE, Arena
 from glora_ops.runtime.threads import workers
+from glora_ops.values import value_faults
 
 pytestmark = pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
 SHAPES = {"q": (96, 80), "k": (64, 80), "up": (120, 96)}
@@ -159,6 +162,61 @@ def test_no_more_is_stacked_than_was_allowed(
     assert alive == 0
 
 
+def test_all_stacks_lie_in_one_block_of_memory_each_on_a_cache_line(
+    threads: None, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What batches hand on need not be had from the system again; results have their own."""
+    torch.set_num_threads(2)
+    places: list[tuple[int, int]] = []
+    plain = batches._stack
+
+    def seen(*arguments: object) -> list[Tensor]:
+        stacks = plain(*arguments)
+        places.extend((x.untyped_storage().data_ptr(), x.data_ptr()) for x in stacks[:2])
+        return stacks
+
+    monkeypatch.setattr(batches, "_stack", seen)
+    state = glora.aggregate(model(layers=8), rank=4)
+    blocks, starts = zip(*places, strict=True)
+    assert len(places) > 10
+    assert len(set(blocks)) == 1
+    assert len(set(starts)) < len(starts)
+    assert not any(start % LINE for start in starts)
+    assert all(m.u.untyped_storage().data_ptr() not in blocks for m in state.modules.values())
+
+
+@pytest.mark.parametrize("robust", [None, "gate"])
+def test_what_is_read_beside_the_workers_is_stacked_on_one_thread(
+    threads: None, small: int, robust: str | None
+) -> None:
+    """A copy on two would wait at every end for a core that a worker has."""
+    torch.set_num_threads(2)
+    counts: set[int] = set()
+
+    class Watching(Counting):
+        def factors(self, module: str) -> tuple[Tensor, Tensor]:
+            counts.add(torch.get_num_threads())
+            return super().factors(module)
+
+    glora.aggregate([Watching(client) for client in model()], rank=4, robust=robust)
+    assert counts == {1}
+    assert torch.get_num_threads() == 2
+
+
+def test_an_arena_gives_the_first_gap_and_takes_it_back() -> None:
+    arena = Arena(1000)
+    one, two, three = arena.take(100), arena.take(300), arena.take(400)
+    assert [x.storage_offset() for x in (one, two, three)] == [0, 128, 448]
+    assert arena.take(200) is None
+    arena.give_back(two)
+    assert arena.take(321) is None
+    assert arena.take(320).storage_offset() == 128
+    arena.give_back(three)
+    assert arena.take(552).storage_offset() == 448
+    arena.give_back(one)
+    assert arena.take(100).storage_offset() == 0
+
+
 def test_every_module_of_a_source_is_read_once(small: int) -> None:
     clients = model()
     sources = [Counting(client) for client in clients]
@@ -283,6 +341,29 @@ def test_factors_elsewhere_stay_there() -> None:
     # The extent of every factor; eigenvalues, stats and client stats of each module; no more.
     pairs = sum(len(client) for client in clients)
     assert sum(mode.back) == 2 * 2 * pairs + len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+def test_values_are_judged_with_one_call_a_tensor() -> None:
+    """Whatever a dispatch costs, a model has thousands of tensors."""
+
+    class Calls(TorchDispatchMode):
+        names: list[str]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for clients in (2, 5):
+        pairs = [x for i in range(clients) for x in factors(i, 2, 9, 8)]
+        with Calls() as calls:
+            calls.names = []
+            assert value_faults(pairs) == [None] * len(pairs)
+        counts.append(len(calls.names))
+    assert counts[1] - counts[0] == 2 * 3
+    pairs[3][1, 2], pairs[7][0, 0] = math.nan, -math.inf
+    found = [i for i, fault in enumerate(value_faults(pairs)) if fault is not None]
+    assert found == [3, 7]
 
 
 @pytest.mark.parametrize("value", [2.0**101, -(2.0**-101)])

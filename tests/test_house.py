@@ -272,6 +272,18 @@ def test_every_module_has_its_place() -> None:
     assert {name for name, _ in modules()} == known
 
 
+def test_only_the_command_line_prints() -> None:
+    """The rest warns, raises or logs: what a library prints cannot be turned off."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for name, path in modules()
+        if name != "cli"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write")
+    ]
+    assert not wrong
+
+
 def test_small_decompositions_go_where_their_fallback_is() -> None:
     """LAPACK gives up now and then: `linalg.eigen` knows what then, `torch.linalg` does not."""
     calls = {"svd", "svdvals", "eigh", "eigvalsh", "cholesky", "cholesky_ex"}

@@ -29,9 +29,10 @@ from adapter_folders import (
 from state_files import as_format
 from torch import Tensor
 
-from glora_ops import aggregate
+from glora_ops import aggregate, batches
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.stored import Stored
+from glora_ops.batches import plan
 from glora_ops.errors import GloraError, GloraWarning, Refused
 from glora_ops.merging.aggregate import aggregate_adapters
 from glora_ops.merging.update import update_adapters
@@ -299,6 +300,11 @@ class Reads:
         self.read: Counter[tuple[str, str]] = Counter()
         self.bytes, self.open, self.most_open = 0, 0, 0
         plain_read, plain_open, plain_fill = Stored.read, Stored._open, Stored._fill
+        plain_into = Stored.read_into
+
+        def read_into(stored: Stored, columns: str, rows: str, b: Tensor, a: Tensor) -> None:
+            self.read.update([(stored.client, columns), (stored.client, rows)])
+            plain_into(stored, columns, rows, b, a)
 
         def read(stored: Stored, *names: str) -> list[Tensor]:
             self.read.update((stored.client, name) for name in names)
@@ -316,6 +322,7 @@ class Reads:
             plain_fill(stored, file, target)
 
         monkeypatch.setattr(Stored, "read", read)
+        monkeypatch.setattr(Stored, "read_into", read_into)
         monkeypatch.setattr(Stored, "_open", opened)
         monkeypatch.setattr(Stored, "_fill", fill)
 
@@ -345,6 +352,33 @@ def test_every_tensor_is_read_twice_and_no_file_stays_open(
     assert reads.bytes == sum(sizes) + again
     assert reads.most_open <= torch.get_num_threads() + 1
     assert reads.open == 0
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_factors_are_read_into_the_stack_with_one_piece_beside_it(
+    stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The allocator's own log; a client in another dtype than the stack's is converted on the way.
+
+    Pieces of a few rows give the bits of whole tensors.
+    """
+    monkeypatch.setattr("glora_ops.adapters.stored.PIECE", 40)
+    config = {"r": 3, "target_modules": TARGETS}
+    adapters = [
+        read_adapter(models.save_client(tmp_path / str(i), models.mixed, seed=i, dtype=d, **config))
+        for i, d in enumerate([torch.float32, stored])
+    ]
+    batch, *_ = plan(adapters, ["first"], 1)
+    batches._stack(adapters, batch, torch.device("cpu"), None)  # this thread's piece is kept
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        b, a, _ = batches._stack(adapters, batch, torch.device("cpu"), None)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    offsets = 8 * 8  # what `cumsum` takes for three numbers, and its like
+    assert sum(max(e.nbytes(), 0) for e in events) <= batch.bytes + 4 * offsets
+    pairs = [adapter.factors("first") for adapter in adapters]
+    assert torch.equal(b[0], torch.cat([left.mT.to(b.dtype) for left, _ in pairs]))
+    assert torch.equal(a[0], torch.cat([right.to(a.dtype) for _, right in pairs]))
 
 
 # --- the same state for other clients ------------------------------------------------------------

@@ -140,13 +140,13 @@ def test_a_rule_reads_the_factors_once_more_and_one_module_at_a_time(
     six: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
-    plain = Stored.read
+    plain = Stored.read_into
 
-    def read(self: Stored, *keys: str) -> tuple[Tensor, ...]:
-        reads.extend(keys)
-        return plain(self, *keys)
+    def read_into(self: Stored, columns: str, rows: str, b: Tensor, a: Tensor) -> None:
+        reads.extend([columns, rows])
+        plain(self, columns, rows, b, a)
 
-    monkeypatch.setattr(Stored, "read", read)
+    monkeypatch.setattr(Stored, "read_into", read_into)
     counts = {}
     for rule in (None, "gate"):
         reads.clear()

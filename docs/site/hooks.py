@@ -78,6 +78,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 SETTINGS = """window.MathJax = {
   tex: {inlineMath: [["\\\\(", "\\\\)"]], displayMath: [["\\\\[", "\\\\]"]]},
+  svg: {scale: 0.9},
   options: {ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"}
 }"""
 

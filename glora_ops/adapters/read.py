@@ -344,7 +344,7 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
 
     for key, pieces in extents.items():
         overall = extent(torch.stack(pieces))
-        beyond = None if key in dense else out_of_range(overall)
+        beyond = None if key in dense else out_of_range(overall.dtype, float(overall.abs().max()))
         if not bool(overall.isfinite().all()):
             refuse(
                 key,

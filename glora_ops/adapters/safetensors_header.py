@@ -202,10 +202,10 @@ def read_header(
         )
     if problems:
         return None, problems
-    found = Header(tensors, metadata)
+    checked = Header(tensors, metadata)
     if known is not None:
-        known[key] = found
-    return found, []
+        known[key] = checked
+    return checked, []
 
 
 def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:

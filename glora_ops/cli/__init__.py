@@ -11,11 +11,12 @@ from typing import Annotated
 
 import click
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from ..runtime.streams import steady
 from ..version import __version__
 from . import aggregate, apply, compare, fl, inspect, job, readout, update
+from .command import Command
 from .options import option
 from .recipe import RecipeCommand
 
@@ -39,8 +40,8 @@ app = typer.Typer(
     no_args_is_help=True,
     suggest_commands=False,  # click does
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -51,7 +52,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="Example: **glora aggregate clients/ann clients/bob -o out --rank 32 --readout 8**"
+    epilog="Example: glora aggregate clients/ann clients/bob -o out --rank 32 --readout 8"
 )
 def glora(
     version: Annotated[
@@ -64,21 +65,21 @@ def glora(
 ) -> None:  # fmt: skip
     """Merge the LoRA adapters of many clients into one server state, whatever their ranks.
 
-    1. **Look.** A client is a folder as PeftModel.save_pretrained writes it, with a glora.json
-    {"num_examples": n} in it if it is to count by its data. **glora inspect** shows what one
-    holds, **glora compare** which of several agree.
+    1. Look. A client is a folder as PeftModel.save_pretrained writes it, with a glora.json
+    {"num_examples": n} in it if it is to count by its data. glora inspect shows what one
+    holds, glora compare which of several agree.
 
-    2. **Aggregate.** **glora aggregate** writes server.safetensors, the state: the weighted mean
+    2. Aggregate. glora aggregate writes server.safetensors, the state: the weighted mean
     of all updates at a rank of your choice, and certificates of how much of it that rank holds.
 
-    3. **Read out.** **glora readout** slices an adapter of any rank out of the state;
-    PeftModel.from_pretrained loads it, and **glora apply** adds it to the base model's weights.
+    3. Read out. glora readout slices an adapter of any rank out of the state;
+    PeftModel.from_pretrained loads it, and glora apply adds it to the base model's weights.
 
-    **glora update** adds clients to a state and withdraws others.
+    glora update adds clients to a state and withdraws others.
 
-    **glora job** aggregates in parts, with any number of processes on any machines.
+    glora job aggregates in parts, with any number of processes on any machines.
 
-    **glora fl** runs federated experiments: training, aggregation, reports.
+    glora fl runs federated experiments: training, aggregation, reports.
 
     Exit codes: 0 done, 1 refused, 2 usage, 3 done with clients skipped, 130 interrupted,
     143 terminated.
@@ -87,7 +88,7 @@ def glora(
 
 for module in (inspect, compare, aggregate, update, readout, apply):
     name = module.__name__.rpartition(".")[2]
-    command = RecipeCommand if module is aggregate else TyperCommand
+    command = RecipeCommand if module is aggregate else Command
     app.command(name, cls=command, epilog=module.EXAMPLE)(getattr(module, name))
 app.add_typer(fl.app)
 app.add_typer(job.app)

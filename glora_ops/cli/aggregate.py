@@ -32,8 +32,8 @@ from .weights import is_file, numbers, weights_file
 __all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
 
 EXAMPLE = (
-    "Example: **glora aggregate clients/ann clients/bob -o out --rank auto --captured 0.95 "
-    "--readout 8,16**"
+    "Example: glora aggregate clients/ann clients/bob -o out --rank auto --captured 0.95 "
+    "--readout 8,16"
 )
 DEFAULT_CAPTURED = 0.9  # why: as in glora_ops.aggregate; a place to begin, not an optimum
 DEFAULT_CLIP = 2.0  # why: as in glora_ops.robust, which cannot be imported before torch is wanted
@@ -202,13 +202,13 @@ def aggregate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Merge LoRA adapters of any ranks and scalings into one server state.
+    """Merge LoRA adapters of any ranks into one server state.
 
     Everything is checked before it is computed, all problems are listed at once, and OUT appears
     complete or not at all. Client files are read twice: all values are checked, then factors are
     read module by module, so that memory is the state and a few modules' factors of all clients.
 
-    **glora update** adds and withdraws clients later.
+    glora update adds and withdraws clients later.
     """
     began = monotonic()
     if bool(clients) == (client_list is not None):

@@ -9,11 +9,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .options import Json, Overwrite, Quiet, Threads, option
-from .show import answering, clean, console, counted, duration, labelled, print_json, size
+from .show import (
+    answering,
+    clean,
+    console,
+    counted,
+    duration,
+    labelled,
+    print_json,
+    print_notes,
+    size,
+)
 
 __all__ = ["EXAMPLE", "apply"]
 
-EXAMPLE = "Example: **glora apply out/r8 --base models/base -o models/merged**"
+EXAMPLE = "Example: glora apply out/r8 --base models/base -o models/merged"
 
 
 def apply(
@@ -46,10 +56,11 @@ def apply(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Add an adapter to the weights of its base model, and write the model that needs no PEFT.
+    """Add an adapter to the weights of its base model.
 
-    Names and shapes are compared before any weight is read. Files of weights are read and written
-    one by one, so that memory is the largest of them; the folder appears complete or not at all.
+    What is written is a model that needs no PEFT. Names and shapes are compared before any weight
+    is read. Files of weights are read and written one by one, so that memory is the largest of
+    them; the folder appears complete or not at all.
     """
     began = monotonic()
     with answering(as_json, writes=True, quiet=quiet, threads=threads) as outcome:
@@ -66,6 +77,7 @@ def apply(
             "dtype": dtype,
             "changed": list(done.changed),
             "tensors": done.tensors,
+            "notes": [{"text": text, "warning": False} for text in done.notes],
             "seconds": monotonic() - began,
         }
         if as_json:
@@ -74,3 +86,4 @@ def apply(
         changed = f"{len(done.changed)} of {counted(done.tensors, 'tensor')} changed"
         line = f"{clean(out)}  merged model, {changed}, {size(out)}, {duration(facts['seconds'])}"
         console().print(labelled("written: ", "bold green", line), soft_wrap=True)
+        print_notes(facts["notes"])

@@ -27,7 +27,7 @@ from .show import (
 
 __all__ = ["EXAMPLE", "compare"]
 
-EXAMPLE = "Example: **glora compare clients/ann clients/bob clients/cyd --plot alignment.png**"
+EXAMPLE = "Example: glora compare clients/ann clients/bob clients/cyd --plot alignment.png"
 
 #: A client is loud whose update is longer than this many median clients'.
 LOUD = 3  # why: half as much again as --robust clip shortens to
@@ -47,13 +47,13 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show which clients learnt alike: principal angles and signed cosines, loud and odd ones.
+    """Show which clients learnt alike, which are loud or odd.
 
-    Alignment 1 means the same directions (or one client's within the other's), 0 means orthogonal
-    ones: left of the column spaces (what the update writes), right of the row spaces (what it
-    reads). It has no sign. The cosine of two updates has: 1 the same up to size, 0 nothing in
-    common, −1 opposite. Both depend on the updates only, not on how they are factored, scaled or
-    how loud they are.
+    By principal angles and signed cosines. Alignment 1 means the same directions (or one client's
+    within the other's), 0 means orthogonal ones: left of the column spaces (what the update
+    writes), right of the row spaces (what it reads). It has no sign. The cosine of two updates has:
+    1 the same up to size, 0 nothing in common, −1 opposite. Both depend on the updates only, not on
+    how they are factored, scaled or how loud they are.
     """
     if len(clients) < 2:
         raise typer.BadParameter("needs at least two folders", param_hint="CLIENT_DIR")

@@ -16,7 +16,7 @@ from ..errors import Refusals, require
 from ..report import lines, notes
 from ..state import State
 from ..state_file import MARK, MAX_BYTES, StateFile, read
-from .show import clean, console, counted, figures, labelled, print_notes, span, table
+from .show import clean, console, counted, figures, labelled, print_notes, span, table, warn
 
 __all__ = [
     "STATE_NAME",
@@ -201,7 +201,7 @@ def print_state(facts: Mapping[str, Any], verbose: bool = False) -> None:
     print_notes(facts["notes"])
     shown = facts["skipped"][: Refusals.LISTED]
     for skipped in shown:
-        to.print(labelled("skipped: ", "bold yellow", clean(skipped)))
+        warn("skipped: ", skipped)
     if len(shown) < len(facts["skipped"]):
         to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
 

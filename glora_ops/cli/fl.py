@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .command import Command
 from .options import Json, Plot, Quiet, Threads, option
 from .show import answering, clean, console, finite, labelled, print_json, progress, table
 
@@ -21,8 +22,8 @@ SHORT = ("method", "server model", "received", "MB down", "MB up")  # what fits 
 app = typer.Typer(
     name="fl",
     no_args_is_help=True,
-    help="Federated LoRA experiments: many methods, one configuration, resumable runs.",
-    rich_markup_mode="markdown",
+    help="Run and report federated LoRA experiments.",
+    rich_markup_mode=None,
 )
 
 DataDir = Annotated[
@@ -51,7 +52,8 @@ Set = Annotated[
 
 
 @app.command(
-    epilog="Example: **glora fl run digits_dirichlet --methods glora,fedit --seeds 3 -o runs**"
+    cls=Command,
+    epilog="Example: glora fl run digits_dirichlet --methods glora,fedit --seeds 3 -o runs",
 )
 def run(
     config: Annotated[
@@ -103,7 +105,7 @@ def run(
     """Run a federated experiment: every method with every seed.
 
     Each run commits its state after every round; killed at any moment, it goes on with --resume to
-    the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. **glora fl report** makes
+    the same result. Metrics: RUNS/CONFIG/METHOD/seed0/metrics.jsonl. glora fl report makes
     tables and pictures of them.
     """
     kept = "every finished round is kept: go on with --resume"
@@ -169,7 +171,7 @@ def _print_results(results: Sequence[Result]) -> None:
             console(stderr=not r.metrics).print(labelled(*label, text), soft_wrap=True)
 
 
-@app.command(epilog="Example: **glora fl report runs -o report**")
+@app.command(cls=Command, epilog="Example: glora fl report runs -o report")
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUNS", help="Folders with runs, searched all through.")
@@ -237,7 +239,9 @@ def report(
         console().print(f"written: {clean(folder)}/report.md", soft_wrap=True)
 
 
-@app.command(epilog="Example: **glora fl partition digits_dirichlet --plot partition.png**")
+@app.command(
+    cls=Command, epilog="Example: glora fl partition digits_dirichlet --plot partition.png"
+)
 def partition(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="As for glora fl run.")],
     seed: Annotated[
@@ -279,7 +283,7 @@ def partition(
             console().print(labelled("written: ", "bold green", clean(plot)), soft_wrap=True)
 
 
-@app.command(epilog="Example: **glora fl configs text_small_sst2 > mine.toml**")
+@app.command(cls=Command, epilog="Example: glora fl configs text_small_sst2 > mine.toml")
 def configs(
     name: Annotated[
         str | None, typer.Argument(metavar="CONFIG", help="Print this one, to copy and edit.")

@@ -25,7 +25,7 @@ from .show import (
 
 __all__ = ["EXAMPLE", "inspect"]
 
-EXAMPLE = "Example: **glora inspect out --plot spectra.png**"
+EXAMPLE = "Example: glora inspect out --plot spectra.png"
 _BARS = "▁▂▃▄▅▆▇█"
 MODULE_WIDTH = 24  # why: narrower columns break paths into fragments that cannot be read
 
@@ -43,9 +43,10 @@ def inspect(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter or a server state holds: ranks, scalings, norms, spectra, certificates.
+    """Show what an adapter or a server state holds.
 
-    Norms and spectra are those of the update s·B·A, whatever the factors look like.
+    Ranks, scalings, norms, spectra and certificates. Norms and spectra are those of the update
+    s·B·A, whatever the factors look like.
     """
     with answering(as_json, writes=plot is not None, quiet=quiet) as outcome:
         from .facts import find_state

@@ -34,7 +34,7 @@ Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that pla
 #: Options of `glora aggregate` that a plan takes, as they stand there.
 PLANNED = (
     "clients", "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
-    "include", "exclude", "on_bad_client", "dense", "seed",
+    "include", "exclude", "on_bad_client", "dense", "seed", "device",
 )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ DryRun = Annotated[
 Threads = Annotated[
     int | None,
     option(
-        "--threads", metavar="N", min=1, default="as torch finds", example="--threads 4",
+        "--threads", metavar="N", min=1, max=4096, default="as torch finds", example="--threads 4",
         help="Threads to compute on.",
     ),
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from .show import answering, clean, console, counted, labelled, print_json, prin
 
 __all__ = ["EXAMPLE", "readout"]
 
-EXAMPLE = "Example: **glora readout out -r 8 -o adapters/r8**"
+EXAMPLE = "Example: glora readout out -r 8 -o adapters/r8"
 
 
 def readout(
@@ -40,9 +40,10 @@ def readout(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Read an adapter of any rank out of a server state, as a folder that PEFT loads.
+    """Read an adapter of any rank out of a server state.
 
-    Adapters of different ranks are nested: the rank-4 adapter is the first half of the rank-8 one.
+    It is a folder that PEFT loads. Adapters of different ranks are nested: the rank-4 adapter is
+    the first half of the rank-8 one.
     """
     with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..runtime.outputs import apart

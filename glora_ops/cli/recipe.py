@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from typer.core import TyperCommand
 
 from ..errors import clean
 from ..runtime.reading import read_bytes
 from .client_list import client_entry
+from .command import Command
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +25,7 @@ __all__ = ["RecipeCommand"]
 _FORM = "a path, or a table with path, name and weight"
 
 
-class RecipeCommand(TyperCommand):
+class RecipeCommand(Command):
     """A command whose first argument may be a file with its options, by their long names.
 
     Options given beside it come after those in the file, so that they count.

@@ -50,6 +50,7 @@ __all__ = [
     "size",
     "span",
     "table",
+    "warn",
 ]
 
 _STEPS = {
@@ -92,7 +93,7 @@ def size(path: Path) -> str:
 
 def duration(seconds: float) -> str:
     """A time for people: 3.2 s, 2 min 5 s, 1 h 4 min."""
-    if seconds < 60:
+    if seconds < 59.95:  # which would be shown as 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -124,9 +125,15 @@ def table(*columns: str, left: int = 1) -> Table:
 def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
     """Notes on stdout; with --quiet the warnings among them, on stderr."""
     for note in notes:
-        label = ("warning: ", "bold yellow") if note["warning"] else ("note: ", "bold")
-        to = console(stderr=_quiet and note["warning"])
-        to.print(labelled(*label, clean(note["text"])))
+        if note["warning"]:
+            warn("warning: ", note["text"])
+        else:
+            console().print(labelled("note: ", "bold", clean(note["text"])))
+
+
+def warn(label: str, text: str) -> None:
+    """What is said with --quiet as well, on stderr then."""
+    console(stderr=_quiet).print(labelled(label, "bold yellow", clean(text)))
 
 
 def print_json(facts: Mapping[str, Any]) -> None:

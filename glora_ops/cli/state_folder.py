@@ -11,6 +11,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from rich.filesize import decimal
+
 from ..adapters import Adapter
 from ..analysis.plots import plot_state, require_matplotlib
 from ..errors import listing
@@ -23,7 +25,6 @@ from .show import (
     clean,
     console,
     counted,
-    decimal,
     duration,
     labelled,
     size,

@@ -30,7 +30,7 @@ from .weights import is_file, numbers, weights_file
 
 __all__ = ["EXAMPLE", "update"]
 
-EXAMPLE = "Example: **glora update out --add clients/cyd --remove bob**"
+EXAMPLE = "Example: glora update out --add clients/cyd --remove bob"
 
 
 def update(
@@ -110,11 +110,12 @@ def update(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Add clients to a state, and withdraw others: exactly a fresh run over who is left.
+    """Add clients to a state, and withdraw others, exactly.
 
-    Every client's file is read again, because the bases depend on all clients together; folders,
-    weights and settings come from STATE, and a client that changed or vanished since is refused by
-    name. Which folders it reads is said on stderr before it does.
+    The result is that of a fresh run over who is left. Every client's file is read again, because
+    the bases depend on all clients together; folders, weights and settings come from STATE, and a
+    client that changed or vanished since is refused by name. Which folders it reads is said on
+    stderr before it does.
     """
     began = monotonic()
     if not add and not remove:

@@ -75,7 +75,7 @@ def find_method(name: str) -> type[Method]:
     found = METHODS.get(name) or _methods.get(name) or _installed(METHOD_GROUP, name)
     names = [*METHODS, *_methods, *sorted(entry_points(group=METHOD_GROUP).names)]
     require(found is not None, "kind", repr(name), f"one of {', '.join(names)}")
-    return found  # type: ignore[no-any-return]  # what an entry point names
+    return found
 
 
 def find_task(kind: str) -> TaskFactory | None:
@@ -85,7 +85,7 @@ def find_task(kind: str) -> TaskFactory | None:
     found = _tasks.get(kind) or _installed(TASK_GROUP, kind)
     names = [*OWN_TASKS, *_tasks, *sorted(entry_points(group=TASK_GROUP).names)]
     require(found is not None, "kind", repr(kind), f"one of {', '.join(names)}")
-    return found  # type: ignore[no-any-return]  # what an entry point names
+    return found
 
 
 def _installed(group: str, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from ..adapters.aligned_names import align_names
 from ..adapters.config import CONFIG_NAME
 from ..adapters.places import Place
 from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
-from ..errors import Refusal, Refusals, Refused
+from ..batches import check_ranks
+from ..errors import Refusal, Refusals, Refused, require
 from ..merging.aggregate import Inspected
 from ..merging.selection import select
-from ..values import value_fault
+from ..values import value_faults
 from .folder import Job
 from .plan import fingerprint
 
@@ -62,15 +63,28 @@ def look_again(job: Job) -> Inspected:
     patterns = arguments.get("include", ()), arguments.get("exclude", ())
     chosen = [select(adapter, *patterns) if any(patterns) else adapter for adapter in aligned]
     readable = dict(zip(readable, chosen, strict=True))
+    clients = {i: adapter for i, adapter in readable.items() if entries[i]["kept"]}
+    _check_parts(job, list(clients.values()))
     weights = [entry["weight"] for entry in entries]
     return Inspected(
         places,
         None if None in weights else weights,
-        {i: adapter for i, adapter in readable.items() if entries[i]["kept"]},
+        clients,
         readable,
         defaultdict(Refusals),
         arguments,
     )
+
+
+def _check_parts(job: Job, adapters: Sequence[Adapter]) -> None:
+    """Raise `GloraError` where a plan is not one of these clients, which an edited one may be."""
+    about = job.about
+    for what in ("modules", "dense"):
+        held = {name for adapter in adapters for name in getattr(adapter, what)}
+        planned = {name for part in about["parts"] for name in part[what]}
+        require(held == planned, "plan", f"{len(planned)} {what}", f"the clients' {len(held)}",
+                "plan a new job", file=str(job.folder))  # fmt: skip
+    check_ranks(adapters, about["arguments"] | {"rank": about["rank"]})
 
 
 class Careful(Adapter):
@@ -85,8 +99,7 @@ class Careful(Adapter):
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         b, a = super().factors(module)
         found = self.modules[module]
-        for key, x in ((found.b_key, b), (found.a_key, a)):
-            self._look_at(key, x)
+        self._look_at({found.b_key: b, found.a_key: a})
         return b, a
 
     def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
@@ -98,12 +111,16 @@ class Careful(Adapter):
     def dense_tensor(self, name: str) -> Tensor:
         x = super().dense_tensor(name)
         if x.is_floating_point() and not bool(x.float().isfinite().all()):
-            self._look_at(self.dense[name].key, x.float())
+            self._look_at({self.dense[name].key: x.float()})
         return x
 
-    def _look_at(self, key: str, x: Tensor) -> None:
-        fault = value_fault(x)
-        if fault is not None:
-            problem, found, expected = fault
-            remedy = "leave this client out, or find out why its training diverged"
-            raise Refused([Refusal(problem, self.name, TENSORS_NAME, key, found, expected, remedy)])
+    def _look_at(self, read: Mapping[str, Tensor]) -> None:
+        remedy = "leave this client out, or find out why its training diverged"
+        refusals = [
+            Refusal(problem, self.name, TENSORS_NAME, key, found, expected, remedy)
+            for key, fault in zip(read, value_faults(list(read.values())), strict=True)
+            if fault is not None
+            for problem, found, expected in (fault,)
+        ]
+        if refusals:
+            raise Refused(refusals)

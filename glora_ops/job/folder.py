@@ -25,7 +25,9 @@ __all__ = [
     "FOLDERS",
     "PLAN_NAME",
     "Job",
+    "check_fit",
     "read_job",
+    "refuse_link",
     "sealed",
     "strangers",
     "unsealed",
@@ -79,6 +81,7 @@ class Job:
 
 
 _AGAIN = "glora job work makes it again"
+_OURS = "what glora job wrote there"
 
 
 def read_job(folder: str | os.PathLike[str]) -> Job:
@@ -96,11 +99,36 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Put JSON with its digest at `path`, in one step."""
+    refuse_link(path)
     write_text(path, json.dumps(sealed(content)))
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `GloraError` where what is written into a job would land somewhere else."""
+    for place in (path.parent, path):
+        require(not place.is_symlink(), "job", f"the link {str(place)!r}", "files of its own",
+                "remove the link", file=str(place))  # fmt: skip
 
 
 def unsealed(path: Path, kind: str) -> dict[str, Any]:
     """What `write_sealed` wrote; raises `GloraError` where it is anything else."""
+    remedy = "plan the job anew, in a new folder" if kind == "plan" else _AGAIN
+    try:
+        found = parse_json_object(read_bytes(path, MAX_BYTES))
+    except GloraError:
+        raise
+    except (OSError, ValueError) as error:
+        raise unfit(kind, f"{str(path)!r}, which cannot be read ({error})", _OURS, remedy,
+                    file=str(path)) from None  # fmt: skip
+    check_fit(found, kind, path, remedy)
+    rest = {key: value for key, value in found.items() if key != "sha256"}
+    require(_digest(rest) == found["sha256"], kind, f"{str(path)!r}, damaged or edited", _OURS,
+            remedy, file=str(path))  # fmt: skip
+    return found
+
+
+def check_fit(content: Mapping[str, Any], kind: str, path: Path, remedy: str) -> None:
+    """Raise `GloraError` unless this is the JSON of a plan, a receipt or a check."""
     from pydantic import ValidationError
 
     from . import schema
@@ -108,25 +136,13 @@ def unsealed(path: Path, kind: str) -> dict[str, Any]:
     models: dict[str, type[BaseModel]] = {
         "plan": schema.Plan, "receipt": schema.Receipt, "check": schema.Check,
     }  # fmt: skip
-    expected = "what glora job wrote there"
-    remedy = "plan the job anew, in a new folder" if kind == "plan" else _AGAIN
     try:
-        found = parse_json_object(read_bytes(path, MAX_BYTES))
-        models[kind].model_validate(found)
-    except GloraError:
-        raise
+        models[kind].model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise unfit(kind, f"{str(path)!r} ({said:.200})", expected, remedy,
+        raise unfit(kind, f"{str(path)!r} ({said:.200})", _OURS, remedy,
                     file=str(path)) from None  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise unfit(kind, f"{str(path)!r}, which cannot be read ({error})", expected, remedy,
-                    file=str(path)) from None  # fmt: skip
-    rest = {key: value for key, value in found.items() if key != "sha256"}
-    require(_digest(rest) == found["sha256"], kind, f"{str(path)!r}, damaged or edited", expected,
-            remedy, file=str(path))  # fmt: skip
-    return found
 
 
 def strangers(folder: Path) -> list[str]:

@@ -93,7 +93,7 @@ def _parts(job: Job, refusals: Refusals) -> list[State]:
             if receipt is None:
                 refusals.append(_missing(job, f"part {number}", str(job.part(number))))
                 continue
-            makers.setdefault((receipt["torch"], receipt["cpu"]), number)
+            makers.setdefault((receipt["torch"], receipt["processor"]), number)
             parts.append(load_part(job, number))
         except GloraError as error:
             refusals += error.refusals

@@ -6,14 +6,17 @@ The receipt is written last: a part without one is not there.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from inspect import signature
 from typing import Any
 
 import torch
 
-from ..api import aggregate
+from ..api import aggregate, available
 from ..arguments import check_settings, check_weights
 from ..batches import solve
 from ..errors import GloraError, require
@@ -25,9 +28,9 @@ from ..state import State
 from ..state_file import MARK, encode
 from ..state_file import read as read_state
 from .clients import Careful
-from .folder import Job, write_sealed
+from .folder import Job, refuse_link, write_sealed
 
-__all__ = ["cpu", "load_part", "make_part", "settings_of", "solve_part"]
+__all__ = ["device_of", "is_made", "load_part", "make_part"]
 
 #: Of `aggregate`, what a state's settings hold beside the rank, and in this order.
 _KEPT = (
@@ -37,8 +40,18 @@ _KEPT = (
 _DEFAULTS = {name: p.default for name, p in signature(aggregate).parameters.items()}
 
 
-def cpu() -> str:
-    """The kind of processor as torch tells them apart: what bits may depend on."""
+def device_of(job: Job, environment: Mapping[str, str] = os.environ) -> torch.device:
+    """Where this worker computes: of GPUs, the one of its rank on this machine."""
+    if job.about["device"] == "cpu":
+        return torch.device("cpu")
+    places = (environment.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return available(f"cuda:{next(filter(None, places), '0')}")
+
+
+def processor(device: torch.device) -> str:
+    """Its kind as torch tells them apart: what bits may depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -49,7 +62,7 @@ def settings_of(job: Job) -> dict[str, Any]:
     return check_settings(kept) | {"rank": job.about["rank"]}
 
 
-def solve_part(job: Job, found: Inspected, number: int) -> State:
+def solve_part(job: Job, found: Inspected, number: int, device: torch.device) -> State:
     """The state of a part's modules, of all clients."""
     part = job.about["parts"][number]
     given = job.about["arguments"]
@@ -64,7 +77,7 @@ def solve_part(job: Job, found: Inspected, number: int) -> State:
     solved = solve(
         sources, modules, weights,
         [{name: m.scaling for name, m in source.modules.items()} for source in sources],
-        settings["missing"], given.get("max_bytes"), None, None, None, torch.device("cpu"),
+        settings["missing"], given.get("max_bytes"), None, None, None, device,
         client_statistics=given.get("client_statistics", True), **solver,
     )  # fmt: skip
     holders = {n: having for n, having in dense_holders(adapters).items() if n in part["dense"]}
@@ -72,10 +85,10 @@ def solve_part(job: Job, found: Inspected, number: int) -> State:
     return State({m: solved[m] for m in modules}, names, tuple(weights), settings, means)
 
 
-def make_part(job: Job, found: Inspected, number: int) -> bool:
-    """Compute a part and put it into its files; False where another worker has meanwhile."""
+def make_part(job: Job, found: Inspected, device: torch.device, number: int) -> None:
+    """Compute a part and put it into its files."""
     begun = time.monotonic()
-    state = solve_part(job, found, number)
+    state = solve_part(job, found, number, device)
     tensors, metadata = encode(
         {
             "modules": list(state.modules),
@@ -90,6 +103,7 @@ def make_part(job: Job, found: Inspected, number: int) -> bool:
     seconds = time.monotonic() - begun
     try:
         path = job.part(number)
+        refuse_link(path)
         with new_file(path, ours) as building:
             save_tensors(tensors, building, metadata)
         receipt = {
@@ -98,15 +112,15 @@ def make_part(job: Job, found: Inspected, number: int) -> bool:
             "bytes": path.stat().st_size,
             "seconds": seconds,
             "torch": torch.__version__,
-            "cpu": cpu(),
+            "processor": processor(device),
         }
         write_sealed(job.receipt(number), receipt)
     except GloraError:
         # Two workers at one part write the same bytes; the second finds the first one's there.
-        if is_made(job, number):
-            return False
+        with suppress(GloraError):
+            if is_made(job, number):
+                return
         raise
-    return True
 
 
 def is_made(job: Job, number: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.places import Place
 from ..adapters.read import MAX_BYTES, Adapter
-from ..batches import BATCH_BYTES
+from ..batches import BATCH_BYTES, DEVICE_BATCH_BYTES
 from ..batches import plan as batches_of
 from ..errors import Refusal, listing, require
 from ..merging.aggregate import (
@@ -25,12 +25,13 @@ from ..merging.aggregate import (
 )
 from ..merging.modules_to_save import dense_holders
 from ..runtime.outputs import apart, check_free, claimed, new_folder
-from .folder import FOLDERS, PLAN_NAME, Job, read_job, sealed, strangers
+from .folder import FOLDERS, PLAN_NAME, Job, check_fit, read_job, sealed, strangers
 
 __all__ = ["plan"]
 
 #: A check reads clients of about as many bytes, or of as many clients.
 CHECK_BYTES, CHECK_CLIENTS = 2**28, 256
+DEVICES = ("cpu", "cuda")
 #: Of `aggregate_adapters`, which a state records.
 _DEFAULTS = {
     name: signature(aggregate_adapters).parameters[name].default
@@ -62,7 +63,8 @@ def plan(
         What the caller refuses already, to be listed with the rest.
     **settings
         Of `aggregate_adapters`, but ``rank="auto"`` and ``robust``, which need all modules several
-        times, one time after the other.
+        times, one time after the other. `device` is "cpu" or "cuda": every worker takes the GPU of
+        its local rank (LOCAL_RANK, SLURM_LOCALID).
 
     Returns
     -------
@@ -78,14 +80,19 @@ def plan(
     tell: Progress = progress or (lambda step, done, total: None)
     arguments = _DEFAULTS | settings
     refusals = list(known)
-    once = "a job computes every module once, by itself"
-    for name, unfit, remedy in (
+    device = arguments.pop("device", "cpu")
+    with listing(refusals):
+        require(device in DEVICES, "device", repr(device), f"one of {DEVICES}",
+                "of several GPUs each worker takes the one of its local rank")  # fmt: skip
+    for name, refused, remedy in (
         ("rank", "auto", "find the rank by aggregating a few clients, and give it"),
         ("robust", arguments.get("robust"), "a verdict needs all modules first: aggregate as one"),
+        ("warm", arguments.pop("warm", None), "aggregate as one"),
+        ("scratch", arguments.pop("scratch", None), "aggregate as one, or with more memory"),
     ):
-        given = arguments.get(name)
         with listing(refusals):
-            require(given is None or given != unfit, name, repr(given), once, remedy)
+            require(refused is None or settings.get(name) != refused, name, repr(refused),
+                    "a job, which computes every module once, by itself", remedy)  # fmt: skip
     place = Path(os.path.realpath(job))
     with listing(refusals):
         apart(job, [f.path if isinstance(f, Place) else f for f in folders])
@@ -98,9 +105,12 @@ def plan(
         found, digests = examined(found, on_bad_client, tell, {})
     else:
         found = with_equal_copies(found, on_bad_client)
-    about = sealed(_content(found, digests, max_file_bytes))
-    if place.is_dir() and (place / PLAN_NAME).is_file() and read_job(place).about == about:
-        return read_job(place)
+    about = sealed(_content(found, digests, max_file_bytes, device))
+    check_fit(about, "plan", place, "leave out what aggregate_adapters does not know")
+    if (place / PLAN_NAME).is_file():
+        require(read_job(place).about == about, "job", f"{str(place)!r}, which holds another plan",
+                "a new folder", "choose another, or remove it", file=str(place))  # fmt: skip
+        return Job(place, about)
     with claimed(place, strangers):
         check_free(place, strangers, overwrite=False)
         with new_folder(place, strangers, overwrite=False) as building:
@@ -110,11 +120,14 @@ def plan(
     return Job(place, about)
 
 
-def _content(found: Inspected, digests: dict[int, str], max_file_bytes: int) -> dict[str, Any]:
+def _content(
+    found: Inspected, digests: dict[int, str], max_file_bytes: int, device: str
+) -> dict[str, Any]:
     adapters = list(found.clients.values())
     modules = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
-    limit = found.arguments.get("max_bytes") or BATCH_BYTES
-    batches = batches_of(adapters, modules, min(BATCH_BYTES, limit))
+    wanted = BATCH_BYTES if device == "cpu" else DEVICE_BATCH_BYTES
+    limit = found.arguments.get("max_bytes") or wanted
+    batches = batches_of(adapters, modules, min(wanted, limit))
     parts: list[dict[str, Any]] = [
         {"modules": list(batch.modules), "dense": [], "bytes": batch.bytes} for batch in batches
     ]
@@ -127,7 +140,8 @@ def _content(found: Inspected, digests: dict[int, str], max_file_bytes: int) -> 
     unread = [i for i in found.clients if i not in digests]
     return {
         "format_version": 1,
-        "arguments": {k: v for k, v in found.arguments.items() if k != "scratch"},
+        "arguments": found.arguments,
+        "device": device,
         "rank": found.arguments.get("rank") or 2 * largest,
         "max_file_bytes": max_file_bytes,
         "skipped": found.skipped,

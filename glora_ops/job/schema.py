@@ -66,6 +66,7 @@ class Plan(Section):
 
     format_version: Literal[1]
     arguments: Arguments
+    device: Literal["cpu", "cuda"]
     rank: Rank
     max_file_bytes: Count
     skipped: Annotated[list[str], FailFast()]
@@ -99,7 +100,7 @@ class Receipt(Section):
     bytes: Count
     seconds: NotNegative
     torch: Text
-    cpu: Text
+    processor: Text
     sha256: Sha256
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -18,7 +19,7 @@ from ..runtime.outputs import ours
 from ..runtime.threads import release_freed, workers
 from .clients import look_again
 from .folder import FOLDERS, Job, read_job, write_sealed
-from .parts import is_made, make_part
+from .parts import device_of, is_made, make_part
 
 __all__ = ["Share", "Worked", "share", "work"]
 
@@ -140,13 +141,10 @@ def work(
     unchecked = [number for number in checks if not _is_checked(planned, number)]
     if not todo and not unchecked:
         return outcome
+    device = device_of(planned)
     found = look_again(planned)
     _check(planned, found, unchecked, tell)
-    if len(planned.about["parts"]) == 1:  # as `solve` does: all threads
-        for number in todo:
-            make_part(planned, found, number)
-    else:
-        _make(planned, found, todo, tell)
+    _make(planned, found, device, todo, tell)
     outcome.made += [number for number in todo if number not in outcome.again]
     return outcome
 
@@ -190,8 +188,15 @@ def _check(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> No
         raise Refused(refusals)
 
 
-def _make(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> None:
-    with workers(torch.get_num_threads()) as pool:
-        for done, _ in enumerate(pool.map(partial(make_part, job, found), numbers), start=1):
+def _make(
+    job: Job, found: Inspected, device: torch.device, numbers: list[int], tell: Progress
+) -> None:
+    """Make parts as `solve` runs batches: one a thread; a single one, or on a GPU, in turn."""
+    make = partial(make_part, job, found, device)
+    sizes = [len(job.about["parts"][number]["modules"]) for number in numbers]
+    in_turn = len(job.about["parts"]) == 1 or device.type != "cpu"
+    with nullcontext() if in_turn else workers(torch.get_num_threads()) as pool:
+        made = map(make, numbers) if pool is None else pool.map(make, numbers)
+        for done, _ in zip(accumulate(sizes), made, strict=True):
             release_freed()
-            tell("modules", done, len(numbers))
+            tell("modules", done, sum(sizes))

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Vocabulary", "working"]
 
 
-def working(dtype: torch.dtype) -> torch.dtype:
-    """The precision of tall blocks: fp32, or fp64 for fp64 rows."""
-    return torch.promote_types(dtype, torch.float32)
+def working(*dtypes: torch.dtype) -> torch.dtype:
+    """The precision of tall blocks: fp32, or fp64 where any rows are."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 class Vocabulary(Protocol):

@@ -189,6 +189,7 @@ def merge(
 ) -> State:
     """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
 
+    Not public: for the command line and `renew`, whose own refusals belong into the same list.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
     is not the same any more is refused. Everything else is as in `inspect`.
     """
@@ -218,6 +219,7 @@ def merge(
         progress=tell_modules,
         **settings,
     )
+    release_freed()  # the stacks' memory, before anything else is made
     means = dense_means(adapters, dense_holders(adapters), heeded(state, voices), tell)
     return described(found, digests, state, means, skipped)
 
@@ -302,8 +304,9 @@ def inspect(
     good = {i: adapter for i, adapter in clients.items() if not refused[i]}
     if good and not common:
         voices, _ = _voices(good, weights)
-        with listing(common):
-            check_weights(voices, [adapter.name for adapter in good.values()], settings)
+        if weights is None or len(good) < len(places):  # otherwise they have been checked
+            with listing(common):
+                check_weights(voices, [adapter.name for adapter in good.values()], settings)
         common += without_mean(list(good.values()), voices)
     readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)

@@ -38,11 +38,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Applied:
-    """What was written: the folder, and which of the base's tensors are others now."""
+    """What was written: the folder, the base's tensors that are others now, and what to know."""
 
     folder: Path
     changed: tuple[str, ...]
     tensors: int
+    notes: tuple[str, ...]
 
 
 def apply_adapter(
@@ -117,9 +118,14 @@ def apply_adapter(
             save_tensors(tensors, building / name, {"format": "pt", MARK: mark})
         for name, content in texts.items():
             (building / name).write_bytes(content)
-    return Applied(
-        Path(folder), tuple(sorted(changed)), sum(len(f.tensors) for f in files.values())
+    notes = tuple(
+        f"{key} changed: an output layer that the base ties to it changes with it, as when PEFT "
+        "merges, but not when it adapts"
+        for key in sorted(changed)
+        if isinstance(change := plan[key], Module) and change.kind == "embedding"
     )
+    count = sum(len(stored.tensors) for stored in files.values())
+    return Applied(Path(folder), tuple(sorted(changed)), count, notes)
 
 
 def strangers(folder: Path) -> list[str]:
@@ -195,6 +201,8 @@ def _plan(adapter: Adapter, files: Mapping[str, Stored], base: Path) -> dict[str
                 "linear layers, convolutions and embeddings",
                 "merge it with PEFT",
             )
+        elif key is None and name in adapter.tied:
+            continue  # stored once, and changed there
         elif key is None:
             refuse(
                 "the base has no such weight",
@@ -247,7 +255,7 @@ def _turned(module: Module, shape: tuple[int, ...]) -> bool | None:
         return True if shape == turned else None
     if shape == plain == turned:
         return module.fan_in_fan_out
-    return {plain: False, turned: True}.get(shape)  # type: ignore[call-overload]  # of two
+    return False if shape == plain else True if shape == turned else None
 
 
 def _merged(weight: Tensor, adapter: Adapter, change: Module | str) -> Tensor:

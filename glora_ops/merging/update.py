@@ -16,7 +16,7 @@ from ..errors import Refusal, Refused, listing, require, unfit
 from ..state import State
 from .aggregate import Progress, merge
 
-__all__ = ["renew", "update_adapters"]
+__all__ = ["update_adapters"]
 
 
 def update_adapters(
@@ -85,6 +85,7 @@ def renew(
 ) -> State:
     """`update_adapters`, listing what its caller refuses already, `known`, with the rest.
 
+    Not public: for the command line, whose own refusals belong into the same list.
     `opening` is called with the folders of recorded and of added clients, absolute, before any of
     them is looked at.
     """

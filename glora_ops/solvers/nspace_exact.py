@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import U64, positive
-from ..linalg.clients import Clients, balanced_sizes
+from ..linalg.clients import Clients
 from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged
@@ -25,6 +25,8 @@ __all__ = ["ExactSolver", "exact_limit", "principal_of_rows"]
 
 # Added to the unit diagonal of an n × n Gram matrix, per row: four times what rounding leaves.
 SHIFT = 4 * U64
+# Shifts end here; what needs more is no Gram matrix.
+LAST_SHIFT = 2.0**60
 # Share of a basis vector's squared length that the shift may have made up, in roundoffs of the
 # result; beyond it bases are orthonormalised in the long space.
 TILT = 2.0
@@ -35,7 +37,8 @@ SHORT = 1e-6
 def exact_limit(rank: int) -> int:
     """Largest N for which dense fp64 eigenproblems cost no more than iterations.
 
-    At N = 256 the iterations win; blocks of R + p columns must be narrower than N.
+    At 1024² and r = 8 an `update` by iterations is faster from N = 160 on and a consensus from 192
+    on, by 4 and 2.4 times at 256; blocks of R + p columns must be narrower than N.
     """
     return max(128, rank + 16)
 
@@ -51,66 +54,71 @@ class ExactSolver:
         self.v, self.ragged, self.scaling = v, factors.ragged, factors.scaling
         self.settings, self.roundoff = settings, factors.roundoff
         b, a = factors.b, factors.a
-        self.dtype = working(torch.promote_types(b.dtype, a.dtype))
+        self.dtype = working(b.dtype, a.dtype)
         self.unit = torch.finfo(self.dtype).eps / 2
         if self.dtype == torch.float64:  # squares of anything narrower are in its range
             b, a, _, size = v.pair(b, a, self.ragged)
             self.scaling = self.scaling * size
         self.rows = v.precise(b), v.precise(a)
         gram = torch.cat([v.inner(x.mT, x.mT) for x in self.rows])
-        self.length = _diagonal(gram).sqrt()
-        left, right = self.length.chunk(2)
+        left, right = _diagonal(gram).sqrt().chunk(2)
         self.weight = left * right
-        # Unit rows, or zero where a pair is dead: its partner counts no more than it does.
-        self.inverse = (self.weight > 0).repeat(2, 1) / positive(self.length)
+        self.inverse = positive(_diagonal(gram)).rsqrt()  # makes unit rows, or zero ones
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
         self.lower = cholesky(self.gram)
 
     @cached_property
+    def _total(self) -> Tensor:
+        """(L, K): sizes without the scaling."""
+        return self.ragged.segment_sum(self.weight)
+
+    @cached_property
     def sizes(self) -> Tensor:
-        norm2 = self.length.square().chunk(2)
-        return self.scaling.abs() * balanced_sizes(norm2[0], norm2[1], self.ragged)
+        return self.scaling.abs() * self._total
 
     def coefficients(self, p: Tensor) -> Tensor:
         return self.weight * self.ragged.per_row(p * self.scaling)
 
     @cached_property
     def clients(self) -> Clients:
-        """T_U = n L_A Y/σ and T_V = n G_B T_U/σ from Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A)."""
-        pad, unpad = self.ragged.pad, self.ragged.unpad
+        """In units of each client's size: T_U = n L_A Y/σ, T_V = n G_B T_U/σ (3.2).
+
+        From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs.
+        """
+        pad, unpad, sizes = self.ragged.pad, self.ragged.unpad, self.sizes
         gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
-        # Powers of two keep every client near one: LAPACK scales what is far from it by others.
-        unit = torch.exp2(torch.frexp(self.sizes).exponent.double())
-        n = pad((self.weight * self.ragged.per_row(self.scaling / unit))[..., None])
+        per_size = self.ragged.per_row(self.scaling.sign() / positive(self._total))
+        n = pad((self.weight * per_size)[..., None])
         other = n * cholesky(gram_a)
         sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
-        floor = 16 * self.ragged.max_rank * U64 * (self.sizes / unit).square()
-        kept = sigma2 > floor[..., None]
-        sigma = sigma2.sqrt() * kept
+        kept = sigma2 > 16 * self.ragged.max_rank * U64
+        sigma = (sigma2 * kept).sqrt()
         inverse = (kept / positive(sigma))[..., None, :]
-        t_u = other @ y * (inverse * self.scaling.sign()[..., None, None])
+        t_u = other @ y * inverse
         t_v = n * (gram_b @ t_u) * inverse
-        sigma = sigma * unit[..., None]
-        noise = 0.5 * self.roundoff * self.sizes
+        sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
         flat = unpad(sigma[..., None])[..., 0]
-        return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, self.sizes, noise, tau)
+        return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, sizes, noise, tau)
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
         left, right = self.lower.chunk(2)
         return torch.bmm(left.mT, self.coefficients(p)[..., None] * right)
 
+    def _eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenpairs, zero where rounding has made them."""
+        values, x = self.v.eigh(g)
+        kept = values > 16 * values.shape[-1] * U64 * values[..., :1]
+        return values * kept, x * kept[..., None, :]
+
     def triplets(self, p: Tensor, warm: Tensor | None = None) -> Triplets:
         m, rank = self._frame(p), self.settings.rank
-        theta, x = self.v.eigh(torch.bmm(m, m.mT))
-        noise = 16 * theta.shape[-1] * U64 * theta[..., :1]
-        sigma = theta.sqrt() * (theta > noise)
-        head = sigma[..., None, :rank]
-        x = x[..., :rank] * head.sign()
-        y = straightened(self.v, torch.bmm(m.mT, x) / positive(head)) * head.sign()
-        sigma = fill(sigma, max(rank + 1, sigma.shape[-1]))
-        return Triplets(fill(x, rank), fill(y, rank), sigma, torch.linalg.matrix_norm(m), 0)
+        theta, x = self._eigh(torch.bmm(m, m.mT))
+        x = fill(x, rank)
+        y = straightened(self.v, torch.bmm(m.mT, x))  # y = Mᵀx/σ
+        sigma = fill(theta.sqrt(), max(rank + 1, theta.shape[-1]))
+        return Triplets(x, y, sigma, torch.linalg.matrix_norm(m), 0)
 
     def update(self, p: Tensor, warm: Tensor | None = None) -> Found:
         lead = self.triplets(p)
@@ -128,22 +136,23 @@ class ExactSolver:
     ) -> Found:
         rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
         # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
-        root = ragged.pad(row_votes(self.clients, votes, self.settings).sqrt()[..., None])
-        t = ragged.pad(torch.cat([self.clients.t_u, self.clients.t_v]))
-        rows = ragged.unpad(root.repeat(2, 1, 1, 1) * (t.mT @ ragged.pad(self.lower)))
+        root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
+        lower = self.lower.unflatten(0, (2, -1))
+        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(lower))
         if anchor is not None:
             lead, vote = anchor
-            column = torch.cat([lead.x, lead.y]) * vote.sqrt().repeat(2, 1)[..., None, :]
+            column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
             rows = torch.cat([rows, column.mT], -2)
-        values, x = self.v.eigh(torch.bmm(rows.mT, rows))
-        values = values * (values > 16 * values.shape[-1] * U64 * values[..., :1])
+        rows = rows.flatten(0, 1)
+        values, x = self._eigh(torch.bmm(rows.mT, rows))
         images = torch.bmm(torch.cat([m.mT, m]), x)
-        bases = fill(x * values.sign()[..., None, :], rank)
-        left, right = bases.chunk(2)
-        x, s, y = self.v.svd(torch.bmm(torch.bmm(left.mT, m), right))
-        sigma = fill(self.v.eigenvalues(torch.bmm(m, m.mT)).sqrt(), rank + 1)
-        values, energies = (e.unflatten(0, (2, -1)) for e in (values, images.square().sum(-2)))
+        energies = images.square().sum(-2).unflatten(0, (2, -1))
+        bases = fill(x, rank)
+        seen, right = fill(images.chunk(2)[0], rank), bases.chunk(2)[1]
+        x, s, y = self.v.svd(torch.bmm(seen.mT, right))
         turn, norm = torch.cat([x, y]), torch.linalg.matrix_norm(m)
+        sigma = fill(self.v.eigenvalues(torch.bmm(m, m.mT)).sqrt(), rank + 1)
+        values = values.unflatten(0, (2, -1))
         return self._found(bases, turn, s, p, sigma, norm, values, energies)
 
     def _found(
@@ -159,18 +168,19 @@ class ExactSolver:
     ) -> Found:
         """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
         z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
-        tilted = (
-            torch.linalg.vector_norm(z, dim=-2) > (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
-        ).any(-1)
-        x, lifted = (x, z) if turn is None else (torch.bmm(x, turn), torch.bmm(z, turn))
+        length = torch.linalg.vector_norm(z, dim=-2)
+        longest = (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
+        lifted = z if turn is None else torch.bmm(z, turn)
         u, v = self._lift(lifted)
-        reach = torch.bmm(self.lower, x).chunk(2)
-        if bool(tilted.any()):
-            at = tilted.view(2, -1).any(0).nonzero()[:, 0]
+        reach = x[..., :0].chunk(2)
+        if self.settings.client_statistics:
+            reach = torch.bmm(self.lower, x if turn is None else torch.bmm(x, turn)).chunk(2)
+        if float(length.max()) > longest:
+            at = (length > longest).view(2, len(s), -1).any(-1).any(0).nonzero()[:, 0]
             straight = self._straight(at, z.unflatten(0, (2, -1))[:, at], p)
             s = s.clone()
             for whole, part in zip((u, s, v, *reach), straight, strict=True):
-                whole[at] = part
+                whole[at] = part[..., : whole.shape[-1]]
         u, v = u.to(self.dtype), v.to(self.dtype)
         return Found(u, s, v, (reach[0], reach[1]), sigma, norm, values, energies, 0, False)
 
@@ -195,19 +205,17 @@ def _diagonal(g: Tensor) -> Tensor:
     return g.diagonal(0, -2, -1)
 
 
-def cholesky(g: Tensor) -> Tensor:
-    """L of g + shift = L Lᵀ, for a Gram matrix of unit rows.
+def cholesky(g: Tensor, shift: float = 1.0) -> Tensor:
+    """L of g + shift = L Lᵀ, for a Gram matrix of unit rows, in units of `SHIFT` a row.
 
     Row-wise backward stable: rows of any size keep their digits. Where rounding has left less than
     nothing of a row, that matrix takes sixteen times the shift.
     """
-    shift = torch.full(g.shape[:-2], SHIFT * g.shape[-1], dtype=g.dtype, device=g.device)
-    for _ in range(16):
-        _diagonal(g).copy_(1 + shift[..., None])
-        lower, info = cholesky_ex(g)
-        if not bool(info.any()):
-            break
-        shift = shift * (1 + 15 * (info != 0))
+    _diagonal(g).fill_(1 + shift * SHIFT * g.shape[-1])
+    lower, info = cholesky_ex(g)
+    if bool(info.any()) and shift < LAST_SHIFT:
+        failed = info != 0
+        lower[failed] = cholesky(g[failed], 16 * shift)
     _diagonal(g).fill_(1)
     return lower
 

@@ -71,10 +71,9 @@ class IterativeSolver(TallSolver):
         lead = self._leading(p, norm2, self._pull(1, start), ANCHORED)
         if lead.sigma[0, self.settings.rank - 1] > RESOLVED**0.5 * lead.sigma[0, 0]:
             return lead
-        # A half-step on tall blocks takes from rounding the size that would earn it votes.
-        wt, left = self.mean(p).next, self._lift(0, lead.x)
-        ritz = subspace_iteration(self.v, wt, left, rule, _at_least(norm2))
-        return self._in_coordinates(p, ritz)
+        # Tall blocks take from rounding the size that would earn it votes.
+        right = self.v.qr(self._lift(1, lead.y))[0]
+        return self._in_coordinates(p, self._iterate(p, right, rule, norm2))
 
     def _in_coordinates(self, p: Tensor, ritz: Ritz) -> Triplets:
         far = self._triplets(ritz)
@@ -106,6 +105,12 @@ class IterativeSolver(TallSolver):
         p: Tensor,
         warm: tuple[Tensor | None, Tensor | None],
     ) -> Found:
+        norm2 = self._energy(p)
+        if norm2 is None:
+            if anchor is not None:
+                lead, vote = anchor
+                anchor = replace(lead, x=self._lift(0, lead.x), y=self._lift(1, lead.y)), vote
+            return super().consensus(votes, anchor, p, warm)
         settings, rank, v, dtype = self.settings, self.settings.rank, self.v, self.dtype
         grams, strength = self.grams, self._strength(p)
         voices = row_votes(self.clients, votes, settings)
@@ -144,9 +149,6 @@ class IterativeSolver(TallSolver):
                 continue
             voters = Voters(t, voices, self._lift(side, ref[here]))
             sides.append(self._principal(side, voters, w, basis))
-        norm2 = self._energy(p)
-        if norm2 is None:
-            return self.between((sides[0], sides[1]), p, *self._spectrum(p, None))
         seen = x[:1] if anchor is not None else strength * pulled[1]
         spectrum = self._coordinates(p, norm2, seen, StopRule(settings, False, self.unit))
         sigma = fill(spectrum.theta, rank + 1).sqrt()

@@ -99,12 +99,13 @@ class StopRule:
         self.rank, self.tol = settings.rank, settings.tol
         self.settled, self.weigh, self.half = settled, weigh, half
         self.patience, self.flat = patience, False
+        self.drawn = True  # a first block of random columns alone
         self.adaptive = settings.power_iters < 0
         self.limit = (1 + half) * (most if self.adaptive else settings.power_iters)
         self.power = 1.0 if half else 2.0
         self.jitter = JITTER * roundoff
         self.asked = -1
-        self.before: Tensor | None = None
+        self.before: np.ndarray | None = None
 
     def __call__(self, x: Tensor, theta: Tensor, vectors: Tensor, total: Tensor) -> bool:
         self.asked += 1
@@ -116,7 +117,7 @@ class StopRule:
         lead, spare = values[..., : self.rank], values[..., self.rank :].sum(-1)
         found = lead.sum(-1)
         outside = np.maximum(all_there_is - found - spare, 0)
-        if self.settled is None:  # (12.8)
+        if self.settled is None and self.drawn:  # (12.6)
             share = self.rank / max(values.shape[-1] - 1, self.rank)
             outside = np.minimum(outside, spare + share * outside)
         if self._little(outside, found, all_there_is):
@@ -138,11 +139,11 @@ class StopRule:
         if self.settled is None:
             return True
         energy = lead if self.weigh is None else _numbers(self.weigh(x, vectors[..., : self.rank]))
-        turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.6)
+        turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.7)
         return bool((turn < self.settled * self.tol**2 * np.maximum(energy.sum(-1), TINY)).all())
 
     def _little(self, gain: np.ndarray, found: np.ndarray, total: np.ndarray) -> bool:
-        """Whether a gain in energy is too small to matter, in captured and in error (12.7)."""
+        """Whether a gain in energy is too small to matter, in captured and in error (12.8)."""
         error, left = (
             np.sqrt(np.maximum(1 - x / np.maximum(total, TINY), 0)) for x in (found, found + gain)
         )
@@ -200,8 +201,7 @@ def subspace_iteration(
 
 def _holds_all(images: Images, theta: Tensor) -> bool:
     """Whether an orthonormal block is wider than the operator's range: no step finds more."""
-    values = _numbers(theta)
-    return images.gram is None and bool((values[..., -1] <= EMPTY * values[..., 0]).all())
+    return images.gram is None and not _is_resolved(theta, EMPTY)
 
 
 def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor, bool]:
@@ -209,19 +209,23 @@ def _ritz(v: Vocabulary, images: Images) -> tuple[Tensor, Tensor, bool]:
 
     Columns of s without length in gram are zero (12.1).
     """
-    energy, apart = images.energy, True
-    basis = torch.eye(energy.shape[-1], dtype=energy.dtype, device=energy.device)
-    if images.gram is not None:
-        lower, failed = cholesky_ex(images.gram)
-        pivots, lengths2 = (_numbers(x.diagonal(0, -2, -1)) for x in (lower, images.gram))
-        apart = not failed.any() and pivots.min() ** 2 > DROP * lengths2.max()
-        if apart:
-            basis = torch.linalg.solve_triangular(lower, basis, upper=False).mT
-        else:
-            length2, basis = v.eigh(images.gram)
-            kept = length2 > DROP * length2[..., :1]
-            basis = basis * (kept / positive(length2).sqrt())[..., None, :]
-        energy = basis.mT @ energy @ basis
-    theta, turn = v.eigh(energy)
+    if images.gram is None:
+        theta, vectors = v.eigh(images.energy)
+        return theta, vectors, _is_resolved(theta)
+    lower, failed = cholesky_ex(images.gram)
+    pivots, lengths2 = (_numbers(x.diagonal(0, -2, -1)) for x in (lower, images.gram))
+    apart = not failed.any() and pivots.min() ** 2 > DROP * lengths2.max()
+    if apart:
+        one = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        basis = torch.linalg.solve_triangular(lower, one, upper=False).mT
+    else:
+        length2, basis = v.eigh(images.gram)
+        kept = length2 > DROP * length2[..., :1]
+        basis = basis * (kept / positive(length2).sqrt())[..., None, :]
+    theta, turn = v.eigh(basis.mT @ images.energy @ basis)
+    return theta, basis @ turn, apart and _is_resolved(theta)
+
+
+def _is_resolved(theta: Tensor, least: float = DROP) -> bool:
     values = _numbers(theta)
-    return theta, basis @ turn, apart and bool((values[..., -1] > DROP * values[..., 0]).all())
+    return bool((values[..., -1] > least * values[..., 0]).all())

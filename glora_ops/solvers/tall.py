@@ -27,7 +27,7 @@ __all__ = ["CANCELLED", "SIDES", "TallSolver", "has_long_terms", "principal", "s
 
 SIDES = ("left", "right")
 # Eigenvalues of a mean projector below this fraction of the top are rounding of fp32 products.
-FLAT = 1e-12
+ROUNDED = 1e-12
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
 # ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
@@ -161,15 +161,20 @@ class TallSolver:
             values, energies, max(left.steps, right.steps), True,
         )  # fmt: skip
 
-    def _iterate(self, p: Tensor, warm: Tensor | None, rule: StopRule) -> Ritz:
-        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω."""
+    def _iterate(
+        self, p: Tensor, warm: Tensor | None, rule: StopRule, norm2: Tensor | None = None
+    ) -> Ritz:
+        """Alternating half-steps, each a Rayleigh–Ritz problem of its own, from W Ω.
+
+        norm2 is ‖W‖² where it is known.
+        """
         mean, settings = self.mean(p), self.settings
-        first = start_block(self.a, "right", settings, warm)
+        first, rule.drawn = start_block(self.a, "right", settings, warm), warm is None
         whole = min(self.b.shape[-1], self.a.shape[-1]) <= first.shape[-1]
 
         def total(x: Tensor, images: Tensor, seen: Tensor) -> Tensor:
-            if self._is_cheap:
-                return torch.maximum(self._norm2(p), seen)
+            if norm2 is not None or self._is_cheap:
+                return torch.maximum(self._norm2(p) if norm2 is None else norm2, seen)
             return seen if whole else seen + self._missed(mean.coef, x, images)
 
         return subspace_iteration(self.v, mean.next, mean.apply(first), rule, total)
@@ -193,7 +198,7 @@ class TallSolver:
         return self.v.inner(columns, columns)
 
     def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
-        """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.8)."""
+        """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.9)."""
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
@@ -286,7 +291,7 @@ def principal(
     start = operator.apply(v.qr(operator.apply_t(first))[0])
     rule = StopRule(settings, False, torch.finfo(start.dtype).eps / 2, SETTLED, energies)
     ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
-    values = fill(ritz.theta * (ritz.theta > FLAT * ritz.theta[..., :1]), count)
+    values = fill(ritz.theta * (ritz.theta > ROUNDED * ritz.theta[..., :1]), count)
     vectors = fill(ritz.vectors, count) * (values > 0)[..., None, :]
     basis = v.combine(ritz.x, vectors[..., : settings.rank])
     return Principal(basis, values, energies(ritz.x, vectors), trace, ritz.steps)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CLIENTS, everything, glora, glora_json
-from peft_models import bert, gpt2, load, save_client
-from safetensors.torch import load_file
+from peft_models import bert, gpt2, load, mixed, save_client
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +56,21 @@ def test_shards_keep_their_index_and_heads_are_replaced(tmp_path: Path) -> None:
     for name, weight in weights(tmp_path / "model").items():
         assert (weight - want[name]).norm() <= 1e-6 * want[name].norm(), name
     assert {"classifier.weight", "bert.embeddings.word_embeddings.weight"} <= set(facts["changed"])
+    (note,) = facts["notes"]
+    assert note["text"].startswith("bert.embeddings.word_embeddings.weight changed: an output")
+
+
+def test_a_layer_of_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    save_file(dict(mixed().state_dict()), tmp_path / "base/model.safetensors")
+    layers = ["embed_tokens", "conv", "first", "last"]
+    save_client(tmp_path / "ann", mixed, r=3, lora_alpha=6, target_modules=layers,
+                modules_to_save=["head"])  # fmt: skip
+    done = apply_adapter(tmp_path / "ann", tmp_path / "base", tmp_path / "model")
+    want = merged(mixed, tmp_path / "ann")
+    for name, weight in weights(tmp_path / "model").items():
+        assert (weight - want[name]).norm() <= 1e-6 * want[name].norm(), name
+    assert {"conv.weight", "head.bias"} <= set(done.changed)
 
 
 def test_dtype_of_what_is_written(work: Path, base: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from commands import CLIENTS, edit_config, glora
+from peft_models import gpt2
 
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["aggregate"], ["readout"], ["inspect"], ["compare"], ["fl", "run"], ["fl", "report"],
-     ["fl", "partition"], ["fl", "configs"], ["job"], ["job", "plan"], ["job", "work"],
-     ["job", "status"], ["job", "join"]],
+    [[], ["aggregate"], ["readout"], ["inspect"], ["compare"], ["update"], ["apply"],
+     ["fl", "run"], ["fl", "report"], ["fl", "partition"], ["fl", "configs"],
+     ["job"], ["job", "plan"], ["job", "work"], ["job", "status"], ["job", "join"]],
 )  # fmt: skip
 def test_help_starts_with_a_sentence_and_ends_with_an_example(command: list[str]) -> None:
     said = glora(*command, "--help").stdout
@@ -38,15 +39,13 @@ def test_examples_of_the_help_parse(work: Path) -> None:
     (work / "clients").mkdir()
     for name in CLIENTS:
         (work / name).rename(work / "clients" / name)
-    said = "".join(
-        glora(c, "--help").stdout for c in ("aggregate", "readout", "inspect", "compare")
-    )
-    examples = re.findall(r"Example: glora (.*)", said)
-    assert len(examples) == 4
-    for example in examples:
+    gpt2().save_pretrained(work / "models/base")
+    for command in ("aggregate", "readout", "inspect", "compare", "apply", "update"):
+        said = glora(command, "--help").stdout
+        _, _, example = said.rpartition("Example: glora ")
         glora(*example.split())
     assert sorted(p.name for p in work.iterdir()) == [
-        "adapters", "alignment.png", "clients", "out", "spectra.png",
+        "adapters", "alignment.png", "clients", "models", "out", "spectra.png",
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_help_says_the_default_and_an_example_that_parses(
         command.make_context(name, [*others, *example], resilient_parsing=False)
 
 
+def test_help_says_what_arguments_are_once() -> None:
+    for name, command in commands():
+        for argument in (p for p in command.params if isinstance(p, click.Argument)):
+            said = " ".join(command.get_help(click.Context(command, info_name=name)).split())
+            assert argument.help, f"{name} {argument.name}"
+            assert said.count(" ".join(argument.help.split())) == 1
+
+
 @pytest.fixture
 def merged(work: Path) -> Path:
     glora("aggregate", *CLIENTS, "-o", "out", "--rank", 9)
@@ -91,6 +100,10 @@ def test_quiet_prints_warnings_only(work: Path) -> None:
     done = glora("aggregate", *CLIENTS, "-o", "low", "--rank", 1, "--basis", "projector", "-q")
     assert done.stdout == ""
     assert done.stderr.startswith("warning: ")
+    shutil.rmtree(work / "bob")
+    done = glora("aggregate", *CLIENTS, "-o", "two", "--on-bad-client", "skip", "-q", code=3)
+    assert done.stdout == ""
+    assert done.stderr.startswith("skipped: client 'bob'")
     assert glora("inspect", "out", "-q").stdout == ""
     assert glora_json("inspect", "out", "-q")["rank"] == 8
     assert "no such folder" in glora("inspect", "none", "-q", code=1).stderr
@@ -112,8 +125,9 @@ def test_numbers_of_a_column_have_one_length() -> None:
     assert [figures(x) for x in (1 / 6, 0.5, 15, 76.163, 1234.0)] == [
         "0.1667", "0.5000", "15.00", "76.16", "1234",
     ]  # fmt: skip
-    assert [duration(s) for s in (0.04, 59.94, 61, 3840)] == ["0.0 s", "59.9 s", "1 min 1 s",
-                                                              "1 h 4 min"]  # fmt: skip
+    assert [duration(s) for s in (0.04, 59.94, 59.96, 61, 3840)] == [
+        "0.0 s", "59.9 s", "1 min 0 s", "1 min 1 s", "1 h 4 min",
+    ]  # fmt: skip
 
 
 def test_json_takes_a_line_for_a_module(merged: Path) -> None:

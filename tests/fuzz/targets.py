@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from mutations import as_json, damaged, mutated, mutated_toml, parted, safetensors
 from safetensors.torch import save, save_file
 
-from glora_ops import State, aggregate_adapters
+from glora_ops import State, aggregate_adapters, job
 from glora_ops.adapters import check_values, inspect_adapter
 from glora_ops.adapters.patterns import PatternError, Patterns
 from glora_ops.adapters.safetensors_header import read_header
@@ -31,6 +32,7 @@ from glora_ops.fl.load import by_config, load_runs
 from glora_ops.fl.records import Run
 from glora_ops.fl.report import markdown
 from glora_ops.fl.summary import summarise
+from glora_ops.job.folder import sealed
 
 Files = dict[str, bytes]
 
@@ -87,12 +89,19 @@ def sound() -> dict[str, Files]:
              "training": {"rounds": 1, "steps": 1, "batch": 4, "lr": 0.005}}
         )  # fmt: skip
         run(Plan(made, "it", 0, 0.005), home / "small" / "it" / "seed0")
+        job.plan(FOLDERS, home / "job", rank=3)
+        job.work(home / "job", 0, 1)
         names = ["run.json", "metrics.jsonl", "checkpoint.safetensors", "done"]
         return {
             "client": read(folders[0]),
             "state": {"server.safetensors": (home / "server.safetensors").read_bytes()},
+            "job": {name.replace("/", "-"): x for name, x in read(home / "job").items()},
             "run": {name: (home / "small/it/seed0" / name).read_bytes() for name in names},
         }
+
+
+CLIENTS = TemporaryDirectory()  # which the plan of a job names
+FOLDERS = [client(Path(CLIENTS.name) / name, seed) for seed, name in enumerate(("ann", "bob"))]
 
 
 def read(folder: Path) -> Files:
@@ -177,9 +186,9 @@ def draw_weights(rng: random.Random) -> Files:
 
 
 def weights(folder: Path) -> str:
-    from glora_ops.cli.aggregate import _from_file
+    from glora_ops.cli.weights import weights_file
 
-    _from_file(folder / "weights.json", ["ann", "bob", "cyd"], {})
+    weights_file(folder / "weights.json", ["ann", "bob", "cyd"], {})
     return "done"
 
 
@@ -238,6 +247,41 @@ def state(folder: Path) -> str:
     json.dumps(state_facts(loaded))
     loaded.report()
     loaded.readout(2)
+    return "done"
+
+
+def draw_job(rng: random.Random) -> Files:
+    """Odd files of a job, most of them sealed as if they were sound."""
+    files = odd("job")(rng)
+    plan = None
+    for name in sorted(files, key=lambda name: name != "plan.json"):
+        try:
+            about = json.loads(files[name])
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(about, dict) and rng.random() < 0.8:
+            about = {key: value for key, value in about.items() if key != "sha256"}
+            about |= {"plan": plan} if plan and "plan" in about else {}
+            with suppress(ValueError):  # not finite
+                about = sealed(about)
+            files[name] = json.dumps(about).encode("utf-8", "surrogatepass")
+            plan = about.get("sha256") if name == "plan.json" else plan
+    return files
+
+
+def a_job(folder: Path) -> str:
+    for path in list(folder.iterdir()):
+        place = folder / "job" / path.name.replace("-", "/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    for name in ("parts", "checked"):
+        (folder / "job" / name).mkdir(parents=True, exist_ok=True)
+    job.status(folder / "job")
+    try:
+        job.join(folder / "job")
+    except GloraError:
+        job.work(folder / "job", 0, 1)
+        job.join(folder / "job")
     return "done"
 
 
@@ -319,7 +363,8 @@ def reply(folder: Path) -> str:
 ARGUMENTS = [
     "ann", "bob", "nowhere", "out", "server.safetensors", "w.json", "c.toml", "--rank", "--readout",
     "-r", "-o", "--out", "--weights", "--basis", "--missing", "--captured", "--seed", "--json",
-    "--plot", "--overwrite", "--update", "--add", "--remove", "--base", "--no-normalise", "--pad",
+    "--plot", "--overwrite", "--update", "--dry-run", "--include", "--dtype", "bf16", "-v", "-q",
+    "--device", "--threads", "--set", "--add", "--remove", "--base", "--no-normalise", "--pad",
     "--on-bad-client", "--dense", "--help", "--version", "consensus", "projector", "update", "zero",
     "trainable", "skip", "auto", "2", "0", "-1", "3,1", "nan", "1e999", "", "p.png", "9" * 30, "é",
     "--methods", "--seeds", "--resume", "--", "\udcff", "$x$", "x=ann", "x=bob", "--clients",
@@ -328,6 +373,8 @@ COMMANDS = [
     ["aggregate", "ann", "bob", "-o", "out"],
     ["update", "server.safetensors", "--add", "bob", "-o", "out"],
     ["readout", "server.safetensors", "-r", "2", "-o", "out"],
+    ["aggregate", "c.toml", "-o", "out"],
+    ["apply", "ann", "--base", "bob", "-o", "out"],
     ["inspect", "ann"],
     ["inspect", "server.safetensors"],
     ["compare", "ann", "bob"],
@@ -388,6 +435,7 @@ TARGETS = {
     "config": Target(10, draw_config, config),
     "report": Target(8, odd("run"), report),
     "resume": Target(6, odd("run"), resume),
+    "job": Target(4, draw_job, a_job),
 }
 if sys.version_info >= (3, 11):  # Flower, and a change of folder for a while
     TARGETS |= {"reply": Target(6, draw_reply, reply), "command": Target(2, draw_command, command)}

@@ -172,7 +172,9 @@ def server_app(folder: Path) -> ServerApp:
             engine=lambda plan: FlowerEngine(
                 grid, plan, patience=float(given["patience"]), timeout=float(given["timeout"])
             ),
-            progress=lambda what, done, total: print(f"{what}: round {done} of {total}"),
+            progress=lambda what, done, total: logging.getLogger("flwr").info(
+                "%s: round %d of %d", what, done, total
+            ),
         )
 
     return app
