@@ -13,7 +13,7 @@ from tables import table
 
 from gpu.lines import NAME, attempts, read
 
-__all__ = ["section"]
+__all__ = ["GOALS", "section"]
 
 Line = dict[str, Any]
 HOW = (
