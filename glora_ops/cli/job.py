@@ -15,6 +15,7 @@ import typer
 
 from ..errors import GloraWarning, Refusals, listing
 from . import aggregate as whole
+from .command import Command
 from .options import Dtype, Json, Overwrite, Pad, Verbose, option
 from .show import answering, clean, console, counted, decimal, labelled, print_json, progress
 from .weights import is_file, numbers, weights_file
@@ -24,16 +25,17 @@ __all__ = ["app"]
 app = typer.Typer(
     name="job",
     no_args_is_help=True,
+    rich_markup_mode=None,
     help="Aggregate in parts: plan once, work in any number of processes on any machines that see "
-    "the same files, join at the end. The result is that of **glora aggregate**, to the bit.",
-    epilog="Example: **glora job plan --clients list.txt -o job && glora job work job --workers 4 "
-    "&& glora job join job -o out --readout 8,16**",
+    "the same files, join at the end. The result is that of glora aggregate, to the bit.",
+    epilog="Example: glora job plan --clients list.txt -o job && glora job work job --workers 4 "
+    "&& glora job join job -o out --readout 8,16",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that plan made.")]
 #: Options of `glora aggregate` that a plan takes, as they stand there.
 PLANNED = (
-    "clients", "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
+    "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
     "include", "exclude", "on_bad_client", "dense", "seed", "device",
 )  # fmt: skip
 
@@ -46,13 +48,14 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
         if p.kind is not Parameter.VAR_KEYWORD
     ]  # fmt: skip
     all_of_them = [*(theirs[name] for name in PLANNED), *own]
+    command.__annotations__ = {p.name: p.annotation for p in all_of_them}
     command.__signature__ = Signature(  # type: ignore[attr-defined]  # which typer looks at
         [p.replace(kind=Parameter.KEYWORD_ONLY) for p in all_of_them]
     )
     return command
 
 
-@app.command(epilog="Example: **glora job plan clients/ann clients/bob -o job --rank 32**")
+@app.command(cls=Command, epilog="Example: glora job plan clients/ann clients/bob -o job --rank 32")
 @_with_options
 def plan(
     out: Annotated[
@@ -63,15 +66,24 @@ def plan(
             "is, with what was done of it.",
         ),
     ],
+    clients: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CLIENT_DIR...",
+            help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names "
+            "the client, which is otherwise called by its folder.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:  # fmt: skip
     """Look at the clients, and write down which modules are computed together.
 
-    Options are those of **glora aggregate**. Nothing but headers is read, and with
-    **--on-bad-client skip** every value.
+    Options are those of glora aggregate. Nothing but headers is read, and with
+    --on-bad-client skip every value.
     """
-    clients, client_list = options.pop("clients"), options.pop("client_list")
+    client_list = options.pop("client_list")
     if bool(clients) == (client_list is not None):
         raise typer.BadParameter(
             "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
@@ -79,14 +91,15 @@ def plan(
     options["rank"], weights = whole.server_rank(options["rank"]), options.pop("weights")
     if weights is not None and client_list is not None and not is_file(weights):
         raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
-    given = None if weights is None or is_file(weights) else numbers(weights, len(clients))
+    named = clients or []
+    given = None if weights is None or is_file(weights) else numbers(weights, len(named))
     with answering(as_json, writes=True) as outcome:
         from ..adapters.places import find_places
         from ..job import plan as make
         from .client_list import read_client_list
 
         refusals = Refusals()
-        places = find_places(clients or [])
+        places = find_places(named)
         if client_list is not None:
             places, given = read_client_list(client_list)
         if is_file(weights):
@@ -128,7 +141,7 @@ def _print_plan(facts: dict[str, Any]) -> None:
     to.print(f"next: glora job work {clean(facts['job'])}", soft_wrap=True)
 
 
-@app.command(epilog="Example: **glora job work job --index 0 --of 4**")
+@app.command(cls=Command, epilog="Example: glora job work job --index 0 --of 4")
 def work(
     job: Folder,
     index: Annotated[
@@ -183,7 +196,7 @@ def work(
         console().print(f"{made} made, {len(done.found)} were there", soft_wrap=True)
 
 
-@app.command(epilog="Example: **glora job status job**")
+@app.command(cls=Command, epilog="Example: glora job status job")
 def status(job: Folder, as_json: Json = False) -> None:
     """How far a job is: what is made, what is missing, how long the rest may take."""
     with answering(as_json, writes=False):
@@ -211,7 +224,7 @@ def _which(missing: Sequence[int]) -> str:
     return f", without {', '.join(map(str, missing[:10]))}{more}" if missing else ""
 
 
-@app.command(epilog="Example: **glora job join job -o out --readout 8,16**")
+@app.command(cls=Command, epilog="Example: glora job join job -o out --readout 8,16")
 def join(
     job: Folder,
     out: Annotated[
@@ -234,7 +247,7 @@ def join(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Put the parts of a job together: what **glora aggregate** writes, to the bit.
+    """Put the parts of a job together: what glora aggregate writes, to the bit.
 
     All parts have to be there. JOB is left as it is; nothing needs it afterwards.
     """
