@@ -431,7 +431,8 @@ def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
                 )
             )
     if refusals:
-        raise Refused(refusals)
+        at = {name: i for i, name in enumerate(names)}
+        raise Refused(sorted(refusals, key=lambda refusal: at[refusal.client or ""]))
 
 
 def _smallest_rank(

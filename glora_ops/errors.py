@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = [
+    "DamagedPartWarning",
     "GloraError",
     "GloraWarning",
     "LeftoverWarning",
@@ -59,6 +60,10 @@ class GloraError(ValueError):
 
 class GloraWarning(UserWarning):
     """A result that stands, with something about it the caller should know; base of the others."""
+
+
+class DamagedPartWarning(GloraWarning):
+    """A part of a job was damaged, and is made again."""
 
 
 class LeftoverWarning(GloraWarning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ COMMON = {
 # their own (`make test`), or on a device (`make test-gpu`).
 KERNELS = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("GLORA_DEVICE") == "cuda"
 collect_ignore_glob = [] if KERNELS else ["test_kernel_*.py"]
+
+# Whatever starts the tests in the background may have them ignore Ctrl-C, which they send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ci", max_examples=100, derandomize=True, database=None, **COMMON)
 settings.register_profile("quick", max_examples=10, derandomize=True, database=None, **COMMON)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..batches import check_ranks
-from ..errors import GloraError, GloraWarning, Refusal, Refusals, Refused, clean
+from ..errors import GloraError, Refusal, Refusals, Refused, clean
 from ..merging.aggregate import described
 from ..merging.modules_to_save import dense_holders
 from ..report import notes
@@ -62,8 +62,8 @@ def join(job: str | os.PathLike[str], *, readouts: Sequence[int] = ()) -> State:
     state = State({name: made[name] for name in order}, first.clients, first.weights,
                   first.settings)  # fmt: skip
     for note in notes(state):
-        if note.warning:
-            warnings.warn(clean(note.text), GloraWarning, stacklevel=2)
+        if note.category is not None:
+            warnings.warn(clean(note.text), note.category, stacklevel=2)
     means = {name: dense[name] for name in dense_holders(adapters)}
     return described(found, digests, state, means, planned.about["skipped"])
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from ..errors import GloraError, GloraWarning, Refusals, Refused, clean, require, unfit
+from ..errors import DamagedPartWarning, GloraError, Refusals, Refused, clean, require, unfit
 from ..merging.aggregate import Inspected, Progress, examine
 from ..runtime.hidden import sweep
 from ..runtime.outputs import ours
@@ -153,7 +153,9 @@ def _is_there(job: Job, number: int, outcome: Worked) -> bool:
     try:
         there = is_made(job, number)
     except GloraError as error:
-        warnings.warn(clean(f"part {number} is made again: {error}"), GloraWarning, stacklevel=3)
+        warnings.warn(
+            clean(f"part {number} is made again: {error}"), DamagedPartWarning, stacklevel=3
+        )
         outcome.again.append(number)
         return False
     if there:
