@@ -11,6 +11,7 @@
 
 # %%
 import argparse
+import copy
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from digits_clients import CLIENTS, fine_tune, load, regauge, skewed_split  # beside this file
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import glora_ops as glora
@@ -145,8 +147,8 @@ print(f"the merged update moved by {merged_moved:.0e}")
 # mean: no state of rank R has more energy. `consensus`, the default, lets every client vote alike,
 # loud or quiet; that may cost energy, and `captured` below `attainable` says how much. `projector`
 # is the published rule, in which a direction counts the same however little a client used it. With
-# enough rank all three are exact. The warnings are meant: they come where a state holds much less
-# than its rank could, or where a cut falls between equals.
+# enough rank all three hold these float32 factors exactly. The warnings are meant: they come where a
+# state holds much less than its rank could, or where a cut falls between equals.
 
 # %%
 captured = {}
@@ -199,10 +201,6 @@ print(f"alone: ann {reads(ann):.2f}, bob {reads(bob):.2f}, cyd {reads(cyd):.2f}"
 # `reads` calls `load`, which is one line of PEFT:
 
 # %%
-import copy  # noqa: E402
-
-from peft import PeftModel  # noqa: E402
-
 adapted = PeftModel.from_pretrained(copy.deepcopy(base), out / "merged" / "r6").eval()
 
 # %% [markdown]

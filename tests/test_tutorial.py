@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from glora_ops.cli import app
 
 TUTORIAL = Path(__file__).parents[1] / "examples" / "tutorial.py"
 
@@ -33,6 +38,19 @@ def test_the_tutorial_runs_and_what_it_tells_comes_true(
     assert told["reads"](tmp_path / "merged/r6") > told["accuracy"](told["base"], told["held_out"])
     for picture in ("alignment.png", "state.png"):
         assert (tmp_path / picture).stat().st_size > 1000
+
+    (tmp_path / "merged").rename(tmp_path / "by-python")
+    (tmp_path / "model").rename(tmp_path / "model-by-python")
+    (tmp_path / "state.png").unlink()
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"(?m)^# glora (.*)", TUTORIAL.read_text(encoding="utf-8")):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == 0, result.output
+    by_python, by_command = (
+        load_file(tmp_path / folder / "model.safetensors")
+        for folder in ("model-by-python", "model")
+    )
+    torch.testing.assert_close(by_command, by_python)
 
 
 def test_links_of_the_tutorial_lead_to_files() -> None:
