@@ -147,8 +147,8 @@ print(f"the merged update moved by {merged_moved:.0e}")
 # mean: no state of rank R has more energy. `consensus`, the default, lets every client vote alike,
 # loud or quiet; that may cost energy, and `captured` below `attainable` says how much. `projector`
 # is the published rule, in which a direction counts the same however little a client used it. With
-# enough rank all three hold these float32 factors exactly. The warnings are meant: they come where a
-# state holds much less than its rank could, or where a cut falls between equals.
+# enough rank all three hold these float32 factors exactly. The warnings are meant: they come where
+# a state holds much less than its rank could, or where a cut falls between equals.
 
 # %%
 captured = {}
