@@ -21,6 +21,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",
     "SECURITY.md": "security.md",
+    "examples/tutorial.py": "tutorial.md",
     "kernels/README.md": "kernels.md",
     "bench/README.md": "bench/how.md",
     "bench/results/cpu.md": "bench/cpu.md",
@@ -37,13 +38,26 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, place, content=content))
 
     for name, place in PAGES.items():
-        add(place, (ROOT / name).read_text(encoding="utf-8"))
+        text = (ROOT / name).read_text(encoding="utf-8")
+        add(place, page_of(text) if name.endswith(".py") else text)
     add("reference/python.md", python())
     add("reference/ops.md", ops())
     add("reference/cli.md", command_line())
     add("mathjax.js", mathjax())
     add("site.css", (ROOT / "docs/site/site.css").read_text(encoding="utf-8"))
     return files
+
+
+def page_of(script: str) -> str:
+    """A script in cells as a page: its texts, and its code between them."""
+    parts = []
+    for cell in re.split(r"(?m)^# %%", script)[1:]:
+        kind, _, body = cell.partition("\n")
+        if kind == " [markdown]":
+            parts.append(re.sub(r"(?m)^# ?", "", body).strip())
+        else:
+            parts.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(parts)
 
 
 # --- links -----------------------------------------------------------------------------------
