@@ -91,8 +91,9 @@ def plan(
         ("scratch", arguments.pop("scratch", None), "aggregate as one, or with more memory"),
     ):
         with listing(refusals):
+            expected = "an integer" if name == "rank" else "none"
             require(refused is None or settings.get(name) != refused, name, repr(refused),
-                    "a job, which computes every module once, by itself", remedy)  # fmt: skip
+                    f"{expected}: a job computes every module once, by itself", remedy)  # fmt: skip
     place = Path(os.path.realpath(job))
     with listing(refusals):
         apart(job, [f.path if isinstance(f, Place) else f for f in folders])

@@ -101,6 +101,23 @@ def test_any_number_of_workers_in_any_order_makes_the_same_parts(
     assert len(seen) == 1
 
 
+def test_commands_say_who_is_left_out_and_what_is_missing(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "job"
+    plan = ["job", "plan", *clients, tmp_path / "nix", "-o", place, "--on-bad-client", "skip"]
+    said = glora(*plan, code=3)
+    assert said.startswith("skipped: client 'nix': no such folder")
+    assert f"next: glora job work {place}" in said
+    assert "next:" not in glora(*plan, "-q", code=3)
+    parts = len(job.read_job(place).about["parts"])
+    missing = ", ".join(map(str, range(parts)))
+    assert f"parts made: 0 of {parts}; missing: {missing}\n" in glora("job", "status", place)
+    assert glora("job", "work", place, "-q") == ""
+    assert f"0 parts made, {parts} there already\n" in glora("job", "work", place)
+    assert glora("job", "join", place, "-o", tmp_path / "out", "-q", code=3).startswith("skipped:")
+
+
 def test_the_commands_give_the_folder_of_aggregate(clients: list[Path], tmp_path: Path) -> None:
     settings = ["--rank", "6", "--weights", "3,1,2,1", "--seed", "5"]
     glora("aggregate", *clients, "-o", tmp_path / "out", "--readout", "2,6", *settings)
