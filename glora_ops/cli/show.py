@@ -48,6 +48,7 @@ __all__ = [
     "print_json",
     "print_notes",
     "print_skipped",
+    "print_untouched",
     "progress",
     "size",
     "span",
@@ -144,6 +145,11 @@ def print_skipped(skipped: Sequence[str]) -> None:
         warn("skipped: ", reason)
     if len(shown) < len(skipped):
         console().print(f"and {len(skipped) - len(shown)} more: --json lists them")
+
+
+def print_untouched() -> None:
+    """The last line of a dry run."""
+    console().print("nothing was read but headers, and nothing was written", style="dim")
 
 
 def warn(label: str, text: str) -> None:
