@@ -1,4 +1,4 @@
-"""`glora` on the command line: look at clients, aggregate them, read adapters out.
+"""`glora` on the command line.
 
 One file per command. What a command finds out is one plain dictionary (`facts`, `measure`), which
 `show` prints for people and ``--json`` prints for machines. torch and the rest of glora are

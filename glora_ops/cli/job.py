@@ -17,7 +17,7 @@ from ..errors import GloraWarning, Refusals, listing
 from . import aggregate as whole
 from .client_list import named_clients, read_client_list
 from .command import Command
-from .options import Dtype, Json, Overwrite, Pad, Quiet, Readouts, Verbose, option
+from .options import Dtype, Json, Overwrite, Pad, Quiet, Readouts, Threads, Verbose, option
 from .show import (
     answering,
     clean,
@@ -172,23 +172,24 @@ def work(
             "starts them again when one is killed.",
         ),
     ] = None,
+    threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make this worker's parts, but for those that are made.
 
     A worker may be killed and started again, and two may have the same index. It reads the
-    folders that JOB names, and computes on as many threads as torch has (OMP_NUM_THREADS).
+    folders that JOB names. Each of --workers has --threads, or they share the machine's.
     """
     if workers is not None and (index, of) != (None, None):
         raise typer.BadParameter("starts workers, and is none itself", param_hint="--workers")
     kept = "finished parts are kept; the same command goes on"
-    with answering(as_json, writes=False, kept=kept, quiet=quiet):
+    with answering(as_json, writes=False, kept=kept, quiet=quiet, threads=threads):
         from ..job import torchrun
         from ..job import work as do
 
         if workers is not None:
-            torchrun(job, workers)
+            torchrun(job, workers, threads=threads)
             index, of = 0, 1  # nothing is left, or this process does it
         with warnings.catch_warnings(record=True) as said, progress() as report:
             warnings.simplefilter("always", GloraWarning)

@@ -238,9 +238,8 @@ def test_an_option_of_two_commands_is_worded_once() -> None:
                 if isinstance(o, click.Option) and not o.hidden}  # fmt: skip
 
     whole = options("glora aggregate")
-    parts = options("glora job plan") | options("glora job join")
-    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--threads", "--plot",
-                                           "--dry-run"}  # fmt: skip
+    parts = options("glora job plan") | options("glora job work") | options("glora job join")
+    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--dry-run"}
     for name in (parts.keys() & whole.keys()) - {"--out"}:
         assert parts[name] == whole[name]
 

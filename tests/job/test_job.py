@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import weakref
 from concurrent.futures import ProcessPoolExecutor
@@ -116,6 +117,31 @@ def test_commands_say_who_is_left_out_and_what_is_missing(
     assert glora("job", "work", place, "-q") == ""
     assert f"0 parts made, {parts} there already\n" in glora("job", "work", place)
     assert glora("job", "join", place, "-o", tmp_path / "out", "-q", code=3).startswith("skipped:")
+
+
+def test_workers_compute_on_the_threads_that_are_asked_for(
+    clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glora("job", "plan", *clients, "-o", tmp_path / "job")
+    seen: list[int] = []
+    plain = job.work
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen.append(torch.get_num_threads())
+        return plain(*args, **kwargs)
+
+    def launched(command: list[str], env: dict[str, str], **_: object) -> object:
+        seen.append(int(env["OMP_NUM_THREADS"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(job, "work", watched)
+    monkeypatch.setattr(subprocess, "run", launched)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    glora("job", "work", tmp_path / "job", "--threads", 3)
+    glora("job", "work", tmp_path / "job", "--workers", 2, "--threads", 5)
+    glora("job", "work", tmp_path / "job", "--workers", 2)
+    before = torch.get_num_threads()
+    assert seen == [3, 5, 5, 2, before]
 
 
 def test_the_commands_give_the_folder_of_aggregate(clients: list[Path], tmp_path: Path) -> None:
