@@ -261,3 +261,11 @@ def test_no_column_is_lost_in_a_pipe(work: Path) -> None:
 def test_the_former_spelling_takes_no_option_for_a_state(work: Path) -> None:
     said = glora("aggregate", "ann", "--update", "--remove", "bob", code=2).stderr
     assert "glora update STATE --add DIR --remove NAME" in " ".join(said.split()).replace("│ ", "")
+
+
+def test_a_client_added_twice_is_told_by_its_folder(work: Path) -> None:
+    glora("aggregate", "ann", "bob", "-o", "out")
+    twice = ["update", "out", "--add", "cyd", "--add", "cyd"]
+    (refused,) = glora_json(*twice, code=1)["refused"]
+    assert refused["found"] == str([str(work / "cyd")] * 2)
+    assert "NAME=DIR" in refused["remedy"]
