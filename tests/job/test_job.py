@@ -119,6 +119,17 @@ def test_commands_say_who_is_left_out_and_what_is_missing(
     assert glora("job", "join", place, "-o", tmp_path / "out", "-q", code=3).startswith("skipped:")
 
 
+def test_a_folder_without_a_plan_is_refused_with_the_clients(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    command = ["job", "plan", *clients, tmp_path / "nix", "-o", tmp_path / "taken", "--json"]
+    first, second = json.loads(glora(*command, code=1))["refused"]
+    assert first["found"] == f"the existing {str(tmp_path / 'taken')!r}"
+    assert "overwrite" not in first["remedy"]  # which a plan does not take
+    assert second["client"] == "nix"
+
+
 def test_workers_compute_on_the_threads_that_are_asked_for(
     clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
