@@ -146,5 +146,15 @@ def command_line() -> str:
     from glora_ops.cli import app
 
     command = typer.main.get_command(app)
+    _told_in_full(command)
     context = command.make_context("glora", [], resilient_parsing=True)
     return get_docs_for_click(obj=command, ctx=context, name="glora", title="Command line")
+
+
+def _told_in_full(command: Any) -> None:
+    """Whole first sentences for lists of commands, and what arguments are."""
+    command.short_help = (command.help or "").partition("\n\n")[0]
+    if hasattr(command, "find_help"):
+        command.find_help()
+    for inner in getattr(command, "commands", {}).values():
+        _told_in_full(inner)
