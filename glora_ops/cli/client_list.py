@@ -32,7 +32,7 @@ def named_clients(
             "either the clients' folders, or --clients FILE", param_hint="CLIENT_DIR"
         )
     if weights is not None and client_list is not None and not is_file(weights):
-        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
+        raise typer.BadParameter("they stand in the file of --clients", param_hint="--weights")
     named = clients or []
     return named, None if weights is None or is_file(weights) else numbers(weights, len(named))
 

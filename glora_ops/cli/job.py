@@ -40,7 +40,7 @@ app = typer.Typer(
     help="Aggregate in parts, by many processes on many machines.\n\nPlan once, work in any number "
     "of processes on any machines that see the same files, join at the end. The result is that of "
     "glora aggregate, to the bit.",
-    epilog="Example: glora job plan --clients list.txt -o job && glora job work job --workers 4 "
+    epilog="Example: glora job plan --clients clients.tsv -o job && glora job work job --workers 4 "
     "&& glora job join job -o out --readout 8,16",
 )
 

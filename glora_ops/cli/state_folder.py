@@ -45,7 +45,7 @@ class Planned(Exception):
 
 @dataclass(frozen=True)
 class StateFolder:
-    """What `glora aggregate` and `glora update` write, and where."""
+    """What `glora aggregate`, `update` and `job join` write, and where."""
 
     out: Path
     readouts: list[int]
