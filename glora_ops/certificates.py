@@ -46,7 +46,7 @@ STATS = (
     # clients with directions below their storage limit, which have no vote there
     "effective_rank",  # singular values of the state above rounding
     "storage_scale",  # S = Σ w_i|s_i|‖B_i‖_F‖A_i‖_F, the unit of rounding errors
-    "power_iters",  # power iterations taken (0 on the exact route)
+    "power_iters",  # power iterations taken (0 where the exact solver was used)
     "iterative",  # 0: solved exactly, 1: by iterations
 )
 

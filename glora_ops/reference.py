@@ -301,11 +301,6 @@ def anchor_weights(clients: Sequence[Client], weights: ArrayLike, scaling: Array
     return coefficient
 
 
-def anchor_mean(clients: Sequence[Client], weights: ArrayLike, scaling: ArrayLike) -> Array:
-    """W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄): the mean in which every client has an equal voice."""
-    return mean_update(clients, anchor_weights(clients, weights, scaling), scaling)
-
-
 def _norms(clients: Sequence[Client], scaling: Array) -> Array:
     return np.array(
         [

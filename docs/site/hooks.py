@@ -9,7 +9,9 @@ from __future__ import annotations
 import posixpath
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -118,15 +120,21 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
 def python() -> str:
     """Every public name, by mkdocstrings from its docstring."""
     import glora_ops
+    from glora_ops import job
 
     parts = ["# Python", "`import glora_ops as glora`, which also registers `torch.ops.glora`."]
-    for name in glora_ops.__all__:
-        public = getattr(glora_ops, name)
+    parts += _public(glora_ops)
+    parts.append("`from glora_ops import job`: [an aggregation in parts](../scale.md).")
+    return "\n\n".join([*parts, *_public(job)])
+
+
+def _public(module: ModuleType) -> Iterator[str]:
+    for name in module.__all__:
+        public = getattr(module, name)
         if isinstance(public, tuple):
-            parts.append(f"## {name}\n\n" + ", ".join(f"`{x}`" for x in public))
+            yield f"## {name}\n\n" + ", ".join(f"`{x}`" for x in public)
         elif callable(public):
-            parts.append(f"::: {public.__module__}.{public.__qualname__}")
-    return "\n\n".join(parts)
+            yield f"::: {public.__module__}.{public.__qualname__}"
 
 
 def ops() -> str:
@@ -152,5 +160,15 @@ def command_line() -> str:
     from glora_ops.cli import app
 
     command = typer.main.get_command(app)
+    _told_in_full(command)
     context = command.make_context("glora", [], resilient_parsing=True)
     return get_docs_for_click(obj=command, ctx=context, name="glora", title="Command line")
+
+
+def _told_in_full(command: Any) -> None:
+    """Whole first sentences for lists of commands, and what arguments are."""
+    command.short_help = (command.help or "").partition("\n\n")[0]
+    if hasattr(command, "find_help"):
+        command.find_help()
+    for inner in getattr(command, "commands", {}).values():
+        _told_in_full(inner)

@@ -1,4 +1,4 @@
-"""`glora` on the command line: look at clients, aggregate them, read adapters out.
+"""`glora` on the command line.
 
 One file per command. What a command finds out is one plain dictionary (`facts`, `measure`), which
 `show` prints for people and ``--json`` prints for machines. torch and the rest of glora are
@@ -27,8 +27,8 @@ class _Commands(TyperGroup):
     """The commands; until the next version also the former spelling of one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args[:1] == ["aggregate"] and "--update" in args[:-1]:
-            at = args.index("--update")
+        at = args.index("--update") if "--update" in args[:-1] else None
+        if at is not None and args[0] == "aggregate" and not args[at + 1].startswith("-"):
             args = ["update", args[at + 1], *args[1:at], *args[at + 2 :]]
             typer.echo("glora aggregate --update STATE is glora update STATE now", err=True)
         return super().parse_args(ctx, args)

@@ -12,22 +12,25 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import GloraWarning, Refusals, listing
+from .client_list import named_clients, read_client_list
 from .options import (
-    PICTURE_NAME,
     Base,
+    Device,
     DryRun,
     Dtype,
     Json,
     Overwrite,
     Pad,
     Quiet,
+    Readouts,
     Seed,
+    Spectra,
     Threads,
     Verbose,
     option,
 )
 from .show import answering, print_json, progress
-from .weights import is_file, numbers, weights_file
+from .weights import is_file, weights_file
 
 __all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
 
@@ -69,7 +72,8 @@ def aggregate(
     out: Annotated[
         Path | None,
         option(
-            "--out", "-o", metavar="OUT", default="the recipe's", example="-o merged",
+            "--out", "-o", metavar="OUT", default="a recipe's; without one it has to be given",
+            example="-o merged",
             help="New folder for server.safetensors and one adapter folder per readout.",
         ),
     ] = None,
@@ -84,18 +88,12 @@ def aggregate(
     captured: Annotated[
         float | None,
         option(
-            "--captured", min=0, max=1, default=f"{DEFAULT_CAPTURED}",
+            "--captured", metavar="FRACTION", min=0, max=1, default=f"{DEFAULT_CAPTURED}",
             example="--rank auto --captured 0.95",
             help="With --rank auto: the fraction of the mean update's energy to hold.",
         ),
     ] = None,
-    readout: Annotated[
-        str,
-        option(
-            "--readout", metavar="4,8,…", default="none", example="--readout 8,16",
-            help="Also write adapters of these ranks, as folders r4, r8, … in OUT.",
-        ),
-    ] = "",
+    readout: Readouts = "",
     weights: Annotated[
         str | None,
         option(
@@ -142,7 +140,8 @@ def aggregate(
     clip: Annotated[
         float | None,
         option(
-            "--clip", default=f"{DEFAULT_CLIP:g}", example="--robust clip --clip 3",
+            "--clip", metavar="TIMES", default=f"{DEFAULT_CLIP:g}",
+            example="--robust clip --clip 3",
             help="With --robust clip or gate: longest update, in median norms.",
         ),
     ] = None,
@@ -178,20 +177,9 @@ def aggregate(
         ),
     ] = "mean",
     seed: Seed = 0,
-    device: Annotated[
-        str,
-        option(
-            "--device", metavar="NAME", default="cpu", example="--device cuda",
-            help="Where to compute.",
-        ),
-    ] = "cpu",
+    device: Device = "cpu",
     threads: Threads = None,
-    plot: Annotated[
-        bool,
-        option(
-            "--plot", example="--plot", help=f"Draw the spectra into OUT/{PICTURE_NAME}.",
-        ),
-    ] = False,
+    plot: Spectra = False,
     moved: Annotated[
         list[str] | None,
         typer.Option("--update", "--add", "--remove", hidden=True, callback=_moved, is_eager=True),
@@ -211,10 +199,7 @@ def aggregate(
     glora update adds and withdraws clients later.
     """
     began = monotonic()
-    if bool(clients) == (client_list is not None):
-        raise typer.BadParameter(
-            "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
-        )
+    named, given = named_clients(clients, client_list, weights)
     if out is None:
         raise typer.BadParameter("a new folder for the result", param_hint="--out")
     rank_of_server = server_rank(rank)
@@ -225,10 +210,6 @@ def aggregate(
             "only means something with --robust clip or gate", param_hint="--clip"
         )
     readouts = ranks(readout)
-    if weights is not None and client_list is not None and not is_file(weights):
-        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
-    named = clients or []
-    given = None if weights is None or is_file(weights) else numbers(weights, len(named))
 
     with (
         answering(as_json, writes=True, quiet=quiet, threads=threads) as outcome,
@@ -236,7 +217,6 @@ def aggregate(
     ):
         from ..adapters.places import find_places
         from ..merging.aggregate import merge
-        from .client_list import read_client_list
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
         refusals = Refusals()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Json, Overwrite, Quiet, Threads, option
+from .options import DryRun, Json, Overwrite, Quiet, Threads, option
 from .show import (
     answering,
     clean,
@@ -18,6 +18,7 @@ from .show import (
     labelled,
     print_json,
     print_notes,
+    print_untouched,
     size,
 )
 
@@ -53,6 +54,7 @@ def apply(
     ] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -68,9 +70,11 @@ def apply(
         from ..state import WRITTEN
 
         to = None if dtype is None else WRITTEN[dtype]
-        done = apply_adapter(adapter, base, out, dtype=to, overwrite=overwrite)
-        outcome.wrote(out)
+        done = apply_adapter(adapter, base, out, dtype=to, overwrite=overwrite, dry_run=dry_run)
+        if not dry_run:
+            outcome.wrote(out)
         facts: dict[str, Any] = {
+            "dry_run": dry_run,
             "adapter": str(adapter),
             "base": str(base),
             "out": str(out),
@@ -84,6 +88,12 @@ def apply(
             print_json(facts)
             return
         changed = f"{len(done.changed)} of {counted(done.tensors, 'tensor')} changed"
-        line = f"{clean(out)}  merged model, {changed}, {size(out)}, {duration(facts['seconds'])}"
-        console().print(labelled("written: ", "bold green", line), soft_wrap=True)
+        line = f"{clean(out)}  merged model, {changed}"
+        if dry_run:
+            console().print(labelled("would write: ", "bold", line), soft_wrap=True)
+        else:
+            line += f", {size(out)}, {duration(facts['seconds'])}"
+            console().print(labelled("written: ", "bold green", line), soft_wrap=True)
         print_notes(facts["notes"])
+        if dry_run:
+            print_untouched()

@@ -6,18 +6,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..errors import Refusal, Refusals, Refused, unfit
+from .weights import is_file, numbers
 
 if TYPE_CHECKING:
     from ..adapters.places import Place
 
-__all__ = ["client_entry", "read_client_list"]
+__all__ = ["client_entry", "named_clients", "read_client_list"]
 
 _FORM = (
     'PATH, or PATH, NAME and WEIGHT with tabs between, or {"path": …, "name": …, "weight": …} '
     "without what is not given"
 )
 _KEYS = ("path", "name", "weight")
+
+
+def named_clients(
+    clients: Sequence[str] | None, client_list: Path | None, weights: str | None
+) -> tuple[Sequence[str], list[float] | None]:
+    """Clients and weights that the command line itself names; files of either are read later."""
+    if bool(clients) == (client_list is not None):
+        raise typer.BadParameter(
+            "either the clients' folders, or --clients FILE", param_hint="CLIENT_DIR"
+        )
+    if weights is not None and client_list is not None and not is_file(weights):
+        raise typer.BadParameter("they stand in the file of --clients", param_hint="--weights")
+    named = clients or []
+    return named, None if weights is None or is_file(weights) else numbers(weights, len(named))
 
 
 def read_client_list(file: Path) -> tuple[list[Place], list[float] | None]:

@@ -21,7 +21,7 @@ class Command(TyperCommand):
         """Nothing: `format_options` writes them, whichever click asks for what."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self._find_help()
+        self.find_help()
         for title, kind in (("Arguments", click.Argument), ("Options", click.Option)):
             params = [param for param in self.get_params(ctx) if isinstance(param, kind)]
             records = [record for param in params if (record := param.get_help_record(ctx))]
@@ -30,7 +30,7 @@ class Command(TyperCommand):
                     # typer escapes brackets for rich, which is not in use here
                     formatter.write_dl([(name, said.replace("\\[", "[")) for name, said in records])
 
-    def _find_help(self) -> None:
+    def find_help(self) -> None:
         """Give arguments the help that the command's annotations hold."""
         written = getattr(self.callback, "__wrapped__", self.callback)
         hints = get_type_hints(written, include_extras=True)

@@ -12,11 +12,21 @@ import torch
 
 from ..adapters.safetensors_header import read_header
 from ..certificates import CLIENT_STATS, STATS
-from ..errors import Refusals, require
+from ..errors import require
 from ..report import lines, notes
 from ..state import State
 from ..state_file import MARK, MAX_BYTES, StateFile, read
-from .show import clean, console, counted, figures, labelled, print_notes, span, table, warn
+from .show import (
+    clean,
+    console,
+    counted,
+    figures,
+    labelled,
+    print_notes,
+    print_skipped,
+    span,
+    table,
+)
 
 __all__ = [
     "STATE_NAME",
@@ -199,11 +209,7 @@ def print_state(facts: Mapping[str, Any], verbose: bool = False) -> None:
     if facts["notes"] or facts["skipped"]:
         to.print()
     print_notes(facts["notes"])
-    shown = facts["skipped"][: Refusals.LISTED]
-    for skipped in shown:
-        warn("skipped: ", skipped)
-    if len(shown) < len(facts["skipped"]):
-        to.print(f"and {len(facts['skipped']) - len(shown)} more: --json lists them")
+    print_skipped(facts["skipped"])
 
 
 def _print_certificates(summary: Sequence[Mapping[str, str]]) -> None:

@@ -66,7 +66,7 @@ def run(
     ] = "",
     seeds: Annotated[
         int,
-        option("--seeds", min=1, default="3", example="--seeds 10",
+        option("--seeds", metavar="N", min=1, default="3", example="--seeds 10",
                help="How many seeds: 0, 1, …."),
     ] = 3,
     engine: Annotated[
@@ -190,7 +190,10 @@ def report(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Tables, paired differences and pictures of finished runs, configuration by configuration."""
+    """Show and draw what finished runs came to.
+
+    Tables, paired differences and pictures, configuration by configuration.
+    """
     with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..fl.load import load_runs, with_finished
         from ..fl.pictures import draw
@@ -236,7 +239,8 @@ def report(
         named = [name for s in summaries for name in s["unfinished"]] + left_out
         if named:
             console().print(clean(unfinished(named)), soft_wrap=True)
-        console().print(f"written: {clean(folder)}/report.md", soft_wrap=True)
+        page = clean(folder / "report.md")
+        console().print(labelled("written: ", "bold green", page), soft_wrap=True)
 
 
 @app.command(
@@ -245,7 +249,8 @@ def report(
 def partition(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="As for glora fl run.")],
     seed: Annotated[
-        int, option("--seed", default="0", example="--seed 1", help="Whose partition.")
+        int,
+        option("--seed", metavar="N", default="0", example="--seed 1", help="Whose partition."),
     ] = 0,
     data_dir: DataDir = None,
     model: Model = None,

@@ -67,7 +67,8 @@ def inspect(
             print_state(facts, verbose)
             _print_state_modules(facts["certificates"], verbose)
             if facts["sha256"] is not None:
-                console().print(f"\nchecksums: all verified, sha256 {facts['sha256']}", style="dim")
+                said = f"\nchecksums: all verified, sha256 {facts['sha256']}"
+                console().print(said, style="dim", soft_wrap=True)
         else:
             _print_adapter(facts)
         if plot is not None:

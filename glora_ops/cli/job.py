@@ -15,10 +15,21 @@ import typer
 
 from ..errors import GloraWarning, Refusals, listing
 from . import aggregate as whole
+from .client_list import named_clients, read_client_list
 from .command import Command
-from .options import Dtype, Json, Overwrite, Pad, Verbose, option
-from .show import answering, clean, console, counted, decimal, labelled, print_json, progress
-from .weights import is_file, numbers, weights_file
+from .options import Dtype, Json, Overwrite, Pad, Quiet, Readouts, Threads, Verbose, option
+from .show import (
+    answering,
+    clean,
+    console,
+    counted,
+    decimal,
+    labelled,
+    print_json,
+    print_skipped,
+    progress,
+)
+from .weights import is_file, weights_file
 
 __all__ = ["app"]
 
@@ -26,9 +37,10 @@ app = typer.Typer(
     name="job",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Aggregate in parts: plan once, work in any number of processes on any machines that see "
-    "the same files, join at the end. The result is that of glora aggregate, to the bit.",
-    epilog="Example: glora job plan --clients list.txt -o job && glora job work job --workers 4 "
+    help="Aggregate in parts, by many processes on many machines.\n\nPlan once, work in any number "
+    "of processes on any machines that see the same files, join at the end. The result is that of "
+    "glora aggregate, to the bit.",
+    epilog="Example: glora job plan --clients clients.tsv -o job && glora job work job --workers 4 "
     "&& glora job join job -o out --readout 8,16",
 )
 
@@ -75,28 +87,21 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:  # fmt: skip
-    """Look at the clients, and write down which modules are computed together.
+    """Write down which modules are computed together.
 
-    Options are those of glora aggregate. Nothing but headers is read, and with
-    --on-bad-client skip every value.
+    Options are those of glora aggregate; --rank auto and --robust, which need all modules at
+    once, are refused. Of the clients headers are read, and with --on-bad-client skip every value.
     """
     client_list = options.pop("client_list")
-    if bool(clients) == (client_list is not None):
-        raise typer.BadParameter(
-            "at least one client's folder, or --clients FILE", param_hint="CLIENT_DIR"
-        )
     options["rank"], weights = whole.server_rank(options["rank"]), options.pop("weights")
-    if weights is not None and client_list is not None and not is_file(weights):
-        raise typer.BadParameter("stand in the file of --clients", param_hint="--weights")
-    named = clients or []
-    given = None if weights is None or is_file(weights) else numbers(weights, len(named))
-    with answering(as_json, writes=True) as outcome:
+    named, given = named_clients(clients, client_list, weights)
+    with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..adapters.places import find_places
         from ..job import plan as make
-        from .client_list import read_client_list
 
         refusals = Refusals()
         places = find_places(named)
@@ -118,7 +123,7 @@ def plan(
             "clients": [client["name"] for client in about["clients"] if client["kept"]],
             "skipped": about["skipped"],
             "modules": [name for part in about["parts"] for name in part["modules"]],
-            "parts": [part["bytes"] for part in about["parts"]],
+            "part_bytes": [part["bytes"] for part in about["parts"]],
         }
         if as_json:
             print_json(facts)
@@ -130,12 +135,12 @@ def plan(
 
 def _print_plan(facts: dict[str, Any]) -> None:
     to = console()
-    for reason in facts["skipped"]:
-        to.print(labelled("left out: ", "bold yellow", clean(reason)), soft_wrap=True)
+    print_skipped(facts["skipped"])
+    clients, modules = counted(len(facts["clients"]), "client"), len(facts["modules"])
+    sizes = facts["part_bytes"]
     line = (
-        f"{clean(facts['job'])}  {counted(len(facts['clients']), 'client')}, "
-        f"{counted(len(facts['modules']), 'module')} in {counted(len(facts['parts']), 'part')} of "
-        f"at most {decimal(max(facts['parts']))}"
+        f"{clean(facts['job'])}  {clients}, {counted(modules, 'module')} in "
+        f"{counted(len(sizes), 'part')} of at most {decimal(max(sizes))}"
     )
     to.print(labelled("planned: ", "bold green", line), soft_wrap=True)
     to.print(f"next: glora job work {clean(facts['job'])}", soft_wrap=True)
@@ -167,21 +172,24 @@ def work(
             "starts them again when one is killed.",
         ),
     ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make this worker's parts, but for those that are made.
 
     A worker may be killed and started again, and two may have the same index. It reads the
-    folders that JOB names, and computes on as many threads as torch has (OMP_NUM_THREADS).
+    folders that JOB names. Each of --workers has --threads, or they share the machine's.
     """
     if workers is not None and (index, of) != (None, None):
         raise typer.BadParameter("starts workers, and is none itself", param_hint="--workers")
-    with answering(as_json, writes=False, kept="finished parts are kept; the same command goes on"):
+    kept = "finished parts are kept; the same command goes on"
+    with answering(as_json, writes=False, kept=kept, quiet=quiet, threads=threads):
         from ..job import torchrun
         from ..job import work as do
 
         if workers is not None:
-            torchrun(job, workers)
+            torchrun(job, workers, threads=threads)
             index, of = 0, 1  # nothing is left, or this process does it
         with warnings.catch_warnings(record=True) as said, progress() as report:
             warnings.simplefilter("always", GloraWarning)
@@ -193,12 +201,12 @@ def work(
             if issubclass(warning.category, GloraWarning):
                 console(stderr=True).print(clean(warning.message), soft_wrap=True)
         made = counted(len(done.made) + len(done.again), "part")
-        console().print(f"{made} made, {len(done.found)} were there", soft_wrap=True)
+        console().print(f"{made} made, {len(done.found)} there already", soft_wrap=True)
 
 
 @app.command(cls=Command, epilog="Example: glora job status job")
 def status(job: Folder, as_json: Json = False) -> None:
-    """How far a job is: what is made, what is missing, how long the rest may take."""
+    """Say what of a job is made, and how long the rest may take."""
     with answering(as_json, writes=False):
         from ..job import status as look
 
@@ -212,16 +220,16 @@ def status(job: Folder, as_json: Json = False) -> None:
             ("groups of clients checked", found.checks, found.unchecked),
         ):
             if count:
-                line = f"{what}: {count - len(missing)} of {count}{_which(missing)}"
+                line = f"{what}: {count - len(missing)} of {count}{_missing(missing)}"
                 to.print(line, soft_wrap=True)
         left = "not known yet" if found.left is None else f"{found.left:.0f} s"
         line = f"one thread's time: {found.seconds:.0f} s so far, for the rest {left}"
         to.print(line, soft_wrap=True)
 
 
-def _which(missing: Sequence[int]) -> str:
-    more = ", …" * (len(missing) > 10)
-    return f", without {', '.join(map(str, missing[:10]))}{more}" if missing else ""
+def _missing(numbers: Sequence[int]) -> str:
+    more = ", …" * (len(numbers) > 10)
+    return f"; missing: {', '.join(map(str, numbers[:10]))}{more}" if numbers else ""
 
 
 @app.command(cls=Command, epilog="Example: glora job join job -o out --readout 8,16")
@@ -234,26 +242,22 @@ def join(
             help="New folder for server.safetensors and one adapter folder per readout.",
         ),
     ],
-    readout: Annotated[
-        str,
-        option(
-            "--readout", metavar="4,8,…", default="none", example="--readout 8,16",
-            help="Also write adapters of these ranks, as folders r4, r8, … in OUT.",
-        ),
-    ] = "",
+    readout: Readouts = "",
     pad: Pad = "zero",
     dtype: Dtype = "fp32",
     overwrite: Overwrite = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Put the parts of a job together: what glora aggregate writes, to the bit.
+    """Put a job's parts together.
 
-    All parts have to be there. JOB is left as it is; nothing needs it afterwards.
+    The result is what glora aggregate writes, to the bit. All parts have to be there. JOB is left
+    as it is; nothing needs it afterwards.
     """
     began = monotonic()
     readouts = whole.ranks(readout)
-    with answering(as_json, writes=True) as outcome, ExitStack() as held:
+    with answering(as_json, writes=True, quiet=quiet) as outcome, ExitStack() as held:
         from ..errors import Refused
         from ..job import join as put_together
         from ..job import read_job

@@ -12,6 +12,7 @@ __all__ = [
     "PICTURE_NAME",
     "Base",
     "Clients",
+    "Device",
     "DryRun",
     "Dtype",
     "Json",
@@ -19,7 +20,10 @@ __all__ = [
     "Pad",
     "Plot",
     "Quiet",
+    "Readouts",
     "Seed",
+    "Spectra",
+    "Stored",
     "Threads",
     "Verbose",
     "option",
@@ -63,11 +67,24 @@ Clients = Annotated[
         help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names it.",
     ),
 ]
+Stored = Annotated[
+    Path,
+    typer.Argument(
+        metavar="STATE", help="A server.safetensors, or the folder glora aggregate wrote."
+    ),
+]
 Base = Annotated[
     str | None,
     option(
         "--base", metavar="NAME", example="--base org/model", default="what the clients name",
         help="Vouch that all clients adapt this one base model although they name it differently.",
+    ),
+]  # fmt: skip
+Readouts = Annotated[
+    str,
+    option(
+        "--readout", metavar="4,8,…", default="none", example="--readout 8,16",
+        help="Also write adapters of these ranks, as folders r4, r8, … in OUT.",
     ),
 ]  # fmt: skip
 Pad = Annotated[
@@ -88,8 +105,15 @@ Dtype = Annotated[
 Seed = Annotated[
     int,
     option(
-        "--seed", default="0", example="--seed 7",
+        "--seed", metavar="N", default="0", example="--seed 7",
         help="Of everything random. Equal seeds, equal bits.",
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str,
+    option(
+        "--device", metavar="NAME", default="cpu", example="--device cuda",
+        help="Where to compute.",
     ),
 ]  # fmt: skip
 Overwrite = Annotated[
@@ -127,6 +151,10 @@ Verbose = Annotated[
 ]
 Quiet = Annotated[
     bool, option("--quiet", "-q", example="-q", help="Print warnings and refusals only.")
+]
+Spectra = Annotated[
+    bool,
+    option("--plot", example="--plot", help=f"Draw the spectra into OUT/{PICTURE_NAME}."),
 ]
 Plot = Annotated[
     Path | None,

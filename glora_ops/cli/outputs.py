@@ -1,4 +1,4 @@
-"""The folder that `glora aggregate` writes: what is in it, and what of a folder is not its own."""
+"""What of a folder `glora aggregate` did not write."""
 
 from __future__ import annotations
 

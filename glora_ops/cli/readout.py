@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from .options import Dtype, Json, Overwrite, Pad, Quiet, Seed, option
+from .options import Dtype, Json, Overwrite, Pad, Quiet, Seed, Stored, option
 from .show import answering, clean, console, counted, labelled, print_json, print_notes, size
 
 __all__ = ["EXAMPLE", "readout"]
@@ -16,15 +14,13 @@ EXAMPLE = "Example: glora readout out -r 8 -o adapters/r8"
 
 
 def readout(
-    state: Annotated[
-        Path,
-        typer.Argument(
-            metavar="STATE", help="A server.safetensors, or the folder glora aggregate wrote."
-        ),
-    ],
+    state: Stored,
     rank: Annotated[
         int,
-        option("--rank", "-r", min=1, default=None, example="-r 8", help="Rank of the adapter."),
+        option(
+            "--rank", "-r", metavar="N", min=1, default=None, example="-r 8",
+            help="Rank of the adapter.",
+        ),
     ],
     out: Annotated[
         Path,

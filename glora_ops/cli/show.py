@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import GloraError, Refusal, clean
+from ..errors import GloraError, Refusal, Refusals, clean
 from ..runtime.signals import Terminated, terminable
 from ..runtime.streams import output_trouble
 from .loading import load
@@ -46,6 +47,8 @@ __all__ = [
     "number",
     "print_json",
     "print_notes",
+    "print_skipped",
+    "print_untouched",
     "progress",
     "size",
     "span",
@@ -59,6 +62,7 @@ _STEPS = {
     "dense": "averaging full weights",
     "modules": "aggregating modules",
 }
+WIDTH = 120  # of files and pipes, so that no table loses a column there
 LOG_EVERY = 30.0  # seconds between lines of progress where there is no terminal
 LINE = 100  # characters of a line of JSON that holds a field with entries
 ENTRY = 4  # spaces before an entry of a field
@@ -66,9 +70,12 @@ _quiet = False  # whether the command that is answering was called with --quiet
 
 
 def console(*, stderr: bool = False) -> Console:
-    return Console(
+    made = Console(
         stderr=stderr, highlight=False, markup=False, emoji=False, quiet=_quiet and not stderr
     )
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = WIDTH
+    return made
 
 
 def number(value: float) -> str:
@@ -129,6 +136,20 @@ def print_notes(notes: Sequence[Mapping[str, Any]]) -> None:
             warn("warning: ", note["text"])
         else:
             console().print(labelled("note: ", "bold", clean(note["text"])))
+
+
+def print_skipped(skipped: Sequence[str]) -> None:
+    """Clients that were left out, and why: the first of them."""
+    shown = skipped[: Refusals.LISTED]
+    for reason in shown:
+        warn("skipped: ", reason)
+    if len(shown) < len(skipped):
+        console().print(f"and {len(skipped) - len(shown)} more: --json lists them")
+
+
+def print_untouched() -> None:
+    """The last line of a dry run."""
+    console().print("nothing was read but headers, and nothing was written", style="dim")
 
 
 def warn(label: str, text: str) -> None:

@@ -27,6 +27,7 @@ from .show import (
     counted,
     duration,
     labelled,
+    print_untouched,
     size,
     span,
 )
@@ -44,7 +45,7 @@ class Planned(Exception):
 
 @dataclass(frozen=True)
 class StateFolder:
-    """What `glora aggregate` and `glora update` write, and where."""
+    """What `glora aggregate`, `update` and `job join` write, and where."""
 
     out: Path
     readouts: list[int]
@@ -133,7 +134,7 @@ def print_plan(facts: dict[str, Any]) -> None:
         to.print(line, soft_wrap=True)
     for path in facts["writes"]:
         to.print(labelled("would write: ", "bold", clean(path)), soft_wrap=True)
-    to.print("nothing was read but headers, and nothing was written", style="dim")
+    print_untouched()
 
 
 def print_written(facts: dict[str, Any], verbose: bool) -> None:

@@ -16,11 +16,13 @@ import typer
 from ..errors import GloraWarning, Refusals, listing
 from .aggregate import ranks
 from .options import (
-    PICTURE_NAME,
+    Device,
     DryRun,
     Json,
     Overwrite,
     Quiet,
+    Spectra,
+    Stored,
     Threads,
     Verbose,
     option,
@@ -34,12 +36,7 @@ EXAMPLE = "Example: glora update out --add clients/cyd --remove bob"
 
 
 def update(
-    state: Annotated[
-        Path,
-        typer.Argument(
-            metavar="STATE", help="A server.safetensors, or the folder glora aggregate wrote."
-        ),
-    ],
+    state: Stored,
     add: Annotated[
         list[str] | None,
         option(
@@ -92,18 +89,9 @@ def update(
             help="Numbers of the adapters that are written.",
         ),
     ] = None,
-    device: Annotated[
-        str,
-        option(
-            "--device", metavar="NAME", default="cpu", example="--device cuda",
-            help="Where to compute.",
-        ),
-    ] = "cpu",
+    device: Device = "cpu",
     threads: Threads = None,
-    plot: Annotated[
-        bool,
-        option("--plot", example="--plot", help=f"Draw the spectra into OUT/{PICTURE_NAME}."),
-    ] = False,
+    plot: Spectra = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import GloraError, Refusal, Refusals, Refused, listing
+from .show import counted
 
 __all__ = ["is_file", "numbers", "weights_file"]
 
@@ -26,7 +27,8 @@ def numbers(text: str, clients: int) -> list[float]:
         ) from None
     if len(given) != clients:
         raise typer.BadParameter(
-            f"{len(given)} numbers for {clients} clients", param_hint="--weights"
+            f"{counted(len(given), 'number')} for {counted(clients, 'client')}",
+            param_hint="--weights",
         )
     return given
 

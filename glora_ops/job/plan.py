@@ -91,11 +91,17 @@ def plan(
         ("scratch", arguments.pop("scratch", None), "aggregate as one, or with more memory"),
     ):
         with listing(refusals):
+            expected = "an integer" if name == "rank" else "none"
             require(refused is None or settings.get(name) != refused, name, repr(refused),
-                    "a job, which computes every module once, by itself", remedy)  # fmt: skip
+                    f"{expected}: a job computes every module once, by itself", remedy)  # fmt: skip
     place = Path(os.path.realpath(job))
     with listing(refusals):
         apart(job, [f.path if isinstance(f, Place) else f for f in folders])
+        if not (place / PLAN_NAME).is_file():
+            require(not os.path.lexists(place), "job", f"the existing {str(place)!r}",
+                    "a new folder, or one with the same plan", "choose another",
+                    file=str(place))  # fmt: skip
+            check_free(place, strangers)
     found = inspect(
         folders, weights, on_bad_client=on_bad_client, max_file_bytes=max_file_bytes, tell=tell,
         known=refusals, **arguments,
@@ -111,12 +117,10 @@ def plan(
         require(read_job(place).about == about, "job", f"{str(place)!r}, which holds another plan",
                 "a new folder", "choose another, or remove it", file=str(place))  # fmt: skip
         return Job(place, about)
-    with claimed(place, strangers):
-        check_free(place, strangers, overwrite=False)
-        with new_folder(place, strangers, overwrite=False) as building:
-            for name in FOLDERS:
-                (building / name).mkdir()
-            (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
+    with claimed(place, strangers), new_folder(place, strangers, overwrite=False) as building:
+        for name in FOLDERS:
+            (building / name).mkdir()
+        (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
     return Job(place, about)
 
 

@@ -64,15 +64,23 @@ def submit(job: str | os.PathLike[str], executor: Executor, workers: int) -> lis
     return [future.result() for future in futures]
 
 
-def torchrun(job: str | os.PathLike[str], workers: int, restarts: int = RESTARTS) -> None:
+def torchrun(
+    job: str | os.PathLike[str],
+    workers: int,
+    restarts: int = RESTARTS,
+    *,
+    threads: int | None = None,
+) -> None:
     """Have torchrun's local processes work on a job; raises `GloraError` where they fail.
 
     torchrun starts all of them again when one is killed, up to `restarts` times; what they had
-    done is kept. They share the machine's threads unless OMP_NUM_THREADS says how many each has.
+    done is kept. Each computes on `threads`; by default on OMP_NUM_THREADS, or where that is not
+    set on an equal share of the machine's.
     """
     require(workers >= 1, "workers", workers, "at least one")
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    shared = max(1, (os.cpu_count() or 1) // workers)
+    environment = {"OMP_NUM_THREADS": str(shared)} | os.environ
+    environment |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone",

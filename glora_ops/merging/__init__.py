@@ -1,1 +1,1 @@
-"""Folders of adapters to a state, and a state renewed: full weights go with them."""
+"""Folders of adapters into a state, a state for other clients, an adapter into its base."""

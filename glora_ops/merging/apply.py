@@ -53,6 +53,7 @@ def apply_adapter(
     *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Applied:
     """Add an adapter's ΔW = s·B·A to the weights of its base model, and write the whole model.
 
@@ -70,10 +71,13 @@ def apply_adapter(
         Of all floating weights as they are written; by default each keeps the base's.
     overwrite : bool
         Replace an existing folder that this function wrote and nobody changed.
+    dry_run : bool
+        Compare names and shapes, and stop there: nothing is read but headers, nothing is written.
 
     Returns
     -------
     Applied
+        With `dry_run` what would be.
 
     Raises
     ------
@@ -94,13 +98,16 @@ def apply_adapter(
     found = read_adapter(adapter)
     files = _files(source)
     plan = _plan(found, files, source)
+    count = sum(len(stored.tensors) for stored in files.values())
+    applied = Applied(Path(folder), tuple(sorted(plan)), count, tuple(_notes(plan)))
+    if dry_run:
+        return applied
     problems = check_values(found)
     if problems:
         raise Refused(problems)
 
     texts = _texts(source, dtype)
     mark = json.dumps({name: _digest(content) for name, content in sorted(texts.items())})
-    changed: list[str] = []
     with ExitStack() as held:
         held.enter_context(claimed(final, strangers))
         building = held.enter_context(new_folder(final, strangers, overwrite=overwrite))
@@ -108,7 +115,6 @@ def apply_adapter(
             tensors = dict(zip(stored.tensors, stored.read(*stored.tensors), strict=True))
             for key in tensors.keys() & plan.keys():
                 tensors[key] = _merged(tensors[key], found, plan[key])
-                changed.append(key)
             for key, tensor in tensors.items():
                 if dtype is not None and tensor.dtype in FLOATS:
                     tensors[key] = tensor.to(dtype)
@@ -118,14 +124,14 @@ def apply_adapter(
             save_tensors(tensors, building / name, {"format": "pt", MARK: mark})
         for name, content in texts.items():
             (building / name).write_bytes(content)
-    notes = tuple(
-        f"{key} changed: an output layer that the base ties to it changes with it, as when PEFT "
-        "merges, but not when it adapts"
-        for key in sorted(changed)
-        if isinstance(change := plan[key], Module) and change.kind == "embedding"
-    )
-    count = sum(len(stored.tensors) for stored in files.values())
-    return Applied(Path(folder), tuple(sorted(changed)), count, notes)
+    return applied
+
+
+def _notes(plan: Mapping[str, Module | str]) -> Iterator[str]:
+    for key, change in sorted(plan.items()):
+        if isinstance(change, Module) and change.kind == "embedding":
+            yield (f"{key} changed: an output layer that the base ties to it changes with it, as "
+                   "when PEFT merges, but not when it adapts")  # fmt: skip
 
 
 def strangers(folder: Path) -> list[str]:

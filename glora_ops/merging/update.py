@@ -100,14 +100,16 @@ def renew(
     for name, value in (("add", add), ("remove", remove)):
         require(not isinstance(value, (str, os.PathLike)), name, kind(value), "a list")
     entries = {entry["name"]: entry for entry in record["clients"]}
-    added = {place.name: place for place in find_places(add, known=entries)}
+    places = find_places(add, known=entries)
+    added = {place.name: place for place in places}
     refusals = [
         *known,
         *(_unknown(name, entries) for name in remove if name not in entries),
         *(_both(name) for name in added if name in remove),
     ]
     with listing(refusals):
-        require(len(added) == len(add), "add", [str(f) for f in add], "folders of different names")
+        require(len(added) == len(places), "add", [str(place.path) for place in places],
+                "folders of different names", "name each once, or apart: NAME=DIR")  # fmt: skip
     kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
     refusals += [
         _elsewhere(name, entry["path"]) for name, entry in kept.items() if not _is_own(entry)

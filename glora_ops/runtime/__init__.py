@@ -1,1 +1,1 @@
-"""What glora asks of the operating system: files and folders that appear whole or not at all."""
+"""What glora asks of the operating system: files that appear whole, locks, signals, memory."""

@@ -106,3 +106,17 @@ def test_only_its_own_folder_is_overwritten(work: Path, base: Path) -> None:
         shutil.rmtree(work / "spoilt")
     shutil.copytree(base, work / "foreign")
     glora(*command[:-1], "foreign", "--overwrite", code=1)
+
+
+def test_a_dry_run_compares_and_writes_nothing(work: Path, base: Path) -> None:
+    before = everything(work)
+    command = ["apply", "ann", "--base", "base", "-o", "model"]
+    planned = glora_json(*command, "--dry-run")
+    said = glora(*command, "--dry-run").stdout
+    assert said.startswith("would write: model  merged model, 6 of ")
+    assert "nothing was read but headers, and nothing was written" in said
+    glora("apply", "ann", "--base", "bob", "-o", "model", "--dry-run", code=1)
+    assert everything(work) == before
+    done = glora_json(*command)
+    assert planned == done | {"dry_run": True, "seconds": planned["seconds"]}
+    glora(*command, "--dry-run", code=1)  # taken since

@@ -227,3 +227,45 @@ def test_written_files_are_told_with_size_and_share(work: Path) -> None:
     assert re.search(r"written: out/server.safetensors +the state, rank 4, [\d.]+ kB\n", said)
     assert re.search(r"written: out/r1 .* rank 1, [\d.]+% of the state's energy, [\d.]+ kB", said)
     assert re.search(r"^in [\d.]+ s$", said, re.MULTILINE)
+
+
+def test_an_option_of_two_commands_is_worded_once() -> None:
+    """Of what glora aggregate does in one go and glora job in parts; only the folders differ."""
+    of = dict(commands())
+
+    def options(name: str) -> dict[str, tuple[object, ...]]:
+        return {o.opts[0]: (o.opts, o.metavar, o.help, o.type.name) for o in of[name].params
+                if isinstance(o, click.Option) and not o.hidden}  # fmt: skip
+
+    whole = options("glora aggregate")
+    parts = options("glora job plan") | options("glora job work") | options("glora job join")
+    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--dry-run"}
+    for name in (parts.keys() & whole.keys()) - {"--out"}:
+        assert parts[name] == whole[name]
+
+
+@pytest.mark.parametrize("group", [[], ["fl"], ["job"]])
+def test_no_summary_of_a_command_is_cut(group: list[str]) -> None:
+    _, _, listed = glora(*group, "--help", width=80).stdout.partition("Commands:\n")
+    assert listed
+    assert "..." not in listed
+
+
+def test_no_column_is_lost_in_a_pipe(work: Path) -> None:
+    glora("aggregate", *CLIENTS, "-o", "out")
+    said = CliRunner().invoke(app, ["inspect", "out", "-v"], env={"COLUMNS": None}).stdout
+    header = next(line for line in said.splitlines() if line.startswith("module "))
+    assert header.split()[-4:] == ["gap", "cut", "rank", "spectrum"]
+
+
+def test_the_former_spelling_takes_no_option_for_a_state(work: Path) -> None:
+    said = glora("aggregate", "ann", "--update", "--remove", "bob", code=2).stderr
+    assert "glora update STATE --add DIR --remove NAME" in " ".join(said.split()).replace("│ ", "")
+
+
+def test_a_client_added_twice_is_told_by_its_folder(work: Path) -> None:
+    glora("aggregate", "ann", "bob", "-o", "out")
+    twice = ["update", "out", "--add", "cyd", "--add", "cyd"]
+    (refused,) = glora_json(*twice, code=1)["refused"]
+    assert refused["found"] == str([str(work / "cyd")] * 2)
+    assert "NAME=DIR" in refused["remedy"]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import weakref
 from concurrent.futures import ProcessPoolExecutor
@@ -99,6 +100,59 @@ def test_any_number_of_workers_in_any_order_makes_the_same_parts(
             parts = {name: x for name, x in parts.items() if name.endswith(".safetensors")}
             seen.add(tuple(sorted(parts.items())))
     assert len(seen) == 1
+
+
+def test_commands_say_who_is_left_out_and_what_is_missing(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "job"
+    plan = ["job", "plan", *clients, tmp_path / "nix", "-o", place, "--on-bad-client", "skip"]
+    said = glora(*plan, code=3)
+    assert said.startswith("skipped: client 'nix': no such folder")
+    assert f"next: glora job work {place}" in said
+    assert "next:" not in glora(*plan, "-q", code=3)
+    parts = len(job.read_job(place).about["parts"])
+    missing = ", ".join(map(str, range(parts)))
+    assert f"parts made: 0 of {parts}; missing: {missing}\n" in glora("job", "status", place)
+    assert glora("job", "work", place, "-q") == ""
+    assert f"0 parts made, {parts} there already\n" in glora("job", "work", place)
+    assert glora("job", "join", place, "-o", tmp_path / "out", "-q", code=3).startswith("skipped:")
+
+
+def test_a_folder_without_a_plan_is_refused_with_the_clients(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    command = ["job", "plan", *clients, tmp_path / "nix", "-o", tmp_path / "taken", "--json"]
+    first, second = json.loads(glora(*command, code=1))["refused"]
+    assert first["found"] == f"the existing {str(tmp_path / 'taken')!r}"
+    assert "overwrite" not in first["remedy"]  # which a plan does not take
+    assert second["client"] == "nix"
+
+
+def test_workers_compute_on_the_threads_that_are_asked_for(
+    clients: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glora("job", "plan", *clients, "-o", tmp_path / "job")
+    seen: list[int] = []
+    plain = job.work
+
+    def watched(*args: object, **kwargs: object) -> object:
+        seen.append(torch.get_num_threads())
+        return plain(*args, **kwargs)
+
+    def launched(command: list[str], env: dict[str, str], **_: object) -> object:
+        seen.append(int(env["OMP_NUM_THREADS"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(job, "work", watched)
+    monkeypatch.setattr(subprocess, "run", launched)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    glora("job", "work", tmp_path / "job", "--threads", 3)
+    glora("job", "work", tmp_path / "job", "--workers", 2, "--threads", 5)
+    glora("job", "work", tmp_path / "job", "--workers", 2)
+    before = torch.get_num_threads()
+    assert seen == [3, 5, 5, 2, before]
 
 
 def test_the_commands_give_the_folder_of_aggregate(clients: list[Path], tmp_path: Path) -> None:

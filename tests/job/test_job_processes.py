@@ -113,4 +113,4 @@ def test_the_command_starts_workers_of_its_own(tmp_path: Path) -> None:
     launched = started("-c", command, "job", "work", tmp_path / "job", "--workers", 2)
     said, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, said
-    assert f"0 parts made, {len(planned.about['parts'])} were there" in said
+    assert f"0 parts made, {len(planned.about['parts'])} there already" in said
