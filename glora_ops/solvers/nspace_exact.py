@@ -30,9 +30,6 @@ LAST_SHIFT = 2.0**60
 # Share of a basis vector's squared length that the shift may have made up, in roundoffs of the
 # result; beyond it bases are orthonormalised in the long space.
 TILT = 2.0
-# Votes per row and squared length of what an anchor is made of that its rounding may have earned:
-# clients that nearly cancel leave it little else.
-BLUR = 4 * SHIFT
 # Squared length of a basis vector below which it is nothing but shift and rounding.
 SHORT = 1e-6
 
@@ -142,17 +139,12 @@ class ExactSolver:
         root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
         lower = self.lower.unflatten(0, (2, -1))
         rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(lower))
-        blur = None
         if anchor is not None:
             lead, vote = anchor
             column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
             rows = torch.cat([rows, column.mT], -2)
-            made = torch.linalg.solve_triangular(lower.mT, column, upper=True)
-            blur = BLUR * made.square().sum(-2).amax(-1).flatten()[:, None]
         rows = rows.flatten(0, 1)
         values, x = self._eigh(torch.bmm(rows.mT, rows))
-        if blur is not None:
-            values = values * (values > blur * x.shape[-2])
         images = torch.bmm(torch.cat([m.mT, m]), x)
         energies = images.square().sum(-2).unflatten(0, (2, -1))
         bases = fill(x, rank)
