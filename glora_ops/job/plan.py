@@ -113,14 +113,16 @@ def plan(
         found = with_equal_copies(found, on_bad_client)
     about = sealed(_content(found, digests, max_file_bytes, device))
     check_fit(about, "plan", place, "leave out what aggregate_adapters does not know")
-    if (place / PLAN_NAME).is_file():
-        require(read_job(place).about == about, "job", f"{str(place)!r}, which holds another plan",
-                "a new folder", "choose another, or remove it", file=str(place))  # fmt: skip
-        return Job(place, about)
-    with claimed(place, strangers), new_folder(place, strangers, overwrite=False) as building:
-        for name in FOLDERS:
-            (building / name).mkdir()
-        (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
+    with claimed(place, strangers):  # which clears away what a killed one left
+        if (place / PLAN_NAME).is_file():
+            require(read_job(place).about == about, "job",
+                    f"{str(place)!r}, which holds another plan", "a new folder",
+                    "choose another, or remove it", file=str(place))  # fmt: skip
+            return Job(place, about)
+        with new_folder(place, strangers, overwrite=False) as building:
+            for name in FOLDERS:
+                (building / name).mkdir()
+            (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
     return Job(place, about)
 
 
