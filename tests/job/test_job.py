@@ -225,6 +225,16 @@ def test_another_plan_takes_nobodys_folder(clients: list[Path], tmp_path: Path) 
     assert files(tmp_path / "job") == before
 
 
+def test_a_plan_given_again_clears_away_what_a_killed_one_left(
+    clients: list[Path], tmp_path: Path
+) -> None:
+    job.plan(clients, tmp_path / "job")
+    left = tmp_path / ".job.deadbeef.new"
+    left.mkdir()
+    job.plan(clients, tmp_path / "job")
+    assert not left.exists()
+
+
 CHANGES = {
     "adapter_model.safetensors": "size|mtime_ns|inode",
     "adapter_config.json": "config_sha256",
