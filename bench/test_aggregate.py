@@ -28,7 +28,6 @@ from peers import (
 from populations import Case, Population, population
 from truth import Truth, truth_of
 
-import glora_ops  # noqa: F401  (registers the ops)
 from glora_ops import STATS
 
 SMALL = Case(1024, 1024, clients=8, ranks=(8,), rank=16)

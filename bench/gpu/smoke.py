@@ -13,7 +13,6 @@ from pkgutil import iter_modules
 
 import glora_ops.kernels
 import torch
-from glora_ops.bindings import ops as bindings_ops  # noqa: F401  (registers the ops)
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.cuda import CudaVocabulary
 from glora_ops.kernels.launching import Call, observed
