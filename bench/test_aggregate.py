@@ -212,7 +212,7 @@ def test_update_at_equal_steps(case: Case, steps: int, race: Any) -> None:
 
 
 def judge_consensus(truth: Truth, case: Case) -> Callable[[str, Any], dict[str, float]]:
-    """The quality contract of tests/bounds.py: rank-r readouts of a state of rank R = 2r."""
+    """The quality contract of support/bounds.py: rank-r readouts of a state of rank R = 2r."""
     half = case.rank // 2
     best = max(0.0, 1 - truth.optimum(half)) ** 0.5
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-KERNELS = HERE.parent / "kernels"
+SUPPORT = Path(__file__).parent / "support"
+KERNELS = Path(__file__).parents[1] / "kernels"
 # Bytes of shared memory a program may have.
 SHARED = {
     "sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton o
 def compiled(target: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "compiling.py"), target],
+        [sys.executable, str(SUPPORT / "compiling.py"), target],
         env=environment,
         capture_output=True,
         text=True,
@@ -51,7 +51,7 @@ def expectations() -> dict[str, dict[str, Any]]:
         " for x in c.CASES}))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=SUPPORT, capture_output=True, text=True, check=True
     )
     return dict(json.loads(done.stdout))
 

@@ -220,6 +220,18 @@ def test_works_beside_the_other_project_called_kernels(tmp_path: Path) -> None:
     assert run(code, PYTHONPATH=str(tmp_path)).startswith("someone else | glora.aggregate")
 
 
+def test_what_tests_share_lies_apart_from_them() -> None:
+    """In tests/support; crash/ and fuzz/ are commands, each with its parts beside it."""
+    commands = {"support", "crash", "fuzz"}
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if not path.name.startswith(("test_", "conftest"))
+        and path.relative_to(ROOT / "tests").parts[0] not in commands
+    ]
+    assert not wrong
+
+
 # --- arrows ----------------------------------------------------------------------------------
 
 

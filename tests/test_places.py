@@ -12,7 +12,7 @@ import layout_models as models
 import pytest
 import torch
 from adapter_folders import CONFIG, TENSORS, edit_config, refused
-from cli.commands import everything, glora, glora_json
+from commands import everything, glora, glora_json
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from peft_models import gpt2, save_client
-
-sys.path.insert(0, str(Path(__file__).parent))
 from commands import ATTENTION, CLIENTS
+from peft_models import gpt2, save_client
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from glora_ops import job
 from glora_ops.merging.aggregate import aggregate_adapters
 
 LIMIT = 8_000
-HERE = Path(__file__).parent
+DYING_WORKER = Path(__file__).parents[1] / "support" / "dying_worker.py"
 QUIET = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, and the system's counts")
 
@@ -36,7 +36,7 @@ def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_thos
     assert len(planned.about["parts"]) >= 10
     launched = started(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1,
-        HERE / "dying_worker.py", tmp_path / "job", tmp_path / "died",
+        DYING_WORKER, tmp_path / "job", tmp_path / "died",
     )  # fmt: skip
     said, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, said

@@ -1,6 +1,6 @@
 """Compile kernels for targets that are not here, and read what came out.
 
-    python tests/compiling.py TARGET [CASE …]      TARGET: sm_80, sm_89, sm_90, sm_100 or gfx942
+    python tests/support/compiling.py TARGET [CASE …]  TARGET: sm_80, sm_89, sm_90, sm_100 or gfx942
 
 runs the launchers of the cases on meta tensors, compiles what they would have launched and
 prints one JSON line per kernel. A process of its own: Triton's interpreter and its compiler cannot
