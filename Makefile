@@ -60,7 +60,7 @@ fuzz: $(READY)  ## COUNT odd inputs of SEED for every parser and the command lin
 
 bench: $(READY)  ## glora beside its peers, interleaved; JSON, then docs/performance.md from it
 	$(BIN)/python -m pytest bench --ignore bench/test_gpu.py --benchmark-json bench/results/cpu.json
-	$(BIN)/python bench/report.py bench/results/cpu.json
+	$(BIN)/python bench/report_cpu.py bench/results/cpu.json
 
 bench-gpu: $(READY)  ## all there is to learn from a GPU, in nine minutes; skips without one
 	@if $(GPU); then \

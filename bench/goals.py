@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stored import Row
-from tables import table
+from page_parts import table
+from stored_json import Row
 
 __all__ = ["allowed", "goals"]
 

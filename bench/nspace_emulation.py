@@ -24,7 +24,7 @@ from glora_ops.bindings.cpu import CpuVocabulary
 from torch import Tensor
 
 from glora_ops import reference
-from glora_ops.linalg.clients import Clients, canonicalize
+from glora_ops.linalg.client_forms import Clients, canonicalize
 from glora_ops.linalg.orthonormal import DEPENDENT, inverse_cholesky
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.random_signs import start_matrix

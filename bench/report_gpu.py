@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blocks import renew
-from gpu import report
-from tables import table
+from gpu import run_report
+from page_parts import renew, table
 
 __all__ = ["write"]
 
@@ -51,7 +50,7 @@ def write(root: Path, folder: Path = FOLDER) -> None:
     (root / "bench" / "results" / "gpu.md").write_text(
         "\n\n".join(section(folder)) + "\n", encoding="utf-8"
     )
-    renew(root / "docs" / "gpu.md", {"gpu": report.section(folder)})
+    renew(root / "docs" / "gpu.md", {"gpu": run_report.section(folder)})
 
 
 def section(folder: Path) -> list[str]:
@@ -85,7 +84,7 @@ def section(folder: Path) -> list[str]:
         "to one. The default, adaptive mode looks at values and cannot be counted so; beyond the "
         "exact solver's N it goes module by module and synchronises.",
         "Goals on a device, replayed, q = 1, bf16: "
-        + "; ".join(f"{case} ≤ {ms:g} ms" for case, ms in report.GOALS.items())
+        + "; ".join(f"{case} ≤ {ms:g} ms" for case, ms in run_report.GOALS.items())
         + "; three times faster than plain torch of the same mathematics.",
     ]
     return parts

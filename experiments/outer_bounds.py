@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from protocol import ARMS, RESULTS, SEEDS, Arm, Cell, Ledger, Runner, config_of, judged
 
-from glora_ops.fl.clients import Trainer
 from glora_ops.fl.messages import Client, Reply, Sent
 from glora_ops.fl.methods import Method
 from glora_ops.fl.methods.base import next_state
 from glora_ops.fl.run import Plan
 from glora_ops.fl.server import Server
 from glora_ops.fl.tasks.base import HeldOut
+from glora_ops.fl.trainer import Trainer
 
 CELLS: list[Cell] = [("dirichlet", "mixed", "full"), ("dirichlet", "equal", "full")]
 KEEP = {"optimiser_state": "keep"}

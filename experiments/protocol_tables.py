@@ -15,7 +15,7 @@ from outer_bounds import BOUNDS
 from protocol import ARMS, CELLS, RESULTS, SEEDS, TUNING, Ledger
 from statistics_of_runs import holm, mcnemar, sign_permutation
 
-from glora_ops.fl.report import table
+from glora_ops.fl.report_folder import table
 from glora_ops.fl.summary import bootstrap
 
 MODES = ("consensus", "restart", "momentum")  # candidates for glora, fixed on the tuning seeds

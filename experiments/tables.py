@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 
 from scipy.stats import spearmanr
 
-from glora_ops.fl.report import table
+from glora_ops.fl.report_folder import table
 from glora_ops.fl.summary import bootstrap
 
 RESULTS = Path(__file__).parent / "results"

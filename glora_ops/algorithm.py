@@ -17,7 +17,7 @@ from .certificates import (
     of_clients,
 )
 from .linalg.canonical import factor_coordinates, positive, soft_votes
-from .linalg.clients import canonicalize
+from .linalg.client_forms import canonicalize
 from .linalg.ragged import Ragged
 from .linalg.random_signs import sign_matrix
 from .linalg.vocabulary import Vocabulary

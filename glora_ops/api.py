@@ -16,9 +16,9 @@ from .batches import Source, check_ranks, compare, directions, solve
 from .bindings.ops import Aggregate
 from .errors import Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
-from .report import notes
 from .robust import CLIP, Verdict, judge
 from .state import UNNAMED, Factors, State
+from .state_report import notes
 from .values import value_faults
 
 __all__ = ["aggregate", "available"]

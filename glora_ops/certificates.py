@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .linalg.canonical import positive, soft_votes
-from .linalg.clients import Clients
+from .linalg.client_forms import Clients
 from .linalg.vocabulary import Vocabulary
 from .solvers.base import Found
 

@@ -242,7 +242,7 @@ class State:
 
     def report(self) -> str:
         """The certificates in words, and whatever deserves a second look."""
-        from .report import describe
+        from .state_report import describe
 
         return describe(self)
 

@@ -13,7 +13,7 @@ from adapter_folders import CLIENTS, TENSORS, assert_same_update, edit_config
 from safetensors.torch import load_file
 
 from glora_ops.adapters import check_values, read_adapter
-from glora_ops.adapters.config import PatternTable
+from glora_ops.adapters.adapter_config import PatternTable
 
 
 @pytest.mark.parametrize("name", CLIENTS)

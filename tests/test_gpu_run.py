@@ -19,7 +19,7 @@ sys.path.insert(0, str(BENCH))
 
 from gpu.lines import NAME, Lines, attempts, read  # noqa: E402
 from gpu.parent import Step, run  # noqa: E402
-from gpu.report import section  # noqa: E402
+from gpu.run_report import section  # noqa: E402
 
 SCRIPT = [sys.executable, str(BENCH / "gpu_run.py")]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton on this platform")

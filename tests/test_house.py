@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ LAYERS = [
     {"algorithm"},
     {"bindings"},
     {"ops"},
-    {"adapters", "arguments", "inner_products", "report"},
+    {"adapters", "arguments", "inner_products", "state_report"},
     {"analysis", "state_checks", "state_schema"},
     {"state_file"},
     {"state"},
@@ -230,6 +231,20 @@ def test_what_tests_share_lies_apart_from_them() -> None:
         and path.relative_to(ROOT / "tests").parts[0] not in commands
     ]
     assert not wrong
+
+
+def test_no_two_files_of_the_package_have_one_name() -> None:
+    """But a command's, which is called like the function it is for, and what a folder is built on.
+
+    `bindings/ops.py` declares the ops that `glora_ops/ops.py` documents as functions.
+    """
+    shared = {"__init__", "base", "ops"}
+    names = Counter(
+        path.stem
+        for _, path in modules()
+        if path.stem not in shared and not path.read_text().startswith('"""`glora ')
+    )
+    assert not [name for name, times in names.items() if times > 1]
 
 
 # --- arrows ----------------------------------------------------------------------------------

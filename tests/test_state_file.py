@@ -23,8 +23,8 @@ from torch import Tensor
 
 import glora_ops as glora
 from glora_ops import STATS, GloraError, GloraWarning, Refused, State
-from glora_ops.cli.facts import state_facts
 from glora_ops.cli.show import print_json
+from glora_ops.cli.state_facts import state_facts
 
 #: Written by glora 0.1.0 when its format was 2: three modules, one a convolution, and a head.
 FORMAT_2 = Path(__file__).parent / "data" / "state_format_2.safetensors"

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import Refusal
 from ..runtime.reading import open_regular
-from .config import CONFIG_NAME
+from .adapter_config import CONFIG_NAME
 from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX
 from .read import TENSORS_NAME, Adapter

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from .config import LoraSettings
+from .adapter_config import LoraSettings
 from .patterns import PatternError
 from .targets import ends_with
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import Refusal, Refusals
-from .config import NAME_IN_FULL, LoraSettings
+from .adapter_config import NAME_IN_FULL, LoraSettings
 from .experts import MAX_EXPERTS, ORDER, owners
 from .patterns import PatternError
 from .safetensors_header import TensorInfo

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import Refusal, Refusals
 from ..runtime.reading import parse_json_object
-from .config import LoraSettings, StoredTable, is_alpha, judge_settings
+from .adapter_config import LoraSettings, StoredTable, is_alpha, judge_settings
 from .modules import PREFIX, Module, sort_tensors
 from .safetensors_header import TensorInfo
 from .stored import Stored

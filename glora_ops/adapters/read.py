@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
-from .config import LoraSettings, read_settings
+from .adapter_config import LoraSettings, read_settings
 from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
 from .modules import DenseTensor, Module, Tensors, saved_by, sort_tensors
 from .one_file import read_one_file

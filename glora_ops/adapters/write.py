@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import require
 from ..runtime.outputs import claimed, new_folder
 from ..runtime.tensors import read_mark, save_tensors
-from .config import CONFIG_NAME
+from .adapter_config import CONFIG_NAME
 from .experts import PARAMETER_KINDS, nested, parameter_pairs
 from .modules import PREFIX, factor_keys, saved_by
 from .read import TENSORS_NAME

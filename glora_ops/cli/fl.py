@@ -197,7 +197,7 @@ def report(
     with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..fl.load import load_runs, with_finished
         from ..fl.pictures import draw
-        from ..fl.report import (
+        from ..fl.report_folder import (
             COLUMNS,
             difference_rows,
             markdown,

@@ -49,7 +49,7 @@ def inspect(
     s·B·A, whatever the factors look like.
     """
     with answering(as_json, writes=plot is not None, quiet=quiet) as outcome:
-        from .facts import find_state
+        from .state_facts import find_state
 
         if plot is not None:
             from ..analysis.plots import check_picture
@@ -62,7 +62,7 @@ def inspect(
             print_json(facts)
             return
         if "certificates" in facts:
-            from .facts import print_state
+            from .state_facts import print_state
 
             print_state(facts, verbose)
             _print_state_modules(facts["certificates"], verbose)
@@ -76,7 +76,7 @@ def inspect(
 
 
 def _state(path: Path, plot: Path | None) -> dict[str, Any]:
-    from .facts import file_notes, load_state, state_facts
+    from .state_facts import file_notes, load_state, state_facts
 
     state, file = load_state(path)
     if plot is not None:

@@ -44,7 +44,7 @@ def readout(
     with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..runtime.outputs import apart
         from ..state import WRITTEN
-        from .facts import file_notes, held_energy, load_state, padding_note
+        from .state_facts import file_notes, held_energy, load_state, padding_note
 
         apart(out, [state])
         loaded, file = load_state(state)

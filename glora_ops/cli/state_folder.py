@@ -18,9 +18,7 @@ from ..analysis.plots import plot_state, require_matplotlib
 from ..errors import listing
 from ..runtime.outputs import apart, check_free, claimed, new_folder
 from ..state import WRITTEN, State
-from .facts import STATE_NAME, held_energy, padding_note, print_state, state_facts
 from .options import PICTURE_NAME
-from .outputs import strangers
 from .show import (
     clean,
     console,
@@ -31,6 +29,8 @@ from .show import (
     size,
     span,
 )
+from .state_facts import STATE_NAME, held_energy, padding_note, print_state, state_facts
+from .strangers import strangers
 
 __all__ = ["Planned", "StateFolder", "print_plan", "print_written"]
 

@@ -118,7 +118,7 @@ def update(
     ):
         from ..adapters.places import find_places
         from ..merging.update import renew
-        from .facts import file_notes, load_state
+        from .state_facts import file_notes, load_state
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
         old, file = load_state(state)

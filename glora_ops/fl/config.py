@@ -24,9 +24,9 @@ from pydantic import (
 from ..errors import GloraError, Refusal, Refusals, Refused, listing, require
 from ..robust import CLIP
 from ..runtime.reading import MAX_DEPTH, read_bytes, too_deep
+from .judging import Rule
 from .methods import METHODS, Method
 from .registry import find_method, find_task
-from .robust import Rule
 from .server_optimiser import ServerOptimiser
 
 if sys.version_info >= (3, 11):

@@ -18,8 +18,8 @@ from ..linalg import eigen
 from ..robust import cosines
 from ..state import Factors
 from .gauge import procrustes
+from .judging import inner
 from .messages import Pairs, Reply, Sent
-from .robust import inner
 from .tasks.base import Answer
 
 __all__ = [

@@ -10,7 +10,6 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import GloraError, require
-from .clients import ClientState, Trainer
 from .messages import (
     Client,
     Failure,
@@ -25,6 +24,7 @@ from .messages import (
 )
 from .seeds import numpy_stream
 from .traffic import Traffic
+from .trainer import ClientState, Trainer
 
 __all__ = ["LOST", "Answers", "Engine", "LocalEngine", "lost"]
 

@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 
 from .engine_local import Answers, Engine
+from .judging import Rule, heed
 from .messages import Client
 from .methods import Method
-from .robust import Rule, heed
 from .seeds import numpy_stream
 from .server import Server, clients_of
 from .server_optimiser import ServerOptimiser

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .clients import LocalTraining, Trainer, single_thread
 from .config import Config
 from .diagnostics import alignment, describe, misalignment, own_score, significant
 from .engine_local import Answers, Engine, LocalEngine
@@ -26,6 +25,7 @@ from .round import participants, run_round
 from .server import Server, Setup
 from .tasks.base import Answer, HeldOut, Judged, Task
 from .tasks.build import build_task
+from .trainer import LocalTraining, Trainer, single_thread
 
 __all__ = ["EngineFactory", "Plan", "local_engine", "partition_of", "run"]
 

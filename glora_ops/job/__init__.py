@@ -8,8 +8,8 @@ there are not made again, so that any worker may be killed, repeated or doubled.
 
 from .folder import read_job
 from .join import join
+from .launch import aggregate, submit, torchrun
 from .plan import plan
-from .run import aggregate, submit, torchrun
 from .status import Status, status
 from .work import Share, Worked, share, work
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..adapters.adapter_config import CONFIG_NAME
 from ..adapters.aligned_names import align_names
-from ..adapters.config import CONFIG_NAME
 from ..adapters.places import Place
 from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
 from ..batches import check_ranks

@@ -10,8 +10,8 @@ from ..batches import check_ranks
 from ..errors import GloraError, Refusal, Refusals, Refused, clean
 from ..merging.aggregate import described
 from ..merging.modules_to_save import dense_holders
-from ..report import notes
 from ..state import State
+from ..state_report import notes
 from .clients import look_again
 from .folder import Job, read_job
 from .parts import load_part

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.adapter_config import CONFIG_NAME
 from ..adapters.aligned_names import align_names
 from ..adapters.compatible import adapter_layout, check_base_copies, check_compatible, incompatible
-from ..adapters.config import CONFIG_NAME
 from ..adapters.places import Place, find_places
 from ..adapters.read import (
     EXAMPLES_NAME,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..linalg.clients import Clients
+from ..linalg.client_forms import Clients
 from ..linalg.ragged import Ragged
 from ..linalg.vocabulary import Vocabulary
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import U64, positive
-from ..linalg.clients import Clients
+from ..linalg.client_forms import Clients
 from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
 from ..linalg.ragged import Ragged

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from ..linalg.clients import Clients, balanced_sizes, canonicalize
+from ..linalg.client_forms import Clients, balanced_sizes, canonicalize
 from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import sign_matrix, start_matrix

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from glora_ops import State
 from glora_ops.adapters.write import strangers as strangers_in_adapter
-from glora_ops.cli.outputs import strangers
+from glora_ops.cli.strangers import strangers
 from glora_ops.merging import aggregate, update
 from glora_ops.runtime import hidden, outputs, rename
 

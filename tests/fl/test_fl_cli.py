@@ -18,7 +18,7 @@ from glora_ops.errors import GloraError
 from glora_ops.fl.config import load_config, shipped
 from glora_ops.fl.experiment import Result
 from glora_ops.fl.load import load_runs
-from glora_ops.fl.report import markdown
+from glora_ops.fl.report_folder import markdown
 from glora_ops.fl.summary import bootstrap, summarise
 
 CONFIG = """

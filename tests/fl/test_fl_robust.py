@@ -16,16 +16,16 @@ from test_fl_methods import SCALING, SHAPES, close, effective, normal, setup
 from torch import Tensor
 
 from glora_ops.errors import GloraError
-from glora_ops.fl.clients import Learnt, Trainer
+from glora_ops.fl.judging import Rule, heed
 from glora_ops.fl.load import load_runs
 from glora_ops.fl.messages import Client, Reply
 from glora_ops.fl.methods import METHODS, Method
 from glora_ops.fl.records import Run
-from glora_ops.fl.report import markdown
-from glora_ops.fl.robust import Rule, heed
+from glora_ops.fl.report_folder import markdown
 from glora_ops.fl.run import Plan, run
 from glora_ops.fl.server import Server, clients_of
 from glora_ops.fl.summary import summarise
+from glora_ops.fl.trainer import Learnt, Trainer
 from glora_ops.robust import RULES
 
 EXAMPLES = [10, 30, 20, 15, 25, 20]

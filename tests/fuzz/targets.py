@@ -30,7 +30,7 @@ from glora_ops.errors import GloraError, Refused
 from glora_ops.fl.config import Config, load_config, shipped
 from glora_ops.fl.load import by_config, load_runs
 from glora_ops.fl.records import Run
-from glora_ops.fl.report import markdown
+from glora_ops.fl.report_folder import markdown
 from glora_ops.fl.summary import summarise
 from glora_ops.job.folder import sealed
 
@@ -241,7 +241,7 @@ def one_file(folder: Path) -> str:
 
 
 def state(folder: Path) -> str:
-    from glora_ops.cli.facts import state_facts
+    from glora_ops.cli.state_facts import state_facts
 
     loaded = State.load(folder / "server.safetensors")
     json.dumps(state_facts(loaded))

@@ -18,10 +18,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from ...errors import GloraError
-from ..clients import single_thread
 from ..config import Config
 from ..messages import Client, digest, held_tensors, reply_tensors, sent_from
 from ..run import Plan
+from ..trainer import single_thread
 from .codec import Ask, Facts, Learnt, Refusal, Work, form_of, pack, tensors_of
 from .shelf import Shelf, name_of
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...runtime.hidden import sweep
 from ...runtime.outputs import new_file, ours
-from ..clients import ClientState
 from ..messages import digest
+from ..trainer import ClientState
 
 __all__ = ["Shelf", "clear", "name_of"]
 

@@ -1,11 +1,19 @@
-"""Generated parts of hand-written pages, between `<!-- begin NAME -->` and `<!-- end NAME -->`."""
+"""Markdown: tables, and the generated parts of hand-written pages.
+
+A part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-__all__ = ["renew"]
+__all__ = ["renew", "table"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def renew(page: Path, parts: dict[str, str]) -> None:

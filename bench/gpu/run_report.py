@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import table
+from page_parts import table
 
 from gpu.lines import NAME, attempts, read
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from stored import Row, ms, name_of, threads
+from stored_json import Row, ms, name_of, threads
 
 __all__ = ["AXES", "curves", "exponent", "growth_picture", "picture"]
 

@@ -13,9 +13,9 @@ import torch
 from ..adapters.safetensors_header import read_header
 from ..certificates import CLIENT_STATS, STATS
 from ..errors import require
-from ..report import lines, notes
 from ..state import State
 from ..state_file import MARK, MAX_BYTES, StateFile, read
+from ..state_report import lines, notes
 from .show import (
     clean,
     console,

@@ -11,8 +11,8 @@ from ..adapters.write import strangers_unmarked
 from ..analysis.plots import no_picture
 from ..runtime.tensors import read_mark
 from ..state_file import MARK
-from .facts import STATE_NAME
 from .options import PICTURE_NAME
+from .state_facts import STATE_NAME
 
 __all__ = ["strangers"]
 
