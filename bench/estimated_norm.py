@@ -35,5 +35,7 @@ def errors(kind: str) -> tuple[float, list[float]]:
 if __name__ == "__main__":
     for kind in ("partly", "disjoint"):
         missed, off = errors(kind)
-        print(f"{kind}: {missed:.3f} not held, captured off by {pstdev(off):.1e} (one standard "
-              f"deviation of {SEEDS} seeds), {off[0]:+.1e} at the default seed")  # fmt: skip
+        print(
+            f"{kind}: {missed:.3f} not held, captured off by {pstdev(off):.1e} (one standard "
+            f"deviation of {SEEDS} seeds), {off[0]:+.1e} at the default seed"
+        )

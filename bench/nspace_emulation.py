@@ -550,8 +550,9 @@ def main() -> None:
             flags = sum(r.flagged for r in rows)
             print(
                 f"| {case} | {name} | {worst[0]:.2g} | {worst[1]:.1e} | {worst[2]:.1e} "
-                f"| {flags} of {len(rows)} |", flush=True,
-            )  # fmt: skip
+                f"| {flags} of {len(rows)} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -66,10 +66,13 @@ def main(basis: str, d_out: int, d_in: int, clients: int, rank: int, server: int
         with exact_products(), one_thread():  # as the registered op does
             out = ops.aggregate(p.b, p.a, offsets, p.weights, p.scaling, server, basis)
         total += perf_counter() - start
-    print(f"{basis}, {d_out} × {d_in}, K = {clients}, r = {rank}, R = {server}: "
-          f"{1e3 * total / ROUNDS:.1f} ms")  # fmt: skip
-    captured, attainable, steps = (float(out[5][..., STATS.index(x)])
-                                   for x in ("captured", "attainable", "power_iters"))  # fmt: skip
+    print(
+        f"{basis}, {d_out} × {d_in}, K = {clients}, r = {rank}, R = {server}: "
+        f"{1e3 * total / ROUNDS:.1f} ms"
+    )
+    captured, attainable, steps = (
+        float(out[5][..., STATS.index(x)]) for x in ("captured", "attainable", "power_iters")
+    )
     print(f"captured / attainable {captured / attainable:.5f}, {steps:g} power steps")
     print("\n| word | calls | ms | share |\n| :-- | --: | --: | --: |")
     for word, seconds in sorted(v.seconds.items(), key=lambda item: -item[1]):

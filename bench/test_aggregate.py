@@ -240,9 +240,11 @@ def test_consensus(case: Case, race: Any) -> None:
     p, truth = population(case), truth_of(case)
     projector = {"as it is": lambda: operator(p, "projector")()[:3]}
     arms = [
-        *randomized(p, 1), qr(p), naive(p),
+        *randomized(p, 1),
+        qr(p),
+        naive(p),
         Arm.fastest("glora_projector", projector, CONSENSUS, STACKS),
-    ]  # fmt: skip
+    ]
     race(
         case, operator(p, "consensus"), arms, floor(case, "consensus"),
         judge_consensus(truth, case), op="aggregate", basis="consensus", start=STACKS, matched=1,

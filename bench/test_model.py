@@ -41,18 +41,20 @@ def loops(model: list[Population], exact: bool) -> list[Arm]:
 
     zero = each(lambda p, lapack: randomized_svd(p, case.rank, 1, om, lapack, lists))
     arms = [
-        Arm.fastest(f"peer0 q1 {form}", by_lapack(zero, kind), BEST, LISTS,
-                    peer="0", steps=1, form=form)
+        Arm.fastest(
+            f"peer0 q1 {form}", by_lapack(zero, kind), BEST, LISTS, peer="0", steps=1, form=form
+        )
         for form, kind in FORMS.items()
-    ]  # fmt: skip
+    ]
     if exact:
         one = by_lapack(each(lambda p, lapack: stacked_qr(p, case.rank, lapack, lists)))
         arms.append(Arm.fastest("peer1", one, BEST, LISTS, peer="1"))
     return arms
 
 
-@pytest.mark.parametrize(("basis", "told"), [("update", True), ("update", False),
-                                             ("consensus", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("basis", "told"), [("update", True), ("update", False), ("consensus", True)]
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_whole_model(model: str, basis: str, told: bool, race: Any) -> None:
     """glora checks the clients' values as well."""

@@ -57,9 +57,7 @@ def prepared(case: Case) -> Prepared:
     offsets = p.packed.offsets
     t, _, _, f = ops.canonicalize(p.b, p.a, offsets, p.scaling)
     votes = p.weights.repeat_interleave(offsets.diff()) * f
-    bases = torch.cat([
-        t[lo:hi, : hi - lo].mT @ p.b[lo:hi].double() for lo, hi in spans(p)
-    ])  # fmt: skip
+    bases = torch.cat([t[lo:hi, : hi - lo].mT @ p.b[lo:hi].double() for lo, hi in spans(p)])
     bases = (votes.sqrt()[:, None] * bases).to(p.b.dtype)
     u, s, v, *_ = ops.aggregate(p.b, p.a, offsets, p.weights, p.scaling, case.rank)
     return Prepared(p, t, votes, bases, u, s, v)
@@ -110,11 +108,12 @@ def test_canonicalize(case: Case, race: Any) -> None:
         [Arm.fastest("loop_qr", calls, "Q, Σ, Z, formed", "lists")],
         Floor(case.rows * d * 4 + 2 * squares * 8, 2 * squares * d),
         close_to(
-            torch.cat(wide[1::3]), 1e-5,
+            torch.cat(wide[1::3]),
+            1e-5,
             lambda x: x[2] if isinstance(x, tuple) else torch.cat(x[1::3]),
         ),
         op="canonicalize",
-    )  # fmt: skip
+    )
 
 
 @each_case

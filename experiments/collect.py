@@ -54,8 +54,10 @@ def main(home: Path) -> None:
     runs, _ = load_runs(p for p in sorted(home.iterdir()) if p.is_dir() and p.name != "sweep")
     rows = [
         row(run, line, run.received if line is run.lines[-1] else [])
-        for run in runs if run.done for line in run.lines
-    ]  # fmt: skip
+        for run in runs
+        if run.done
+        for line in run.lines
+    ]
     path, fresh = RESULTS / "rounds.csv", {x["config"] for x in rows}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:

@@ -85,11 +85,12 @@ KEPT_ARMS = {
     if label not in FRESH
 }
 SERVED_ARMS = {
-    f"{label}-{kind}": Arm(FIRST_ARMS[label].method, {"server": tuple(
-        {"kind": kind, "lr": lr} for lr in rates)})
+    f"{label}-{kind}": Arm(
+        FIRST_ARMS[label].method, {"server": tuple({"kind": kind, "lr": lr} for lr in rates)}
+    )
     for label in ("restart", "consensus", "fedit", "flora")
     for kind, rates in (("fedavgm", (0.3, 1.0)), ("fedadam", (0.003, 0.01, 0.03)))
-}  # fmt: skip
+}
 STAGES = {1: FIRST_ARMS, 2: OTHER_ARMS | KEPT_ARMS | SERVED_ARMS}
 ARMS = FIRST_ARMS | OTHER_ARMS | KEPT_ARMS | SERVED_ARMS
 
@@ -101,13 +102,15 @@ def config_of(cell: Cell, label: str, knobs: Mapping[str, Any], lr: float) -> Co
     data, ranks, turnout = cell
     who, rounds = WHO[turnout]
     arm = ARMS[label]
-    return Config.model_validate({
-        "name": "_".join(cell),
-        "clients": {**who, **DATA[data], "ranks": RANKS[ranks]},
-        "training": {"rounds": rounds, "steps": 6, "batch": 16, **arm.training},
-        "evaluation": {"agreement": "never"},
-        "methods": {label: {**arm.method, **knobs, "lr": lr}},
-    })  # fmt: skip
+    return Config.model_validate(
+        {
+            "name": "_".join(cell),
+            "clients": {**who, **DATA[data], "ranks": RANKS[ranks]},
+            "training": {"rounds": rounds, "steps": 6, "batch": 16, **arm.training},
+            "evaluation": {"agreement": "never"},
+            "methods": {label: {**arm.method, **knobs, "lr": lr}},
+        }
+    )
 
 
 def end_point(turnout: str, scores: list[float]) -> float:
@@ -183,9 +186,11 @@ class Runner:
             found = self.result(cell, label, seed, lr, knobs, held_out)
             seconds = round(perf_counter() - begun, 1)
             self.ledger.add(about | found | {"seconds": seconds})
-            print(f"{datetime.now():%H:%M:%S} {'_'.join(cell)} {label} {dict(knobs)} seed {seed} "
-                  f"lr {lr:.4g} {held_out}: {self.ledger.done[key]['end_point']:.4f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{datetime.now():%H:%M:%S} {'_'.join(cell)} {label} {dict(knobs)} seed {seed} "
+                f"lr {lr:.4g} {held_out}: {self.ledger.done[key]['end_point']:.4f}",
+                flush=True,
+            )
         return float(self.ledger.done[key]["end_point"])
 
     def result(self, cell: Cell, label: str, seed: int, lr: float, knobs: Mapping[str, Any],
@@ -250,8 +255,10 @@ def estimate(runner: Runner, stage: int) -> str:
             expected = 5 * len(TUNING) * len(ARMS[label].choices)
             trials += max(0, expected - len(mine))
     hours = (trials + runs) * runner.ledger.seconds / 3600
-    return (f"stage {stage}: about {trials} trials and {runs} runs are missing, "
-            f"{runner.ledger.seconds:.1f} s each so far: {hours:.1f} h")  # fmt: skip
+    return (
+        f"stage {stage}: about {trials} trials and {runs} runs are missing, "
+        f"{runner.ledger.seconds:.1f} s each so far: {hours:.1f} h"
+    )
 
 
 def main() -> None:

@@ -102,8 +102,10 @@ def instances(one: Mapping[int, Run], other: Mapping[int, Run]) -> str:
     if not all(r["predictions"] for runs in (one, other) for r in runs.values()):
         return "–"
     for seed in sorted(set(one) & set(other)):
-        right = [[a == b for a, b in zip(r[seed]["predictions"], r[seed]["labels"], strict=True)]
-                 for r in (one, other)]  # fmt: skip
+        right = [
+            [a == b for a, b in zip(r[seed]["predictions"], r[seed]["labels"], strict=True)]
+            for r in (one, other)
+        ]
         only, rest, p = mcnemar(*right)
         ahead += p < 0.05 and only > rest
         behind += p < 0.05 and only < rest

@@ -158,13 +158,13 @@ def text(model: str) -> dict[str, Setting]:
                 "name": f"text_{task}_{turnout}",
                 "task": {"kind": "glue", "name": task, "max_length": 24, **how["task"]},
                 "model": {"name": model, "targets": how["targets"]},
-                "clients": who | {"ranks": [2, 4, 8, 16], "partition": "dirichlet",
-                                  "alpha": how["alpha"]},
+                "clients": who
+                | {"ranks": [2, 4, 8, 16], "partition": "dirichlet", "alpha": how["alpha"]},
                 "training": {"rounds": 5, **how["training"]},
                 "evaluation": {"every": how["every"], "by_rank": "never", "agreement": "never"},
                 "sweep": {"lrs": how["lrs"]},  # half of the held-out sentences are for it alone
                 "methods": TEXT,
-            }  # fmt: skip
+            }
             out[content["name"]] = Setting(content)
     return out
 
@@ -245,7 +245,7 @@ def work(
         {name: swept[name.rpartition("_")[2]] for name in grid()},
         dict.fromkeys(questions(), swept["full"]),
         dict.fromkeys(common(), lambda label: COMMON_RATE),
-    ]  # fmt: skip
+    ]
     for task, how in TEXT_TASKS.items():
         cells = [settings[name] for name in settings if name.startswith(f"text_{task}")]
         rates = Rates(f"text_{task}", args, cells[: how["swept"]], how["lrs"])

@@ -157,8 +157,7 @@ def misalignment(runs: Runs) -> str:
         f"{spearmanr(x, [1 - c for c in captured]).statistic:+.2f}."
         for what, x in (("turn", turn), ("apart", apart))
     ]
-    header = ("where, after round", "turn", "apart", "apart, turned", "columns", "rows",
-              "captured")  # fmt: skip
+    header = ("where, after round", "turn", "apart", "apart, turned", "columns", "rows", "captured")
     return "### Misalignment\n\n" + table(header, rows) + "\n\n" + "\n".join(said) + "\n"
 
 
@@ -183,8 +182,10 @@ def merges(found: Merges) -> str:
     gains = []
     for (data, arm, rank, loudness), seeds in sorted(found.items()):
         if arm in ("update", "projector"):
-            by_seed = ({int(x["seed"]): float(x["accuracy"]) for x in group}
-                       for group in (found[data, "consensus", rank, loudness], seeds))  # fmt: skip
+            by_seed = (
+                {int(x["seed"]): float(x["accuracy"]) for x in group}
+                for group in (found[data, "consensus", rank, loudness], seeds)
+            )
             gains.append((f"{data}, R {rank}, loudness {loudness}, {arm}", *difference(*by_seed)))
     return (
         "### One round\n\n" + table(header, rows) + "\n\n"

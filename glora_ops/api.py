@@ -190,9 +190,11 @@ def aggregate(
             place, rank=server_rank, client_statistics=bool(client_statistics), **solver,
         )  # fmt: skip
         return State(
-            {name: done[name] for name in modules}, names, tuple(factor_weights),
+            {name: done[name] for name in modules},
+            names,
+            tuple(factor_weights),
             settings | {"rank": server_rank},
-        )  # fmt: skip
+        )
 
     if wanted == "auto":
         state = _smallest_rank(run, target, sources, progress)

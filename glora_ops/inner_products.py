@@ -23,10 +23,12 @@ def check_pairs(clients: int) -> None:
     """Raise `GloraError` where all pairs of so many clients are too many."""
     pairs = clients * (clients - 1) // 2
     require(
-        pairs <= MOST_PAIRS, "clients", f"{clients}, {pairs} pairs to compare",
+        pairs <= MOST_PAIRS,
+        "clients",
+        f"{clients}, {pairs} pairs to compare",
         f"at most {MOST_PAIRS} pairs (2048 clients)",
         "aggregate groups of clients, then what is read out of the groups' states",
-    )  # fmt: skip
+    )
 
 
 def of_pairs(pairs: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float]) -> Tensor:

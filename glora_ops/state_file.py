@@ -131,8 +131,9 @@ def check_saveable(clients: Sequence[Mapping[str, Any]]) -> None:
 
     size = sum(len(json.dumps(json.dumps(client))) for client in clients)
     for found, most, what in (
-        (len(clients), MAX_MANY, "clients"), (size, MAX_HEADER_BYTES, "bytes of their record"),
-    ):  # fmt: skip
+        (len(clients), MAX_MANY, "clients"),
+        (size, MAX_HEADER_BYTES, "bytes of their record"),
+    ):
         require(found <= most, "clients", f"{found} {what}", f"at most {most}, which a state holds",
                 "aggregate in groups, or take shorter names")  # fmt: skip
 

@@ -130,9 +130,7 @@ def gram(b_X, b_G, CLIENTS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def gram_slices(
-    b_X, b_G, b_low, b_e, CLIENTS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+def gram_slices(b_X, b_G, b_low, b_e, CLIENTS: tl.constexpr, R: tl.constexpr, BC: tl.constexpr):
     """The same as a pair of fp32 blocks in units of each row's 2^b_e; see `slices`."""
     b_X = per_client(b_X.to(tl.float32), CLIENTS, R, BC)
     axis: tl.constexpr = len(b_X.shape) - 1

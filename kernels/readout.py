@@ -17,9 +17,7 @@ TILE = 64
 
 
 @triton.jit
-def scale(
-    U, root, Y, tiles, d, k, r, ul, ud, uk, yl, yd, yk, BM: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+def scale(U, root, Y, tiles, d, k, r, ul, ud, uk, yl, yd, yk, BM: tl.constexpr, BN: tl.constexpr):
     i_l = (tl.program_id(0) // tiles).to(tl.int64)
     o_d = (tl.program_id(0) % tiles).to(tl.int64) * BM + tl.arange(0, BM)
     for start in range(0, r, BN):

@@ -63,8 +63,9 @@ def test_what_is_accepted_speaks_of_the_modules_that_peft_says() -> None:
             accepted += 1
             for name in (drawn_name(rng) for _ in range(8)):
                 first = patterns.first(name)
-                theirs = next((i for i, p in enumerate(table)
-                               if re.match(rf"(.*\.)?({p})$", name)), None)  # fmt: skip
+                theirs = next(
+                    (i for i, p in enumerate(table) if re.match(rf"(.*\.)?({p})$", name)), None
+                )
                 assert first == theirs, (table, name)
                 if first is not None:
                     assert get_pattern_key(table, name) == table[first]

@@ -184,8 +184,9 @@ def test_within_the_bound_of_the_reference(basis, dtype):
 
     @given(problem=problems((dtype,)))
     @example(problem=build(Recipe(seed=0, ranks=(1,), cut="1", dtype=dtype)))
-    @example(problem=build(Recipe(seed=0, ranks=(2, 3), mute=True, weights="one silent",
-                                  dtype=dtype)))  # fmt: skip
+    @example(
+        problem=build(Recipe(seed=0, ranks=(2, 3), mute=True, weights="one silent", dtype=dtype))
+    )
     @example(problem=build(Recipe(seed=0, kind="cancelling", ranks=(3, 3), gap=0.0, dtype=dtype)))
     @example(problem=build(Recipe(seed=0, kind="frozen", ranks=(4, 4, 4), cut="r", dtype=dtype)))
     def check(problem):
@@ -220,8 +221,9 @@ def test_the_bound_rejects_every_wrong_answer_on_healthy_clients(basis, dtype, c
     )
     if cut == "r":
         assert norm(one_less.numpy() - truth) > limit
-    equal = Problem(problem.recipe, problem.clients, np.full(3, 1 / 3), problem.scaling,
-                    problem.rank)  # fmt: skip
+    equal = Problem(
+        problem.recipe, problem.clients, np.full(3, 1 / 3), problem.scaling, problem.rank
+    )
     assert norm(aggregate(equal, basis).w_hat - truth) > limit
     for other in set(BASES) - {basis} if cut == "r" else ():
         assert norm(aggregate(problem, other).w_hat - truth) > limit
@@ -357,8 +359,9 @@ def test_settings_reach_where_they_should():
 
 def test_unnormalised_weights_scale_the_update_and_not_the_bases():
     problem = build(Recipe(seed=2, weights="uneven", cut="r"))
-    many = Problem(problem.recipe, problem.clients, 800 * problem.weights, problem.scaling,
-                   problem.rank)  # fmt: skip
+    many = Problem(
+        problem.recipe, problem.clients, 800 * problem.weights, problem.scaling, problem.rank
+    )
     for basis in BASES:
         one, two = aggregate(problem, basis), aggregate(many, basis)
         assert distance(two.w_hat, 800 * one.w_hat) < 1e-6

@@ -42,6 +42,9 @@ LAYERS = [
     {"cli"},
 ]
 
+# Lines that a statement kept from the formatter saves at least. why: below, its form costs nothing
+SAVED = 3
+
 
 def run(code: str, cwd: Path = ROOT, **env: str) -> str:
     """Standard output of a fresh interpreter."""
@@ -57,22 +60,27 @@ def run(code: str, cwd: Path = ROOT, **env: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution of a clean clone, and the wheel that is built from it."""
-    out = tmp_path_factory.mktemp("wheel")
-    source = tmp_path_factory.mktemp("source")
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the working tree, those that Git ignores left out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split("\0")
-    for name in filter(None, tracked):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    return [path for path in (ROOT / name for name in filter(None, listed)) if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution of a clean clone, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source")
+    for path in tracked():
+        copy = source / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
@@ -231,6 +239,41 @@ def test_what_tests_share_lies_apart_from_them() -> None:
         and path.relative_to(ROOT / "tests").parts[0] not in commands
     ]
     assert not wrong
+
+
+def held_lines(node: ast.stmt) -> range:
+    """Lines of a statement without the statements in it, its decorators with it."""
+    decorators = getattr(node, "decorator_list", [])
+    body = getattr(node, "body", None) or getattr(node, "cases", None)
+    first = min([node.lineno, *(d.lineno for d in decorators)])
+    if not body:
+        return range(first, (node.end_lineno or first) + 1)
+    inner = min([body[0].lineno, *(d.lineno for d in getattr(body[0], "decorator_list", []))])
+    return range(first, max(inner, node.lineno + 1))
+
+
+def test_a_statement_is_kept_from_the_formatter_only_where_that_saves_lines(
+    tmp_path: Path,
+) -> None:
+    """`# fmt: skip`: tables, and what reads in rows, which it would give `SAVED` more lines."""
+    marked = [path for path in tracked("*.py") if "# fmt: skip" in path.read_text()]
+    for path in marked:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text().replace("  # fmt: skip\n", "\n"))
+    ruff = [sys.executable, "-m", "ruff", "format", "-q", "--config", ROOT / "pyproject.toml"]
+    subprocess.run([*ruff, tmp_path], check=True)
+    needless = []
+    for path in marked:
+        lines = path.read_text().splitlines()
+        skips = {n for n, line in enumerate(lines, 1) if line.endswith("  # fmt: skip")}
+        trees = (ast.parse(file.read_text()) for file in (path, tmp_path / path.relative_to(ROOT)))
+        ours, theirs = ([n for n in ast.walk(t) if isinstance(n, ast.stmt)] for t in trees)
+        for one, other in zip(ours, theirs, strict=True):
+            held = held_lines(one)
+            if skips & set(held) and len(held_lines(other)) - len(held) < SAVED:
+                needless.append(f"{path.relative_to(ROOT)}:{max(skips & set(held))}")
+    assert not needless, "\n".join(needless)
 
 
 def test_no_two_files_of_the_package_have_one_name() -> None:

@@ -16,15 +16,17 @@ RECIPE = Recipe()
 # A case, and the recipe without the guard that it needs.
 GUARDS = {
     "what enters a product is rounded before it is orthonormalised": (
-        Case("partly"), replace(RECIPE, rounded=False),
+        Case("partly"),
+        replace(RECIPE, rounded=False),
     ),
     "small remainders are no dependence": (Case("loud"), replace(RECIPE, drop=1e-4)),
     "b is not far above what is left out": (Case("loud"), replace(RECIPE, floor=0.1)),
     "a filter stays within what two steps have sorted": (Case("loud"), replace(RECIPE, degree=6)),
     "a block that spans everything is not iterated": (
-        Case("shared", clients=3, rank=30), replace(RECIPE, whole=False),
+        Case("shared", clients=3, rank=30),
+        replace(RECIPE, whole=False),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("guard", GUARDS)

@@ -124,14 +124,17 @@ def test_a_list_of_clients_is_a_regular_file_of_text(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
     (tmp_path / "long").write_bytes(b"a\n" * (2**21 + 1))
     for name, says in (
-        ("pipe", "a regular file"), ("none", "cannot be read"), ("bytes", "cannot be read"),
+        ("pipe", "a regular file"),
+        ("none", "cannot be read"),
+        ("bytes", "cannot be read"),
         ("long", "at most 4194304 bytes"),
-    ):  # fmt: skip
+    ):
         command = ["aggregate", "--clients", tmp_path / name, "-o", tmp_path / "out"]
         assert says in " ".join(glora(*command, code=1).output.split())
     (tmp_path / "many").write_text("a\tb\tc\td\n" * 20_000)
-    refusals = glora_json("aggregate", "--clients", tmp_path / "many", "-o", tmp_path / "out",
-                          code=1)["refused"]  # fmt: skip
+    refusals = glora_json(
+        "aggregate", "--clients", tmp_path / "many", "-o", tmp_path / "out", code=1
+    )["refused"]
     assert len(refusals) == 5
     assert refusals[-1]["more"] == 19_995
 
@@ -142,8 +145,10 @@ def test_clients_listed_in_a_file(form: str, tmp_path: Path) -> None:
     listed = tmp_path / "clients.txt"
     lines = [f"{clients[0]}\tann\t3", "", "# and", f"{clients[1]}\t\t1"]
     if form == "json":
-        objects = [{"path": str(clients[0]), "name": "ann", "weight": 3},
-                   {"path": str(clients[1]), "weight": 1}]  # fmt: skip
+        objects = [
+            {"path": str(clients[0]), "name": "ann", "weight": 3},
+            {"path": str(clients[1]), "weight": 1},
+        ]
         lines = [json.dumps(entry) for entry in objects]
     listed.write_text("\n".join(lines))
     said = glora_json("aggregate", "--clients", listed, "-o", tmp_path / "o", "--readout", 4)

@@ -448,8 +448,10 @@ def test_noise_fails_without_power_steps(basis):
     base = (u * decay) @ v.T
     for k, (b, a) in enumerate(clients):  # something in common, or the mean is noise alone
         j = k % 40
-        clients[k] = (np.hstack([b, u[:, j : j + 8] * decay[j : j + 8]]),
-                      np.vstack([a, v[:, j : j + 8].T]))  # fmt: skip
+        clients[k] = (
+            np.hstack([b, u[:, j : j + 8] * decay[j : j + 8]]),
+            np.vstack([a, v[:, j : j + 8].T]),
+        )
     assert base.shape == (m, n)
     kept = stored(rng, clients)
     arrays = [(b.double().numpy(), a.double().numpy()) for b, a in kept]

@@ -92,10 +92,12 @@ def crowds(draw: st.DrawFn) -> Problem:
 @given(problem=problems(("float64", "float32", "bfloat16")))
 def test_inner_products_are_those_of_the_dense_updates(problem: Problem) -> None:
     dense = updates(problem)
-    size = np.array([
-        abs(s) * (np.linalg.norm(b, axis=0) @ np.linalg.norm(a, axis=1))
-        for (b, a), s in zip(problem.arrays(), problem.scaling, strict=True)
-    ])  # fmt: skip
+    size = np.array(
+        [
+            abs(s) * (np.linalg.norm(b, axis=0) @ np.linalg.norm(a, axis=1))
+            for (b, a), s in zip(problem.arrays(), problem.scaling, strict=True)
+        ]
+    )
     error = np.abs(inner(problem).numpy() - dense @ dense.T)
     # What was taken for rounding, 16 N u64, and the rounding of the dense products themselves.
     assert (error <= 2**-45 * np.outer(size, size) + 1e-300).all()

@@ -163,7 +163,8 @@ def test_a_head_whose_clients_were_left_out_is_refused_by_name(
     folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in six]
     for folder in folders:
         if folder.name != "flip":
-            edit_tensors(folder, lambda tensors: [tensors.pop(k) for k in list(tensors)
-                                                  if "head" in k])  # fmt: skip
+            edit_tensors(
+                folder, lambda tensors: [tensors.pop(k) for k in list(tensors) if "head" in k]
+            )
     with pytest.raises(glora.GloraError, match=r"head.*no robust rule left out"):
         glora.aggregate_adapters(folders, rank=6, robust="gate")

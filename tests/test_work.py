@@ -185,8 +185,9 @@ def test_the_counts_would_notice(basis: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Counted, "gram", wasteful)
     with pytest.raises(AssertionError):
-        test_products_of_the_iterative_solvers(basis, 2, {"update": 9, "consensus": 26}[basis],
-                                          (80, 16, 1024, 16))  # fmt: skip
+        test_products_of_the_iterative_solvers(
+            basis, 2, {"update": 9, "consensus": 26}[basis], (80, 16, 1024, 16)
+        )
     with pytest.raises(AssertionError):
         test_eigenproblems_of_the_iterative_solvers(basis, {"update": 8, "consensus": 30}[basis])
 

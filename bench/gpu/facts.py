@@ -35,12 +35,13 @@ def truncated_sums(step: Step) -> None:
             ragged = Ragged.of(torch.tensor([0, 64]), 64, torch.device(device))
             words: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
                 "times": (lambda x=x, w=w: v.times(x, w.mT), truth),
-                "lift": (
-                    lambda x=x, w=w: v.lift(x.mT.contiguous(), w.mT.contiguous()), truth
-                ),
+                "lift": (lambda x=x, w=w: v.lift(x.mT.contiguous(), w.mT.contiguous()), truth),
                 "core": (
                     lambda x=x, w=w: v.core(
-                        x, x, w.mT[..., :16], w.mT[..., :16],
+                        x,
+                        x,
+                        w.mT[..., :16],
+                        w.mT[..., :16],
                         torch.ones(1, 64, device=device, dtype=torch.float64),
                     )[1],
                     truth[..., :16],
@@ -55,7 +56,7 @@ def truncated_sums(step: Step) -> None:
                     lambda x=x, y=narrow: fp32_sums(x, y),
                     x.double() @ narrow.double(),
                 ),
-            }  # fmt: skip
+            }
             for word, (call, want) in words.items():
                 with step.row(fact="sum", word=word, d=d, dtype=str(dtype)[6:]) as r:
                     error = (call().double() - want) / want / U32
@@ -90,9 +91,10 @@ def repeated_bits(step: Step) -> None:
         x = x.to(device)
         g = x @ x.mT
         calls = {
-            "eigh": lambda g=g: v.eigh(g), "svd": lambda x=x: v.svd(x),
+            "eigh": lambda g=g: v.eigh(g),
+            "svd": lambda x=x: v.svd(x),
             "inverse_cholesky": lambda g=g: v.inverse_cholesky(g, 1e-14),
-        }  # fmt: skip
+        }
         for word, call in calls.items():
             with step.row(fact="bits", of=word, n=n, repeats=times) as r:
                 r["unequal"] = unequal(call, times)

@@ -135,8 +135,10 @@ def tiles(step: Step, modules: int, n: int, d: int) -> None:
             r["ok"] = r["error_u32"] < 64
             r |= timed(
                 lambda tile=tile, g=g: launch_gram(x, g, tile, 16 if step.rehearse else 64),
-                device, 1 if step.rehearse else 10, cold=True,
-            )  # fmt: skip
+                device,
+                1 if step.rehearse else 10,
+                cold=True,
+            )
             r["tflop_s"] = modules * n * (n + 1) * d / r["ms"] / 1e9
 
 

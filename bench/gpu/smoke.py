@@ -165,8 +165,10 @@ def ops(step: Step) -> None:
                 r["seconds"] = round(time.monotonic() - began, 2)
                 here = torch.ops.glora.aggregate(b, a, offsets, one, one, n, basis, power_iters=1)
                 size = here[5][:, STATS.index("storage_scale")].double()
-                x, y = ((o[0].double() * o[1][:, None]).cpu() @ o[2].double().mT.cpu()
-                        for o in (there, here))  # fmt: skip
+                x, y = (
+                    (o[0].double() * o[1][:, None]).cpu() @ o[2].double().mT.cpu()
+                    for o in (there, here)
+                )
                 r["over_bound"] = float(((x - y).norm(dim=(-2, -1)) / (64 * U32 * size)).max())
                 r["ok"] = r["over_bound"] <= 1
 

@@ -69,9 +69,10 @@ def find_places(
     for having in alike.values():
         different = {paths[i] for i in having}
         depth = next(
-            n for n in range(1, 1 + max(len(path.parts) for path in different))
+            n
+            for n in range(1, 1 + max(len(path.parts) for path in different))
             if len({path.parts[-n:] for path in different}) == len(different)
-        )  # fmt: skip
+        )
         for i in having:
             parts = paths[i].parts
             again = [name for name in known if parts[-1 - name.count("/") :] == Path(name).parts]

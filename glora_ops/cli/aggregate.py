@@ -231,8 +231,10 @@ def aggregate(
         folder.reserve(held, inputs, refusals)
         if weights is not None and is_file(weights):
             settings: Mapping[str, Any] = {
-                "normalise": normalise, "basis": basis, "robust": robust,
-            }  # fmt: skip
+                "normalise": normalise,
+                "basis": basis,
+                "robust": robust,
+            }
             with listing(refusals):
                 given = weights_file(Path(weights), [place.name for place in places], settings)
         try:

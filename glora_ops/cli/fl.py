@@ -29,11 +29,13 @@ app = typer.Typer(
 DataDir = Annotated[
     Path | None,
     option(
-        "--data-dir", metavar="DIR", default="the datasets package, by name",
+        "--data-dir",
+        metavar="DIR",
+        default="the datasets package, by name",
         example="--data-dir data",
         help="Local JSONL files: glue/TASK.{train,dev}.jsonl, superni/{train,heldout}/*.jsonl.",
     ),
-]  # fmt: skip
+]
 Model = Annotated[
     str | None,
     option(
@@ -44,11 +46,13 @@ Model = Annotated[
 Set = Annotated[
     list[str] | None,
     option(
-        "--set", metavar="KEY=VALUE", default="what the configuration says",
+        "--set",
+        metavar="KEY=VALUE",
+        default="what the configuration says",
         example="--set clients.count=4 --set methods.glora.step=0.5",
         help="A field of the configuration by its dotted key, the value as TOML; may be repeated.",
     ),
-]  # fmt: skip
+]
 
 
 @app.command(
@@ -159,9 +163,11 @@ def _print_results(results: Sequence[Result]) -> None:
         names = [name for name in learnt[0].metrics if "/" not in name]  # no single tasks
         _print_table(
             ("method", "seed", *("\n".join(name.rsplit("_", 1)) for name in names)),
-            [(r.method, str(r.seed), *(f"{r.metrics[name]:.4f}" for name in names))
-             for r in learnt],
-        )  # fmt: skip
+            [
+                (r.method, str(r.seed), *(f"{r.metrics[name]:.4f}" for name in names))
+                for r in learnt
+            ],
+        )
     for r in results:
         if r.failures:
             count = f"{len(r.failures)} replies failed, the first: {clean(r.failures[0])}"

@@ -141,8 +141,9 @@ def _print_adapter(facts: Mapping[str, Any]) -> None:
     about.add_row("‖ΔW‖", number(facts["norm"]))
     to.print(about)
     to.print()
-    rows = table("module", "kind", "d_out × d_in", "rank", "scaling", "‖s·BA‖", "σ₁", "spectrum",
-                 left=2)  # fmt: skip
+    rows = table(
+        "module", "kind", "d_out × d_in", "rank", "scaling", "‖s·BA‖", "σ₁", "spectrum", left=2
+    )
     rows.columns[-1].justify = "left"
     for name, m in facts["modules"].items():
         rows.add_row(

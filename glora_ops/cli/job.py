@@ -56,9 +56,10 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with those options before its own."""
     theirs = signature(whole.aggregate, eval_str=True).parameters
     own = [
-        p for p in signature(command, eval_str=True).parameters.values()
+        p
+        for p in signature(command, eval_str=True).parameters.values()
         if p.kind is not Parameter.VAR_KEYWORD
-    ]  # fmt: skip
+    ]
     all_of_them = [*(theirs[name] for name in PLANNED), *own]
     command.__annotations__ = {p.name: p.annotation for p in all_of_them}
     command.__signature__ = Signature(  # type: ignore[attr-defined]  # which typer looks at

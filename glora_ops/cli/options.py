@@ -90,18 +90,22 @@ Readouts = Annotated[
 Pad = Annotated[
     Literal["zero", "trainable"],
     option(
-        "--pad", default="zero", example="--pad trainable",
+        "--pad",
+        default="zero",
+        example="--pad trainable",
         help="Pairs beyond what the state holds: zero for use, trainable to train on "
         "(the update is the same; zero pairs never learn).",
     ),
-]  # fmt: skip
+]
 Dtype = Annotated[
     Literal["fp32", "bf16", "fp16"],
     option(
-        "--dtype", default="fp32", example="--dtype bf16",
+        "--dtype",
+        default="fp32",
+        example="--dtype bf16",
         help="Numbers of the adapters that are written; the state keeps its own.",
     ),
-]  # fmt: skip
+]
 Seed = Annotated[
     int,
     option(
@@ -119,17 +123,19 @@ Device = Annotated[
 Overwrite = Annotated[
     bool,
     option(
-        "--overwrite", example="--overwrite",
+        "--overwrite",
+        example="--overwrite",
         help="Replace the folder if glora wrote all that is in it.",
     ),
-]  # fmt: skip
+]
 DryRun = Annotated[
     bool,
     option(
-        "--dry-run", example="--dry-run",
+        "--dry-run",
+        example="--dry-run",
         help="Check names, headers and places, say what would be read and written, and stop there.",
     ),
-]  # fmt: skip
+]
 Threads = Annotated[
     int | None,
     option(
@@ -140,11 +146,12 @@ Threads = Annotated[
 Json = Annotated[
     bool,
     option(
-        "--json", example="--json",
+        "--json",
+        example="--json",
         help="Print one JSON object instead, as docs/cli.schema.json describes; null stands for a "
         "number without limit.",
     ),
-]  # fmt: skip
+]
 Verbose = Annotated[
     bool,
     option("--verbose", "-v", example="-v", help="All certificates, with what each means."),

@@ -266,10 +266,11 @@ def answering(
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
             raise
         refusal = Refusal(
-            "not enough memory", found=str(error).partition("\n")[0][-200:],
+            "not enough memory",
+            found=str(error).partition("\n")[0][-200:],
             expected="a result and its inputs that fit",
             remedy="a smaller rank, or fewer clients or modules at a time",
-        )  # fmt: skip
+        )
         _refuse([refusal], as_json, outcome)
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)

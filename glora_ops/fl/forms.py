@@ -101,8 +101,10 @@ class Line(Form):
             found = self.alignment
             known = {c.client for c in self.clients}
             sides = [x for x in (found.columns, found.rows, found.cosines) if x is not None]
-            square = all([len(row) for row in side] == [len(found.clients)] * len(found.clients)
-                         for side in sides)  # fmt: skip
+            square = all(
+                [len(row) for row in side] == [len(found.clients)] * len(found.clients)
+                for side in sides
+            )
             require(square and known >= set(found.clients), "alignment", found.clients,
                     "a square over clients of the round")  # fmt: skip
         return self

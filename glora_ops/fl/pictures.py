@@ -152,8 +152,9 @@ def draw_partition(counts: np.ndarray, names: Sequence[str], title: str, path: P
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     if len(names) <= 20:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left",
-                    bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+        axes.legend(
+            frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5)
+        )
     save_figure(figure, path)
 
 

@@ -99,14 +99,20 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
              f"{s['chosen']:g}")
             for label, s in summary["sweeps"].items()
         ]  # fmt: skip
-        parts += ["**Learning rates**, swept on a seed and held-out examples of their own:",
-                  table(("method", *rates, "chosen"), body)]  # fmt: skip
+        parts += [
+            "**Learning rates**, swept on a seed and held-out examples of their own:",
+            table(("method", *rates, "chosen"), body),
+        ]
     if summary["failures"]:
-        parts.append(f"{len(summary['failures'])} replies failed, the first: "
-                     f"{summary['failures'][0]['reason']}")  # fmt: skip
+        parts.append(
+            f"{len(summary['failures'])} replies failed, the first: "
+            f"{summary['failures'][0]['reason']}"
+        )
     if summary["silent"]:
-        parts.append("Nobody replied, so that nothing was learnt, and left out: "
-                     + ", ".join(summary["silent"]))  # fmt: skip
+        parts.append(
+            "Nobody replied, so that nothing was learnt, and left out: "
+            + ", ".join(summary["silent"])
+        )
     if summary["left_out"]:
         parts.append("Left out by robust rules: " + ", ".join(
             f"{x['client']} ({x['method']}, seed {x['seed']}: {x['rounds']} rounds)"
@@ -119,8 +125,7 @@ def markdown(summary: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, the first column to the left."""
-    lines = ["| " + " | ".join(header) + " |",
-             "| :-- |" + " --: |" * (len(header) - 1)]  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 

@@ -86,8 +86,9 @@ def _require_one_experiment(runs: Sequence[RunData]) -> None:
     arms: dict[str, RunData] = {}
     measured: dict[str, Any] = {}
     for run in runs:
-        one, mine = ({**r.about["config"], "methods": 0, "about": 0, "hours": 0}
-                     for r in (runs[0], run))  # fmt: skip
+        one, mine = (
+            {**r.about["config"], "methods": 0, "about": 0, "hours": 0} for r in (runs[0], run)
+        )
         odd = [key for key in mine if mine[key] != one.get(key)]
         both = f"{runs[0].folder} and {run.folder}"
         apart = "report them one by one, each with its -o"

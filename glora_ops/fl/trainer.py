@@ -203,10 +203,11 @@ class Trainer:
 
     def _config(self, rank: int, scaling: float) -> LoraConfig:
         return LoraConfig(
-            r=rank, lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT takes floats
+            r=rank,
+            lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT takes floats
             target_modules=list(self.task.targets) or None,
             lora_dropout=self.how.dropout,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def _load(self, sent: Sent) -> str:
@@ -263,10 +264,12 @@ class Trainer:
 
     def _tail(self, name: str, keep: int) -> Tensor:
         norm = torch.linalg.matrix_norm
-        return torch.stack([
-            norm(layer.lora_B[name].weight[:, keep:]) * norm(layer.lora_A[name].weight[keep:])
-            for layer in self._layers.values()
-        ]).sum()  # fmt: skip
+        return torch.stack(
+            [
+                norm(layer.lora_B[name].weight[:, keep:]) * norm(layer.lora_A[name].weight[keep:])
+                for layer in self._layers.values()
+            ]
+        ).sum()
 
     def _factors(self, name: str, sent: Sent) -> Pairs:
         return {

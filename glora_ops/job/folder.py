@@ -118,8 +118,9 @@ def unsealed(path: Path, kind: str) -> dict[str, Any]:
     except GloraError:
         raise
     except (OSError, ValueError) as error:
-        raise unfit(kind, f"{str(path)!r}, which cannot be read ({error})", _OURS, remedy,
-                    file=str(path)) from None  # fmt: skip
+        raise unfit(
+            kind, f"{str(path)!r}, which cannot be read ({error})", _OURS, remedy, file=str(path)
+        ) from None
     check_fit(found, kind, path, remedy)
     rest = {key: value for key, value in found.items() if key != "sha256"}
     require(_digest(rest) == found["sha256"], kind, f"{str(path)!r}, damaged or edited", _OURS,
@@ -134,15 +135,16 @@ def check_fit(content: Mapping[str, Any], kind: str, path: Path, remedy: str) ->
     from . import schema
 
     models: dict[str, type[BaseModel]] = {
-        "plan": schema.Plan, "receipt": schema.Receipt, "check": schema.Check,
-    }  # fmt: skip
+        "plan": schema.Plan,
+        "receipt": schema.Receipt,
+        "check": schema.Check,
+    }
     try:
         models[kind].model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise unfit(kind, f"{str(path)!r} ({said:.200})", _OURS, remedy,
-                    file=str(path)) from None  # fmt: skip
+        raise unfit(kind, f"{str(path)!r} ({said:.200})", _OURS, remedy, file=str(path)) from None
 
 
 def strangers(folder: Path) -> list[str]:

@@ -59,8 +59,9 @@ def join(job: str | os.PathLike[str], *, readouts: Sequence[int] = ()) -> State:
     dense = {name: x for part in parts for name, x in part.dense.items()}
     order = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
     first = parts[0]
-    state = State({name: made[name] for name in order}, first.clients, first.weights,
-                  first.settings)  # fmt: skip
+    state = State(
+        {name: made[name] for name in order}, first.clients, first.weights, first.settings
+    )
     for note in notes(state):
         if note.category is not None:
             warnings.warn(clean(note.text), note.category, stacklevel=2)
@@ -111,7 +112,9 @@ def _parts(job: Job, refusals: Refusals) -> list[State]:
 
 def _missing(job: Job, what: str, file: str) -> Refusal:
     return Refusal(
-        f"{what} is not made", file=file, found="no such file",
+        f"{what} is not made",
+        file=file,
+        found="no such file",
         expected="all checks and parts of the plan",
         remedy=f"glora job work {job.folder} makes what is missing",
-    )  # fmt: skip
+    )

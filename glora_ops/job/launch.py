@@ -91,6 +91,8 @@ def torchrun(
     )  # fmt: skip
     if done.returncode:
         raise unfit(
-            "torchrun", f"exit status {done.returncode}", "workers that end well",
+            "torchrun",
+            f"exit status {done.returncode}",
+            "workers that end well",
             "what they refused stands above; finished parts are kept, the same command goes on",
-        )  # fmt: skip
+        )

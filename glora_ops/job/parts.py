@@ -136,8 +136,9 @@ def load_part(job: Job, number: int) -> State:
     receipt = job.read(job.receipt(number), "receipt")
     path = job.part(number)
     remedy = "glora job work makes it again"
-    require(receipt is not None, "part", f"{number} is not made", "its files", remedy,
-            file=str(path))  # fmt: skip
+    require(
+        receipt is not None, "part", f"{number} is not made", "its files", remedy, file=str(path)
+    )
     assert receipt is not None
     file = read_state(path)
     require(file.sha256 == receipt["state"], "part", f"{number} with another receipt",

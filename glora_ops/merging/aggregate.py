@@ -310,10 +310,12 @@ def inspect(
         common += without_mean(list(good.values()), voices)
     readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
-    check_saveable([
-        _entry(adapter, False, "0" * 64, None) | {"path": adapter.path.name}
-        for adapter in clients.values()
-    ])  # fmt: skip
+    check_saveable(
+        [
+            _entry(adapter, False, "0" * 64, None) | {"path": adapter.path.name}
+            for adapter in clients.values()
+        ]
+    )
     if planned is not None:
         planned(list(clients.values()))
     arguments = {"dense": dense, "base": base} | settings

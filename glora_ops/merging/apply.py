@@ -130,8 +130,10 @@ def apply_adapter(
 def _notes(plan: Mapping[str, Module | str]) -> Iterator[str]:
     for key, change in sorted(plan.items()):
         if isinstance(change, Module) and change.kind == "embedding":
-            yield (f"{key} changed: an output layer that the base ties to it changes with it, as "
-                   "when PEFT merges, but not when it adapts")  # fmt: skip
+            yield (
+                f"{key} changed: an output layer that the base ties to it changes with it, as "
+                "when PEFT merges, but not when it adapts"
+            )
 
 
 def strangers(folder: Path) -> list[str]:
@@ -172,11 +174,13 @@ def _files(base: Path) -> dict[str, Stored]:
         if Path(name).name != name or not place.is_file():
             refusals.append(
                 Refusal(
-                    "a file of the base model is missing", file=str(place), found="no such file",
+                    "a file of the base model is missing",
+                    file=str(place),
+                    found="no such file",
                     expected=f"{WEIGHTS_NAME}, or the files that {INDEX_NAME} names",
                     remedy="give the folder that save_pretrained wrote; an adapter's is not it",
                 )
-            )  # fmt: skip
+            )
             continue
         seen = signature(place.stat())
         header, problems = read_header(place, None, max_bytes=MAX_BYTES)

@@ -49,8 +49,9 @@ def test_shards_keep_their_index_and_heads_are_replaced(tmp_path: Path) -> None:
     assert len(set(index["weight_map"].values())) > 1
     save_client(tmp_path / "ann", bert, r=4, lora_alpha=8, task_type="SEQ_CLS",
                 target_modules=["query", "word_embeddings", "dense"])  # fmt: skip
-    facts = glora_json("apply", tmp_path / "ann", "--base", tmp_path / "base", "-o",
-                       tmp_path / "model")  # fmt: skip
+    facts = glora_json(
+        "apply", tmp_path / "ann", "--base", tmp_path / "base", "-o", tmp_path / "model"
+    )
     assert json.loads((tmp_path / "model/model.safetensors.index.json").read_text()) == index
     want = merged(bert, tmp_path / "ann")
     for name, weight in weights(tmp_path / "model").items():
@@ -64,8 +65,9 @@ def test_a_layer_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     save_file(dict(mixed().state_dict()), tmp_path / "base/model.safetensors")
     layers = ["embed_tokens", "conv", "first", "last"]
-    save_client(tmp_path / "ann", mixed, r=3, lora_alpha=6, target_modules=layers,
-                modules_to_save=["head"])  # fmt: skip
+    save_client(
+        tmp_path / "ann", mixed, r=3, lora_alpha=6, target_modules=layers, modules_to_save=["head"]
+    )
     done = apply_adapter(tmp_path / "ann", tmp_path / "base", tmp_path / "model")
     want = merged(mixed, tmp_path / "ann")
     for name, weight in weights(tmp_path / "model").items():

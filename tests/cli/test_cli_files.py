@@ -118,8 +118,10 @@ def test_what_is_put_into_out_before_it_is_replaced_is_kept(
 
 def test_a_second_writer_is_refused_by_name(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[str] = []
-    meanwhile(monkeypatch, lambda: others.append(glora("readout", "m", "-r", 2, "-o", "out",
-                                                       code=1).stderr))  # fmt: skip
+    meanwhile(
+        monkeypatch,
+        lambda: others.append(glora("readout", "m", "-r", 2, "-o", "out", code=1).stderr),
+    )
     glora("aggregate", "ann", "bob", "-o", "m")
     others.clear()
     glora("aggregate", *CLIENTS, "-o", "out")
@@ -228,7 +230,7 @@ def test_overwrite_replaces_a_whole_output_and_nothing_else(work: Path) -> None:
         ["compare", "ann", "bob", "--plot", "bob/p.png"],
     ],
     ids=lambda arguments: " ".join(map(str, arguments)),
-)  # fmt: skip
+)
 def test_inputs_and_outputs_lie_apart(arguments: list[Any], work: Path) -> None:
     glora("aggregate", "ann", "bob", "-o", "m")
     (work / "new").mkdir()
@@ -291,8 +293,9 @@ def test_outputs_of_the_version_before_marks_are_known_by_their_record(work: Pat
     glora("update", "m", "--remove", "bob")
     assert strangers(work / "m") == []
     load(gpt2, work / "other" / "r2").save_pretrained(work / "other" / "r2")
-    assert f"r2/{TENSORS}" in glora("aggregate", *CLIENTS, "-o", "other", "--overwrite",
-                                    code=1).stderr  # fmt: skip
+    assert (
+        f"r2/{TENSORS}" in glora("aggregate", *CLIENTS, "-o", "other", "--overwrite", code=1).stderr
+    )
 
 
 def test_a_picture_is_drawn_over_gloras_own_only(work: Path) -> None:

@@ -77,9 +77,11 @@ def test_names_cannot_drive_the_terminal(work: Path) -> None:
     evil = "\x1b[31m[bold]evil\x07"
     (work / "ann").rename(work / evil)
     for arguments in (
-        ["aggregate", evil, "bob", "-o", "out"], ["inspect", "out"], ["inspect", evil],
+        ["aggregate", evil, "bob", "-o", "out"],
+        ["inspect", "out"],
+        ["inspect", evil],
         ["compare", evil, "bob"],
-    ):  # fmt: skip
+    ):
         said = glora(*arguments).stdout
         assert "\x1b" not in said
         assert "\\x1b[31m[bold]evil\\x07" in said

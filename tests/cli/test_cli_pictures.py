@@ -71,9 +71,10 @@ def test_a_picture_needs_matplotlib(work: Path, monkeypatch: pytest.MonkeyPatch)
     for name in [n for n in sys.modules if n.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     for arguments in (
-        ["aggregate", *CLIENTS, "-o", "out", "--plot"], ["inspect", "ann", "--plot", "p.png"],
+        ["aggregate", *CLIENTS, "-o", "out", "--plot"],
+        ["inspect", "ann", "--plot", "p.png"],
         ["compare", *CLIENTS, "--plot", "p.png"],
-    ):  # fmt: skip
+    ):
         assert "pip install 'glora[plot]'" in glora(*arguments, code=1).stderr
     assert everything(work) == before
 

@@ -34,8 +34,9 @@ def test_padding(work: Path) -> None:
     facts = glora_json("readout", "out", "-r", 16, "-o", "one", "--pad", "trainable", "--seed", 1)
     assert facts["notes"] == []
     glora("readout", "out", "-r", 16, "-o", "two", "--pad", "trainable", "--seed", 2)
-    zero, one, two = (load_file(Path(f) / "adapter_model.safetensors") for f in
-                      ("zero", "one", "two"))  # fmt: skip
+    zero, one, two = (
+        load_file(Path(f) / "adapter_model.safetensors") for f in ("zero", "one", "two")
+    )
     for key, tensor in zero.items():
         beyond = (slice(UNION, None),) if "lora_A" in key else (slice(None), slice(UNION, None))
         assert not tensor[beyond].any()

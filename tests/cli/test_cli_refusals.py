@@ -89,8 +89,9 @@ def test_a_weights_file_that_cannot_be_read_is_listed_with_the_rest(
     if content is not None:
         (work / "w.json").write_text(content)
     edit_config(work / "ann", use_dora=True)
-    refused = glora_json("aggregate", *CLIENTS, "-o", "ann/x/../../ann", "--weights", "w.json",
-                         code=1)["refused"]  # fmt: skip
+    refused = glora_json(
+        "aggregate", *CLIENTS, "-o", "ann/x/../../ann", "--weights", "w.json", code=1
+    )["refused"]
     assert len(refused) == 3
     folder, file, client = refused
     assert "ann" in folder["found"]
@@ -289,8 +290,9 @@ def test_missing_modules(work: Path) -> None:
     zero = glora_json("aggregate", "ann", "dan", "-o", "zero", "--rank", 6, "--readout", 6)
     assert_mean(work / "zero/r6", [work / "ann", work / "dan"], [1, 1], gpt2)
     assert any("counts as zero" in note["text"] for note in zero["notes"])
-    rest = glora_json("aggregate", "ann", "dan", "-o", "rest", "--rank", 6, "--missing",
-                      "renormalise")  # fmt: skip
+    rest = glora_json(
+        "aggregate", "ann", "dan", "-o", "rest", "--rank", 6, "--missing", "renormalise"
+    )
     name = "transformer.h.0.mlp.c_proj"
     norms = [facts["certificates"][name]["norm"] for facts in (zero, rest)]
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)

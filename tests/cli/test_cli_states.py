@@ -40,10 +40,12 @@ def test_damage_is_refused_by_every_command_and_nothing_is_written(
     merged.write_bytes(content)
     before = everything(work)
     for command in (
-        ["inspect", "out"], ["inspect", STATE, "--plot", "x.png"],
-        ["readout", "out", "-r", 2, "-o", "x"], ["update", "out", "--remove", "ann"],
+        ["inspect", "out"],
+        ["inspect", STATE, "--plot", "x.png"],
+        ["readout", "out", "-r", 2, "-o", "x"],
+        ["update", "out", "--remove", "ann"],
         ["update", "out", "--remove", "ann", "-o", "x"],
-    ):  # fmt: skip
+    ):
         said = glora(*command, code=1).stderr
         assert "the tensor is not what was written" in said
         assert "modules/" in said
@@ -169,10 +171,12 @@ def test_a_state_with_hostile_names_is_shown_clean(merged: Path, work: Path) -> 
     put_together(merged, tensors, about)
     assert State.load(merged).clients[1] == evil
     commands = (
-        ["inspect", "out"], ["inspect", "out", "--plot", "x.png"],
-        ["readout", "out", "-r", 2, "-o", "x"], ["update", "out", "--remove", "ann"],
+        ["inspect", "out"],
+        ["inspect", "out", "--plot", "x.png"],
+        ["readout", "out", "-r", 2, "-o", "x"],
+        ["update", "out", "--remove", "ann"],
         ["update", "out", "--remove", "nobody"],
-    )  # fmt: skip
+    )
     for command in commands:
         result = glora(*command, code=int(command[0] == "update"))
         assert not set("\x1b\x9b\u202e") & set(result.stdout + result.stderr)

@@ -80,8 +80,9 @@ def rounds(folder: Path) -> Tree:
     run = folder / "tiny" / "glora" / "seed0"
     found: Tree = {}
     if (run / "checkpoint.safetensors").exists():
-        found["checkpoint"] = {k: x.tolist() for k, x in
-                               load_file(run / "checkpoint.safetensors").items()}  # fmt: skip
+        found["checkpoint"] = {
+            k: x.tolist() for k, x in load_file(run / "checkpoint.safetensors").items()
+        }
     if (run / "run.json").exists():
         found["run"] = json.loads((run / "run.json").read_text())
     if (run / "done").exists():
@@ -196,7 +197,9 @@ def jobs(template: Path) -> list[Job]:
     commands = {
         "aggregate": (f"{both} -o deep/out", "deep/out", files),
         "aggregate --overwrite": (
-            "aggregate clients/cyd clients/bob --readout 2 -o again --overwrite", "again", files,
+            "aggregate clients/cyd clients/bob --readout 2 -o again --overwrite",
+            "again",
+            files,
         ),
         "update": ("update m --add clients/cyd --remove bob", "m", files),
         "readout": ("readout m -r 2 -o single2", "single2", files),
@@ -205,7 +208,7 @@ def jobs(template: Path) -> list[Job]:
         "job work": ("job work planned", "planned", parts),
         "job join": ("job join worked -o deep/joined --readout 2", "deep/joined", files),
         "fl run": ("fl run tiny.toml --seeds 1 -o runs --resume", "runs", rounds),
-    }  # fmt: skip
+    }
     made = []
     for name, (command, output, look) in commands.items():
         with tempfile.TemporaryDirectory() as folder:

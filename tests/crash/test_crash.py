@@ -13,7 +13,9 @@ import pytest
 def test_killed_at_arbitrary_moments_old_or_new_is_whole_and_nothing_stays_behind() -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kills.py")), "--kills", "18"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "18 kills: old or new whole each time" in done.stdout

@@ -138,8 +138,9 @@ def test_a_sweep_of_another_configuration_is_refused(
 
     shutil.copytree(runs / "tiny" / "sweep", tmp_path / "runs" / "tiny" / "sweep")
     (tmp_path / "tiny.toml").write_text(now)
-    said = call("run", tmp_path / "tiny.toml", "-o", tmp_path / "runs", "--methods", "glora",
-                code=1).output  # fmt: skip
+    said = call(
+        "run", tmp_path / "tiny.toml", "-o", tmp_path / "runs", "--methods", "glora", code=1
+    ).output
     assert words in said
     assert "lr0.001" in said
     assert not (tmp_path / "runs" / "tiny" / "glora").exists()

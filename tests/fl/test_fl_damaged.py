@@ -122,10 +122,14 @@ def test_a_diverged_run_is_reported_with_what_is_not_a_number(
     home = shutil.copytree(finished, tmp_path / "runs")
     shutil.copytree(home / "small/it/seed0", home / "small/it/seed1")
     change(home / "small/it/seed1/run.json", lambda x: x.update(seed=1))
-    change(home / "small/it/seed1/metrics.jsonl",
-           lambda x: x["metrics"].update(accuracy=float("nan"), loss=float("inf")))  # fmt: skip
-    change(home / "small/it/seed1/metrics.jsonl",
-           lambda x: x["update"].update(effective_rank=1e308, captured=-1e308))  # fmt: skip
+    change(
+        home / "small/it/seed1/metrics.jsonl",
+        lambda x: x["metrics"].update(accuracy=float("nan"), loss=float("inf")),
+    )
+    change(
+        home / "small/it/seed1/metrics.jsonl",
+        lambda x: x["update"].update(effective_rank=1e308, captured=-1e308),
+    )
     report = ["fl", "report", str(home), "-o", str(home / "out"), "--json"]
     result = CliRunner().invoke(app, report)
     assert result.exit_code == 0, result.exception

@@ -96,8 +96,9 @@ def test_nodes_tell_their_ranks_and_clients_keep_their_order(tmp_path: Path) -> 
     assert [c["rank"] for c in last["clients"]] == [2, 4, 3, 4]
     assert set(last["by_rank"]) == {"2", "3", "4"}
     assert {message.metadata.message_type for message in grid.sent[:4]} == {"query"}
-    here = run_small(tmp_path / "local", {"kind": "glora"},
-                     clients={"ranks": [2, 4, 3, 4], "wire": "bfloat16"})  # fmt: skip
+    here = run_small(
+        tmp_path / "local", {"kind": "glora"}, clients={"ranks": [2, 4, 3, 4], "wire": "bfloat16"}
+    )
     assert numbers(there) == numbers(here)
 
 
@@ -308,8 +309,9 @@ def test_a_node_that_lost_its_memory_is_sent_everything_again(tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["glora", "flora", "ffa"])
 def test_a_killed_server_goes_on_with_the_nodes_memory(method: str, tmp_path: Path) -> None:
     """Killed when the nodes have trained and it has not committed; nodes have new ids after it."""
-    whole = run_small(tmp_path / "whole", {"kind": method}, clients={"wire": "bfloat16"},
-                      training=KEEP)  # fmt: skip
+    whole = run_small(
+        tmp_path / "whole", {"kind": method}, clients={"wire": "bfloat16"}, training=KEEP
+    )
 
     class Killed(FlowerEngine):
         def _reply(self, client: Client, sent: Any, message: Message) -> Any:

@@ -89,8 +89,9 @@ def test_heads_are_weighted_means_and_rounds_count(name: str) -> None:
     method = METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     after = method.combine(server, replies)
-    expected = sum(w * r.dense["head.weight"].double() for r, w in zip(replies, WEIGHTS,
-                                                                       strict=True))  # fmt: skip
+    expected = sum(
+        w * r.dense["head.weight"].double() for r, w in zip(replies, WEIGHTS, strict=True)
+    )
     torch.testing.assert_close(after.dense["head.weight"].double(), expected, atol=1e-6, rtol=0)
     assert after.round == server.round + 1 == 2
     assert shares(replies) == pytest.approx(WEIGHTS)
@@ -601,9 +602,11 @@ def test_captured_energy_and_spectrum_against_dense_matrices(name: str) -> None:
         exact = dense.mean_update(pairs(replies, m), WEIGHTS, SCALING)
         if name == "glora":  # a fresh start: what is learnt is added to all of W
             exact = exact + effective(method.model(server), m)
-        earlier = sum(
-            (p[m][0].double() @ p[m][1].double()).numpy() for p in server.merged
-        ) if server.merged else 0.0  # fmt: skip
+        earlier = (
+            sum((p[m][0].double() @ p[m][1].double()).numpy() for p in server.merged)
+            if server.merged
+            else 0.0
+        )
         whole = effective(method.model(after), m)
         lost += np.linalg.norm(whole - earlier - exact) ** 2
         total += np.linalg.norm(exact) ** 2

@@ -218,8 +218,9 @@ def test_both_engines_judge_alike(tmp_path: Path) -> None:
     clients = {"partition": "iid"}
     method = {"kind": "glora", "robust": "geometric-median"}
     here = run_small(tmp_path / "local", method, clients=clients)
-    there = run_flower(tmp_path / "flower", method, LoopGrid(NODES, tmp_path / "nodes"),
-                       clients=clients)  # fmt: skip
+    there = run_flower(
+        tmp_path / "flower", method, LoopGrid(NODES, tmp_path / "nodes"), clients=clients
+    )
     assert reproducible(here) == numbers(there)
     assert same_state(here, there)
     trusts = [c["trust"] for c in here.lines()[-1]["robust"]["clients"]]

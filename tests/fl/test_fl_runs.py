@@ -116,9 +116,10 @@ def test_a_round_without_any_reply_keeps_the_state(tmp_path: Path) -> None:
 
 def test_a_client_that_diverges_is_a_failure_with_its_reason(tmp_path: Path) -> None:
     done = run_small(
-        tmp_path / "run", {"kind": "fedit"},
+        tmp_path / "run",
+        {"kind": "fedit"},
         training={"optimiser": "sgd", "lr": 1e30, "clip": 0.0, "rounds": 1},
-    )  # fmt: skip
+    )
     (failure, *_) = done.lines()[1]["failures"]
     assert "loss" in failure["reason"]
     assert "finite" in failure["reason"]
@@ -141,9 +142,11 @@ def test_what_is_not_finite_is_no_reply(tmp_path: Path, monkeypatch: pytest.Monk
 def test_received_is_what_every_client_is_sent(tmp_path: Path) -> None:
     """Pruned ranks too: here each client keeps half of its rank once its tail has shrunk."""
     done = run_small(
-        tmp_path / "small" / "it" / "seed0", {"kind": "hetlora", "gamma": 0.5, "penalty": 10.0},
-        training={"rounds": 3}, clients={"count": 4, "ranks": [8, 4]},
-    )  # fmt: skip
+        tmp_path / "small" / "it" / "seed0",
+        {"kind": "hetlora", "gamma": 0.5, "penalty": 10.0},
+        training={"rounds": 3},
+        clients={"count": 4, "ranks": [8, 4]},
+    )
     last = done.lines()[-1]
     assert last["sent_ranks"] != [8, 4, 8, 4]
     assert set(last["by_rank"]) == set(map(str, last["sent_ranks"]))
@@ -156,9 +159,11 @@ def test_participation_is_a_seeded_sample_shared_by_methods(tmp_path: Path) -> N
     asked = []
     for name in ("glora", "flexlora"):
         done = run_small(
-            tmp_path / name, {"kind": name}, training={"rounds": 4, "steps": 1},
+            tmp_path / name,
+            {"kind": name},
+            training={"rounds": 4, "steps": 1},
             clients={"count": 10, "ranks": [1, 2, 4], "participation": 0.3},
-        )  # fmt: skip
+        )
         asked.append([[c["client"] for c in x["clients"]] for x in done.lines()[1:]])
     assert asked[0] == asked[1]
     assert all(len(set(round)) == 3 for round in asked[0])
@@ -204,11 +209,13 @@ def test_bytes_by_round(name: str, down: list[int], up: list[int], tmp_path: Pat
 def test_bfloat16_on_the_wire_halves_bytes_and_still_learns(tmp_path: Path) -> None:
     full, half = (
         run_small(
-            tmp_path / wire, {"kind": "glora"}, clients={"wire": wire},
+            tmp_path / wire,
+            {"kind": "glora"},
+            clients={"wire": wire},
             training={"rounds": 4, "steps": 6},
         )
         for wire in ("float32", "bfloat16")
-    )  # fmt: skip
+    )
     for a, b in zip(full.lines()[1:], half.lines()[1:], strict=True):
         assert b["bytes_up"] * 2 == a["bytes_up"]
         assert b["bytes_down"] * 2 == a["bytes_down"]
@@ -227,10 +234,12 @@ def test_what_is_evaluated_is_the_dense_model(tmp_path: Path) -> None:
 
     def pairs(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         return {
-            m: (0.05 * torch.randn(o, rank, generator=generator),
-                0.05 * torch.randn(rank, i, generator=generator))
+            m: (
+                0.05 * torch.randn(o, rank, generator=generator),
+                0.05 * torch.randn(rank, i, generator=generator),
+            )
             for m, (o, i) in plan.setup.shapes.items()
-        }  # fmt: skip
+        }
 
     one, two, adapter = pairs(5), pairs(3), pairs(4)
     found = plan.trainer.evaluate(Sent(adapter, {}, 2.0, merged=(one, two))).metrics
@@ -459,8 +468,9 @@ def test_resume_refuses_another_run_and_a_damaged_checkpoint(tmp_path: Path) -> 
     fewer.parts[0] = fewer.parts[0][1:]  # other data under the same name
     with pytest.raises(GloraError, match="examples"):
         run(fewer, folder, resume=True)
-    more = config({"it": {"kind": "fedit"}, "new": {"kind": "ffa"}},
-                  training={"rounds": 1, "steps": 1})  # fmt: skip
+    more = config(
+        {"it": {"kind": "fedit"}, "new": {"kind": "ffa"}}, training={"rounds": 1, "steps": 1}
+    )
     assert len(run(Plan(more, "it", 0, 0.005), folder, resume=True)) == 2  # arms may come later
     (folder / "done").unlink()
     (folder / "checkpoint.safetensors").write_bytes(b"\x10" + bytes(30))

@@ -100,7 +100,7 @@ def glue(tiny: dict[str, str], name: str = "sst2", **clients: Any) -> Config:
         model={"name": tiny["bert"], "targets": ["query", "value"]},
         training={"rounds": 4, "steps": 10, "batch": 16, "lr": 0.02},
         clients={"count": 3, "ranks": [1, 2, 4]} | clients,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -143,9 +143,11 @@ def test_a_regression_starts_at_its_labels_and_learns(tiny: dict[str, str], tmp_
     mean = np.mean([row["label"] for row in graded(120, 0)])
     assert float(plan.setup.dense["classifier.bias"]) == pytest.approx(mean)
     assert mean == pytest.approx(
-        np.average([plan.task._y[rows].mean() for rows in plan.parts],
-                   weights=[len(rows) for rows in plan.parts])
-    )  # fmt: skip
+        np.average(
+            [plan.task._y[rows].mean() for rows in plan.parts],
+            weights=[len(rows) for rows in plan.parts],
+        )
+    )
     lines = run(plan, tmp_path / "run")
     assert lines[1]["clients"][0]["loss_first"] < 3  # from zero it would be the mean's square
     assert lines[-1]["metrics"]["pearson"] > 0.5
@@ -451,7 +453,7 @@ def superni(model: str, targets: list[str]) -> Config:
         model={"name": model, "targets": targets},
         clients={"count": 2, "ranks": [2, 4], "partition": "task"},
         training={"rounds": 3, "steps": 20, "batch": 8, "lr": 0.05},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("kind", "targets"), [("gpt2", ["c_attn", "c_proj"]), ("t5", ["q", "v"])])

@@ -166,8 +166,10 @@ def draw_patterns(rng: random.Random) -> Files:
     pieces = ["a", "b", ".", ".*", "(", ")", "(?:", "|", "*", "+", "?", "{2}", "{1,3}", "[a-c]",
               "[^a]", "\\d", "\\.", "^", "$", "{1000}", "\\", "[", "(a|a)*", "layers", "é", "(?=",
               "0"]  # fmt: skip
-    table = ["".join(rng.choices(pieces, k=rng.randint(0, rng.choice((4, 12, 200)))))
-             for _ in range(rng.randint(1, 4))]  # fmt: skip
+    table = [
+        "".join(rng.choices(pieces, k=rng.randint(0, rng.choice((4, 12, 200)))))
+        for _ in range(rng.randint(1, 4))
+    ]
     return {"patterns.json": json.dumps(table).encode()}
 
 
@@ -332,8 +334,10 @@ def resume(folder: Path) -> str:
 
 def draw_reply(rng: random.Random) -> Files:
     form = {"examples": 3, "metrics": {"loss": 0.5}, "state": "ab" * 16, "process": 4}
-    arrays = [["factors/m/B", "bfloat16", [2, 3], "glora.raw", 12],
-              ["dense/h", "bfloat16", [4], "glora.raw", 8]]  # fmt: skip
+    arrays = [
+        ["factors/m/B", "bfloat16", [2, 3], "glora.raw", 12],
+        ["dense/h", "bfloat16", [4], "glora.raw", 8],
+    ]
     files = {"about": json.dumps(form).encode(), "arrays": json.dumps(arrays).encode()}
     if rng.random() < 0.5:
         return files | {"about": as_json(mutated(form, rng), rng)}

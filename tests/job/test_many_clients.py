@@ -43,8 +43,10 @@ def test_a_layout_is_not_shared_by_clients_whose_configurations_say_otherwise(
     folders = [save_client(tmp_path / f"c{i}", i, 2, alpha=i + 1) for i in range(3)]
     clients = inspect(folders, None).clients
     assert [{m.scaling for m in clients[i].modules.values()} for i in range(3)] == [
-        {0.5}, {1.0}, {1.5},
-    ]  # fmt: skip
+        {0.5},
+        {1.0},
+        {1.5},
+    ]
 
 
 def test_a_header_that_is_known_does_not_vouch_for_a_file_of_another_length(tmp_path: Path) -> None:

@@ -93,10 +93,12 @@ def numbered() -> nn.Module:
     """Two encoders side by side."""
     return _seeded(
         lambda: nn.ModuleDict(
-            {f"encoder_{i}": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
-             for i in (1, 2)}
+            {
+                f"encoder_{i}": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])})
+                for i in (1, 2)
+            }
         )
-    )  # fmt: skip
+    )
 
 
 def adapt(folder: Path, base: Base, seed: int, **config: Any) -> Path:

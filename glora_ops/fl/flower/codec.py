@@ -127,9 +127,10 @@ def _tensor(name: str, array: Array, wire: str) -> Tensor:
     shape = tuple(array.shape)
     require(
         len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n > 0 for n in shape),
-        f"tensor {name!r}", f"the shape {shape!s:.80}",
+        f"tensor {name!r}",
+        f"the shape {shape!s:.80}",
         f"at most {MAX_DIMENSIONS} integers above zero",
-    )  # fmt: skip
+    )
     right = len(array.data) == math.prod(shape) * dtype.itemsize
     require(right, f"tensor {name!r}", f"{len(array.data)} bytes", f"shape {shape} of {wire}")
     x = torch.frombuffer(bytearray(array.data), dtype=dtype).reshape(shape).float()

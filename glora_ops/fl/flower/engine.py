@@ -228,8 +228,10 @@ class FlowerEngine:
         require(learnt.examples == held, "examples", learnt.examples, f"{held}, as its part has")
         tensors = tensors_of(message.content, self.traffic.wire)
         rank = sent.rank
-        asked = {m: (b.new_empty(b.shape[0], rank), a.new_empty(rank, a.shape[1]))
-                 for m, (b, a) in sent.factors.items()}  # fmt: skip
+        asked = {
+            m: (b.new_empty(b.shape[0], rank), a.new_empty(rank, a.shape[1]))
+            for m, (b, a) in sent.factors.items()
+        }
         expected = {n: x.shape for n, x in reply_tensors(asked, sent.dense, sent.train).items()}
         wrong = [n for n in expected.keys() | tensors.keys()
                  if n not in tensors or expected.get(n) != tensors[n].shape]  # fmt: skip

@@ -89,11 +89,13 @@ class Glue:
         from transformers import AutoModelForSequenceClassification
 
         model = from_pretrained(
-            AutoModelForSequenceClassification, self.config.model.name, self._seed,
+            AutoModelForSequenceClassification,
+            self.config.model.name,
+            self._seed,
             random_weights=self.config.model.random_weights,
             num_labels=self._outputs,
             ignore_mismatched_sizes=True,  # a head for other labels is drawn anew
-        )  # fmt: skip
+        )
         model.config.pad_token_id = self._tokenizer.pad_token_id  # type: ignore[union-attr]
         if self.regression:
             self._start_at_the_mean(model)

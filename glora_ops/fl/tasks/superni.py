@@ -165,15 +165,18 @@ class SuperNI:
             mask = pad([[1] * len(t) for t in tokens], 0, left=not self._encoder_decoder)
             with torch.no_grad():
                 made = model.generate(  # type: ignore[operator]
-                    input_ids=ids.to(device_of(model)), attention_mask=mask.to(device_of(model)),
-                    do_sample=False, num_beams=1,
+                    input_ids=ids.to(device_of(model)),
+                    attention_mask=mask.to(device_of(model)),
+                    do_sample=False,
+                    num_beams=1,
                     max_new_tokens=self.config.task.max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
+                )
             if not self._encoder_decoder:
                 made = made[:, ids.shape[1] :]
-            for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True),
-                               strict=True):  # fmt: skip
+            for i, text in zip(
+                rows, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True
+            ):
                 answers[i] = text.strip()
         return answers
 
