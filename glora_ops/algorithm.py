@@ -39,7 +39,7 @@ __all__ = [
     "readout",
 ]
 
-ANCHOR_EPSILON = 0.02
+ANCHOR_EPSILON = 0.02  # ε of W̃ (6.1); why: so that exact cancellation is no trap
 
 
 def choose(v: Vocabulary, factors: Factors, s: Settings, fixed: bool = False) -> Solver:

@@ -25,7 +25,7 @@ __all__ = [
     "of_clients",
 ]
 
-U32 = 2.0**-24
+U32 = 2.0**-24  # unit roundoff of fp32
 # A singular value of a mean below this fraction of S may be made of rounding alone.
 ROUNDING = 8 * U32
 
@@ -63,8 +63,8 @@ CLIENT_STATS = (
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
 RESOLVED = 1e-12
-FLAG_KAPPA = 1e-2
-FLAG_GAP = 1e-3
+FLAG_KAPPA = 1e-2  # of κ · roundoff; why: rounding then turns a basis by about as much
+FLAG_GAP = 1e-3  # relative; why: iterations tell eigenvalues apart to about tol = 1e-3
 
 
 def information_vote(votes: Tensor, clients: Clients) -> Tensor:

@@ -33,7 +33,7 @@ __all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "check_saveable",
 
 MARK = "glora"  # key of a state's JSON in the metadata of its file
 FORMAT_VERSION = 3  # 2 had no digests, 1 no record
-MAX_BYTES = 2**40
+MAX_BYTES = 2**40  # why: of rank 256 a dense model of 400B parameters has some 40 GiB
 MAX_HEADER_BYTES = 100_000_000  # which the safetensors library accepts
 MAX_TENSORS = 2**20  # eight a module, and every expert is a module
 FEW = 10_000  # clients of whom nobody need count whether a file holds them

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["extent", "out_of_range", "value_faults"]
 
-LEAST, MOST = 1e-40, 1e40
+LEAST, MOST = 1e-40, 1e40  # of fp64; why: inner products hold four factors and their sums
 # Of a tensor in any other dtype on a GPU, whose kernels scale nothing (docs/ops.md).
 DEVICE_LEAST, DEVICE_MOST = 2.0**-100, 2.0**100
 

@@ -20,8 +20,8 @@ from .precision import PROMOTED, precise_mode, product_mode
 
 __all__ = ["MAX_RANK", "launch_core"]
 
-MAX_RANK = 64
-ROWS, STEP = 64, 32
+MAX_RANK = 64  # of the bases; why: wider blocks do not stay in registers (README.md)
+ROWS, STEP = 64, 32  # rows a program, columns at a time; slices: as many rows as they sum
 
 
 @triton.jit

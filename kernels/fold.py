@@ -20,7 +20,7 @@ from .precision import precise_mode
 
 __all__ = ["launch_fold"]
 
-TILE, COLUMNS = 32, 32
+TILE, COLUMNS = 32, 32  # rows of a client, columns; why: fp64 blocks stay in registers
 
 
 @triton.jit

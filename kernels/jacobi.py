@@ -37,7 +37,7 @@ __all__ = ["MAX_SIZE", "JacobiConfig"]
 MAX_SIZE = 128
 # Twice what the hardest spectra took; a bound, never a choice of accuracy.
 SWEEPS = tl.constexpr(40)
-U64 = tl.constexpr(2.0**-53)
+U64 = tl.constexpr(2.0**-53)  # unit roundoff of fp64
 # Squared cosine up to which two columns count as orthogonal: (2⁻⁴⁸)².
 ORTHOGONAL = tl.constexpr(2.0**-96)
 

@@ -13,7 +13,7 @@ from .launching import launch
 
 __all__ = ["launch_readout"]
 
-TILE = 64
+TILE = 64  # long rows of a program
 
 
 @triton.jit

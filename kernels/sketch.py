@@ -23,7 +23,7 @@ from .slices import value
 
 __all__ = ["MAX_COLUMNS", "MAX_RANK", "SketchConfig", "fits", "launch_sketch"]
 
-MAX_RANK, MAX_COLUMNS = 64, 128
+MAX_RANK, MAX_COLUMNS = 64, 128  # why: what a program holds at once fills its registers
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .jacobi import power
 
 __all__ = ["SLICES", "STEP", "add_products", "cut", "rescaled", "row_exponent", "value"]
 
-SLICES = tl.constexpr(5)
+SLICES = tl.constexpr(5)  # why: what is left out is 2⁻⁴⁵ of the largest product
 # Columns whose products a sum may hold: 2 · 8 bits, 32 columns, 5 sums are less than 24 bits.
 STEP = 32
 # Adding and taking away 1.5 · 2²³ rounds an fp32 to an integer.

@@ -229,6 +229,22 @@ def test_works_beside_the_other_project_called_kernels(tmp_path: Path) -> None:
     assert run(code, PYTHONPATH=str(tmp_path)).startswith("someone else | glora.aggregate")
 
 
+def test_every_named_number_says_why_or_of_what() -> None:
+    """A comment beside or above it; the reference has a docstring below."""
+    silent = []
+    for name, path in modules():
+        lines = path.read_text().splitlines()
+        for node in ast.parse(path.read_text()).body if name != "reference" else ():
+            if not isinstance(node, ast.Assign) or not ast.unparse(node.targets[0]).isupper():
+                continue
+            kinds = {type(x.value) for x in ast.walk(node.value) if isinstance(x, ast.Constant)}
+            if kinds <= {int, float} and kinds:
+                above, beside = lines[node.lineno - 2], lines[node.lineno - 1]
+                if not above.startswith("#") and "  # " not in beside:
+                    silent.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not silent, "\n".join(silent)
+
+
 def test_what_tests_share_lies_apart_from_them() -> None:
     """In tests/support; crash/ and fuzz/ are commands, each with its parts beside it."""
     commands = {"support", "crash", "fuzz"}

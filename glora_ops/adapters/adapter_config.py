@@ -61,7 +61,8 @@ _REFUSED = {
     "megatron_config": "Megatron adapters are stored in shards",
 }
 
-MAX_NAMES = 4096  # of saved modules and of parameters: each is looked for in every tensor's name
+# Of saved modules and of parameters; why: each is looked for in every tensor's name.
+MAX_NAMES = 4096
 NAME_IN_FULL = "name the modules in full instead of by a pattern"
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (

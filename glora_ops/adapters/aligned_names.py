@@ -42,7 +42,7 @@ ROOTS = {
     "model", "transformer", "backbone", "bert", "roberta", "distilbert", "albert", "electra",
     "deberta", "vit", "gpt_neox",
 }  # fmt: skip
-MAX_STEMS = 128  # that some client lacks; pairs of them are compared
+MAX_STEMS = 128  # that some client lacks; why: pairs of them are compared
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 Segments = tuple[str, ...]

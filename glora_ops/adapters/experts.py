@@ -38,7 +38,7 @@ PARAMETER_KINDS = ("parameter", "expert")
 ORDER = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias",
 )  # fmt: skip
-MAX_EXPERTS = 4096
+MAX_EXPERTS = 4096  # why: each becomes a module of its own; models have some hundreds
 MAX_CANDIDATES = 64  # parameters that one pair could belong to
 _WRAPPED = ".base_layer"
 

@@ -19,7 +19,7 @@ _NO_WEIGHTS = (
     "adapter_model.", "optimizer", "scheduler", "scaler", "rng_state", "training_args",
     "random_states", "sampler", "server.safetensors",
 )  # fmt: skip
-_LOOKED_AT = 1000
+_LOOKED_AT = 1000  # entries of a folder; why: only to name what lies there, of perhaps millions
 
 
 def _adapters_in(folder: Path) -> list[Path]:

@@ -22,8 +22,8 @@ GRAMMAR = (
 )
 MAX_STATES = 500_000  # of a table, 200 bytes each; names in full share their beginnings
 MAX_STEPS = 10_000_000  # of a table over all names, some seconds
-MAX_REPEAT = 1000
-MAX_DEPTH = 20
+MAX_REPEAT = 1000  # why: a repetition is written out, state by state
+MAX_DEPTH = 20  # groups in each other; why: the parser calls itself
 
 _KINDS: dict[str, Callable[[str], bool]] = {
     "d": str.isdecimal,

@@ -20,9 +20,9 @@ from ..runtime.reading import open_regular, parse_json_object
 
 __all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
 
-MAX_HEADER_BYTES = 32 * 2**20
-MAX_NAME = 512
-MAX_TENSORS = 250_000
+MAX_HEADER_BYTES = 32 * 2**20  # why: a tensor takes some hundred bytes, and all of it is parsed
+MAX_NAME = 512  # characters; why: names of deep models have a hundred
+MAX_TENSORS = 250_000  # why: two a module, and every expert may be one
 
 DTYPES = {
     "F64": torch.float64,

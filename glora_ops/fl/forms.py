@@ -15,7 +15,7 @@ from .config import Config, Label
 
 __all__ = ["read_about", "read_lines", "read_sweep"]
 
-MAX_METRICS_BYTES = 2**31
+MAX_METRICS_BYTES = 2**31  # why: read whole; a round takes some kilobytes
 
 
 class Form(BaseModel):

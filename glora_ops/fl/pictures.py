@@ -23,7 +23,7 @@ from .load import RunData
 
 __all__ = ["draw", "draw_partition"]
 
-MOST_DRAWN = 1e30
+MOST_DRAWN = 1e30  # why: axes square what they draw; a run that diverged goes beyond
 
 
 def draw(runs: Sequence[RunData], reference: str, folder: Path, stem: str) -> list[str]:

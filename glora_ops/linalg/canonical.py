@@ -23,7 +23,7 @@ __all__ = [
     "soft_votes",
 ]
 
-U64 = 2.0**-53
+U64 = 2.0**-53  # unit roundoff of fp64
 Eigh = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

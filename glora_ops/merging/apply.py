@@ -32,7 +32,7 @@ CONFIG_NAME = "config.json"
 MARK = "glora_applied"
 #: Endings of files that hold weights in another form: not copied, for they would be the old ones.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-MAX_BYTES = 2**40
+MAX_BYTES = 2**40  # of a base model's file; why: hubs split long before
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

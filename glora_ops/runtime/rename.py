@@ -10,8 +10,8 @@ from pathlib import Path
 
 __all__ = ["Taken", "exchange", "rename_new"]
 
-_AT_FDCWD = -100
-_NOREPLACE, _EXCHANGE = 1, 2
+_AT_FDCWD = -100  # Linux: names count from the working directory
+_NOREPLACE, _EXCHANGE = 1, 2  # Linux: flags of renameat2
 #: What file systems answer that do not know a flag, or hard links.
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EOPNOTSUPP}
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}

@@ -23,7 +23,7 @@ from .tall import TallSolver
 
 __all__ = ["FixedStepSolver"]
 
-PROBES = 32
+PROBES = 32  # sign vectors; why: what is left out is then known to a quarter of it (√(2/32))
 # Columns up to which a small eigenproblem is cheap on a GPU: one more costs five times as much.
 NARROW = 64
 

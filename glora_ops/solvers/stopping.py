@@ -37,7 +37,7 @@ EMPTY = 1e-13
 # Squared length, over the longest, of coordinates below which they hold no vector; of images, below
 # which rounding of the long ones would show in their axes.
 DROP = 1e-5
-TINY = 1e-300
+TINY = 1e-300  # why: never divided by zero; smaller than any square that counts
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..messages import WIRES
 __all__ = ["Ask", "Facts", "Learnt", "Refusal", "Work", "form_of", "pack", "tensors_of"]
 
 STYPE = "glora.raw"
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 8  # why: factors and heads have two, a convolution's kernel four
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{0,32}$")]  # of a client's state; none is empty
 Measure = Annotated[str, Field(max_length=100)]
 

@@ -30,7 +30,7 @@ COLUMNS = {
     "mnli": ("premise", "hypothesis"),
 }
 HUB = "nyu-mll/glue"
-EVALUATION_BATCH = 64
+EVALUATION_BATCH = 64  # examples at a time; why: memory, no result depends on it
 LARGEST = 1e15  # a label beyond it is a mistake
 BINS = 5  # of a regression's labels, for partitions
 

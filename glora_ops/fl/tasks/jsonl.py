@@ -11,7 +11,7 @@ from ...errors import GloraError, Refusal, Refused, require
 
 __all__ = ["from_hub", "is_text", "read_jsonl"]
 
-SHOWN = 5
+SHOWN = 5  # faulty lines; why: the others are mostly of the same kind
 
 
 def read_jsonl(path: Path, check: Callable[[Mapping[str, Any]], str]) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ from .pretrained import batches_by_length, device_of, from_pretrained, pad, toke
 __all__ = ["SuperNI", "prompt"]
 
 HUB = "Muennighoff/natural-instructions"
-EVALUATION_BATCH = 16
-IGNORED = -100
+EVALUATION_BATCH = 16  # prompts at a time; why: memory, they are long
+IGNORED = -100  # why: the label that PyTorch's cross entropy leaves out
 HALVES: tuple[HeldOut, ...] = ("validation", "test")
 Instance = dict[str, Any]  # task, definition, input, outputs
 
