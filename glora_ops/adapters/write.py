@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import require
+from ..runtime.marks import digests, unchanged
 from ..runtime.outputs import claimed, new_folder
 from ..runtime.tensors import read_mark, save_tensors
 from .adapter_config import CONFIG_NAME
@@ -147,7 +147,7 @@ def write_adapter(
         CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True),
         CARD_NAME: _model_card(config, len(factors), sorted(dense or {}), precision),
     }
-    mark = json.dumps({name: _digest(text.encode()) for name, text in sorted(texts.items())})
+    mark = json.dumps(digests({name: text.encode() for name, text in texts.items()}))
     final = Path(folder).resolve()
     with claimed(final, strangers), new_folder(final, strangers, overwrite=overwrite) as path:
         save_tensors(tensors, path / TENSORS_NAME, {"format": "pt", MARK: mark})
@@ -168,16 +168,7 @@ def strangers(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in folder.iterdir()
-        if mark is None or (entry.name != TENSORS_NAME and not _written(entry, mark))
-    )
-
-
-def _written(entry: Path, mark: Mapping[str, Any]) -> bool:
-    return (
-        not entry.is_symlink()
-        and entry.is_file()
-        and entry.name in mark
-        and mark[entry.name] == _digest(entry.read_bytes())
+        if mark is None or (entry.name != TENSORS_NAME and not unchanged(entry, mark))
     )
 
 
@@ -203,10 +194,6 @@ def strangers_unmarked(folder: Path) -> list[str]:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         own = False
     return [] if own else sorted(found)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _own(t: Tensor) -> Tensor:

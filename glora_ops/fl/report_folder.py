@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..runtime.marks import digests, unchanged
 
 __all__ = [
     "COLUMNS",
@@ -142,9 +143,8 @@ def write_report(
     text = json.dumps(summaries, indent=1) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     page = "# Federated runs\n\n" + "\n".join(pages)
-    digests = {PAGE: _digest(page.encode())}
-    digests |= {path.name: _digest(path.read_bytes()) for path in sorted(folder.iterdir())}
-    (folder / PAGE).write_bytes(f"{page}{MARK}{json.dumps(digests)} -->\n".encode())
+    held = {path.name: path.read_bytes() for path in folder.iterdir()} | {PAGE: page.encode()}
+    (folder / PAGE).write_bytes(f"{page}{MARK}{json.dumps(digests(held))} -->\n".encode())
 
 
 def strangers(folder: Path) -> list[str]:
@@ -153,19 +153,14 @@ def strangers(folder: Path) -> list[str]:
         return [folder.name]
     try:
         page, _, mark = (folder / PAGE).read_bytes().decode().rpartition(MARK)
-        digests = json.loads(mark.removesuffix(" -->\n"))
+        found = json.loads(mark.removesuffix(" -->\n"))
     except (OSError, ValueError):
-        page, digests = "", {}
-    own = digests if isinstance(digests, dict) else {}
+        page, found = "", {}
+    own = found if isinstance(found, dict) else {}
+    page_is_own = digests({PAGE: page.encode()}).items() <= own.items()
+    page_is_own = page_is_own and not (folder / PAGE).is_symlink()
     return sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.is_symlink()
-        or not entry.is_file()
-        or entry.name not in own
-        or own[entry.name] != _digest(page.encode() if entry.name == PAGE else entry.read_bytes())
+        if not (page_is_own if entry.name == PAGE else unchanged(entry, own))
     )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from ..adapters.read import Adapter, check_values, read_adapter
 from ..adapters.safetensors_header import read_header
 from ..adapters.stored import Stored, signature
 from ..errors import Refusal, Refusals, Refused, require
+from ..runtime.marks import digests, unchanged
 from ..runtime.outputs import apart, check_free, claimed, new_folder
 from ..runtime.reading import read_json_object
 from ..runtime.tensors import read_mark, save_tensors
@@ -107,7 +107,7 @@ def apply_adapter(
         raise Refused(problems)
 
     texts = _texts(source, dtype)
-    mark = json.dumps({name: _digest(content) for name, content in sorted(texts.items())})
+    mark = json.dumps(digests(texts))
     with ExitStack() as held:
         held.enter_context(claimed(final, strangers))
         building = held.enter_context(new_folder(final, strangers, overwrite=overwrite))
@@ -147,14 +147,9 @@ def strangers(folder: Path) -> list[str]:
     def is_own(entry: Path) -> bool:
         if entry.name in weights:
             return weights[entry.name] is not None
-        whole = entry.is_file() and not entry.is_symlink() and entry.name in mark
-        return whole and mark[entry.name] == _digest(entry.read_bytes())
+        return unchanged(entry, mark)
 
     return [entry.name for entry in entries if not is_own(entry)]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _files(base: Path) -> dict[str, Stored]:
