@@ -321,10 +321,12 @@ class State:
         seed: int = Readout.seed,
         dtype: torch.dtype = torch.float32,
         overwrite: bool = False,
+        dry_run: bool = False,
     ) -> None:
         """Write a PEFT folder of uniform rank, ``lora_alpha = rank``, in one step.
 
-        Factors are rounded to `dtype`: float32, bfloat16 or float16.
+        Factors are rounded to `dtype`: float32, bfloat16 or float16. With `dry_run` everything is
+        checked and nothing written.
 
         Raises
         ------
@@ -350,8 +352,9 @@ class State:
         )
         factors = self._readouts(rank, 1.0, pad, seed)
         write_adapter(
-            folder, factors, layout=self.layout, dense=self.dense, dtype=dtype, overwrite=overwrite
-        )
+            folder, factors, layout=self.layout, dense=self.dense, dtype=dtype,
+            overwrite=overwrite, dry_run=dry_run,
+        )  # fmt: skip
 
 
 def _count(n: int, noun: str) -> str:

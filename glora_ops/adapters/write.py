@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..runtime.marks import digests, unchanged
-from ..runtime.outputs import claimed, new_folder
+from ..runtime.outputs import check_free, claimed, new_folder
 from ..runtime.tensors import read_mark, save_tensors
 from .adapter_config import CONFIG_NAME
 from .experts import PARAMETER_KINDS, nested, parameter_pairs
@@ -37,6 +37,7 @@ def write_adapter(
     dense: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Write a PEFT LoRA folder: tensors, configuration and a model card.
 
@@ -58,6 +59,8 @@ def write_adapter(
         Of the factors as they are written: float32, bfloat16 or float16.
     overwrite : bool
         Replace an existing folder that this function wrote and nobody changed (`strangers`).
+    dry_run : bool
+        Check everything, and write nothing.
 
     Returns
     -------
@@ -149,6 +152,9 @@ def write_adapter(
     }
     mark = json.dumps(digests({name: text.encode() for name, text in texts.items()}))
     final = Path(folder).resolve()
+    if dry_run:
+        check_free(final, strangers, overwrite=overwrite)
+        return Path(folder)
     with claimed(final, strangers), new_folder(final, strangers, overwrite=overwrite) as path:
         save_tensors(tensors, path / TENSORS_NAME, {"format": "pt", MARK: mark})
         for name, text in texts.items():

@@ -7,6 +7,7 @@ imported by the commands when they run (`loading`), so that usage and help answe
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import click
@@ -24,14 +25,33 @@ __all__ = ["app", "main"]
 
 
 class _Commands(TyperGroup):
-    """The commands; until the next version also the former spelling of one."""
+    """The commands; what was one of aggregate's options names its successor."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        at = args.index("--update") if "--update" in args[:-1] else None
-        if at is not None and args[0] == "aggregate" and not args[at + 1].startswith("-"):
-            args = ["update", args[at + 1], *args[1:at], *args[at + 2 :]]
-            typer.echo("glora aggregate --update STATE is glora update STATE now", err=True)
+        if args[:1] == ["aggregate"] and (update := _as_update(args[1:])):
+            raise click.UsageError(
+                f"aggregate has no {update[0]}, that is a command of its own: "
+                f"glora update {shlex.join(update[1:])}",
+                ctx,
+            )
         return super().parse_args(ctx, args)
+
+
+def _as_update(words: list[str]) -> list[str]:
+    """The option that makes an update of `aggregate`'s words, and what `glora update` then takes.
+
+    Empty if there is none.
+    """
+    names = [word.partition("=")[0] for word in words]
+    former = [name for name in names if name in ("--update", "--add", "--remove")]
+    state, rest = "STATE", list(words)
+    if "--update" in former:
+        at = names.index("--update")
+        _, _, value = rest.pop(at).partition("=")
+        if not value and rest[at:] and not rest[at].startswith("-"):
+            value = rest.pop(at)
+        state = value or state
+    return [former[0], state, *rest] if former else []
 
 
 app = typer.Typer(

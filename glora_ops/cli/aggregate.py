@@ -42,14 +42,6 @@ DEFAULT_CAPTURED = 0.9  # why: as in glora_ops.aggregate; a place to begin, not 
 DEFAULT_CLIP = 2.0  # why: as in glora_ops.robust, which cannot be imported before torch is wanted
 
 
-def _moved(given: object) -> None:
-    if given:
-        raise typer.BadParameter(
-            "is a command of its own now: glora update STATE --add DIR --remove NAME",
-            param_hint="--update",
-        )
-
-
 def aggregate(
     clients: Annotated[
         list[str] | None,
@@ -180,10 +172,6 @@ def aggregate(
     device: Device = "cpu",
     threads: Threads = None,
     plot: Spectra = False,
-    moved: Annotated[
-        list[str] | None,
-        typer.Option("--update", "--add", "--remove", hidden=True, callback=_moved, is_eager=True),
-    ] = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     verbose: Verbose = False,

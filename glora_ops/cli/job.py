@@ -17,7 +17,7 @@ from ..errors import GloraWarning, Refusals, listing
 from . import aggregate as whole
 from .client_list import named_clients, read_client_list
 from .command import Command
-from .options import Dtype, Json, Overwrite, Pad, Quiet, Readouts, Threads, Verbose, option
+from .options import DryRun, Dtype, Json, Overwrite, Pad, Quiet, Readouts, Threads, Verbose, option
 from .show import (
     answering,
     clean,
@@ -47,8 +47,8 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(metavar="JOB", help="The folder that plan made.")]
 #: Options of `glora aggregate` that a plan takes, as they stand there.
 PLANNED = (
-    "client_list", "rank", "weights", "normalise", "missing", "basis", "robust", "base",
-    "include", "exclude", "on_bad_client", "dense", "seed", "device",
+    "client_list", "weights", "normalise", "missing", "basis", "base", "include", "exclude",
+    "on_bad_client", "dense", "seed", "device",
 )  # fmt: skip
 
 
@@ -88,17 +88,27 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    rank: Annotated[
+        str | None,
+        option(
+            "--rank", metavar="N", default="twice the largest rank of a client",
+            example="--rank 32",
+            help="Rank of the server state.",
+        ),
+    ] = None,
+    robust: Annotated[str | None, typer.Option("--robust", hidden=True)] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:  # fmt: skip
     """Write down which modules are computed together.
 
-    Options are those of glora aggregate; --rank auto and --robust, which need all modules at
-    once, are refused. Of the clients headers are read, and with --on-bad-client skip every value.
+    Options are those of glora aggregate, but for what needs all modules at once: --rank auto and
+    --robust. Of the clients headers are read, and with --on-bad-client skip every value.
     """
     client_list = options.pop("client_list")
-    options["rank"], weights = whole.server_rank(options["rank"]), options.pop("weights")
+    options |= {"rank": whole.server_rank(rank), "robust": robust}
+    weights = options.pop("weights")
     named, given = named_clients(clients, client_list, weights)
     with answering(as_json, writes=True, quiet=quiet) as outcome:
         from ..adapters.places import find_places
@@ -247,6 +257,7 @@ def join(
     pad: Pad = "zero",
     dtype: Dtype = "fp32",
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -262,10 +273,10 @@ def join(
         from ..errors import Refused
         from ..job import join as put_together
         from ..job import read_job
-        from .state_folder import StateFolder, print_written
+        from .state_folder import StateFolder, print_joined, print_written
 
         seed = read_job(job).about["arguments"].get("seed", 0)
-        folder = StateFolder(out, readouts, pad, dtype, seed, False, overwrite, False, began)
+        folder = StateFolder(out, readouts, pad, dtype, seed, False, overwrite, dry_run, began)
         refusals = Refusals()
         folder.reserve(held, [job], refusals)
         if refusals:
@@ -273,6 +284,16 @@ def join(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GloraWarning)
             state = put_together(job, readouts=readouts)
+        if dry_run:
+            facts = {
+                "dry_run": True,
+                "job": str(job),
+                "clients": list(state.clients),
+                "modules": list(state.modules),
+                "writes": folder.writes,
+            }
+            (print_json if as_json else print_joined)(facts)
+            return
         facts = folder.write(state)
         outcome.wrote(out)
         held.close()

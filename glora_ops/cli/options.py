@@ -133,7 +133,7 @@ DryRun = Annotated[
     option(
         "--dry-run",
         example="--dry-run",
-        help="Check names, headers and places, say what would be read and written, and stop there.",
+        help="Check what can be checked before, say what would be written, and stop there.",
     ),
 ]
 Threads = Annotated[

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from .options import Dtype, Json, Overwrite, Pad, Quiet, Seed, Stored, option
-from .show import answering, clean, console, counted, labelled, print_json, print_notes, size
+from .options import DryRun, Dtype, Json, Overwrite, Pad, Quiet, Seed, Stored, option
+from .show import (
+    answering,
+    clean,
+    console,
+    counted,
+    labelled,
+    print_json,
+    print_notes,
+    print_untouched,
+    size,
+)
 
 __all__ = ["EXAMPLE", "readout"]
 
@@ -33,6 +43,7 @@ def readout(
     dtype: Dtype = "fp32",
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -49,10 +60,13 @@ def readout(
         apart(out, [state])
         loaded, file = load_state(state)
         loaded.write_adapter(
-            out, rank, pad=pad, seed=seed, dtype=WRITTEN[dtype], overwrite=overwrite
-        )
-        outcome.wrote(out)
+            out, rank, pad=pad, seed=seed, dtype=WRITTEN[dtype],
+            overwrite=overwrite, dry_run=dry_run,
+        )  # fmt: skip
+        if not dry_run:
+            outcome.wrote(out)
         facts: dict[str, Any] = {
+            "dry_run": dry_run,
             "state": str(state),
             "out": str(out),
             "rank": rank,
@@ -68,7 +82,13 @@ def readout(
         line = (
             f"{clean(out)}  PEFT adapter of rank {rank}, "
             f"{counted(len(facts['modules']), 'module')}, "
-            f"{facts['energy']:.2%} of the state's energy, {size(out)}"
+            f"{facts['energy']:.2%} of the state's energy"
         )
-        console().print(labelled("written: ", "bold green", line), soft_wrap=True)
+        if dry_run:
+            console().print(labelled("would write: ", "bold", line), soft_wrap=True)
+        else:
+            line += f", {size(out)}"
+            console().print(labelled("written: ", "bold green", line), soft_wrap=True)
         print_notes(facts["notes"])
+        if dry_run:
+            print_untouched("")

@@ -147,9 +147,9 @@ def print_skipped(skipped: Sequence[str]) -> None:
         console().print(f"and {len(skipped) - len(shown)} more: --json lists them")
 
 
-def print_untouched() -> None:
+def print_untouched(read: str = "nothing was read but headers, and ") -> None:
     """The last line of a dry run."""
-    console().print("nothing was read but headers, and nothing was written", style="dim")
+    console().print(f"{read}nothing was written", style="dim")
 
 
 def warn(label: str, text: str) -> None:

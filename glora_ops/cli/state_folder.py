@@ -32,7 +32,7 @@ from .show import (
 from .state_facts import STATE_NAME, held_energy, padding_note, print_state, state_facts
 from .strangers import strangers
 
-__all__ = ["Planned", "StateFolder", "print_plan", "print_written"]
+__all__ = ["Planned", "StateFolder", "print_joined", "print_plan", "print_written"]
 
 
 class Planned(Exception):
@@ -73,6 +73,12 @@ class StateFolder:
         """Resolved once: a link that comes to stand there during a run is not followed."""
         return Path(os.path.realpath(self.out))
 
+    @property
+    def writes(self) -> list[str]:
+        """The state, its readouts and its picture."""
+        names = [STATE_NAME, *(f"r{r}" for r in self.readouts), *[PICTURE_NAME] * self.plot]
+        return [str(self.out / name) for name in names]
+
     def planned(self, adapters: Sequence[Adapter]) -> None:
         """End a dry run."""
         if not self.dry_run:
@@ -86,13 +92,12 @@ class StateFolder:
             }
             for adapter in adapters
         ]
-        names = [STATE_NAME, *(f"r{r}" for r in self.readouts), *[PICTURE_NAME] * self.plot]
         raise Planned(
             {
                 "dry_run": True,
                 "clients": clients,
                 "modules": list(dict.fromkeys(name for a in adapters for name in a.modules)),
-                "writes": [str(self.out / name) for name in names],
+                "writes": self.writes,
             }
         )
 
@@ -132,9 +137,19 @@ def print_plan(facts: dict[str, Any]) -> None:
     for client in facts["clients"]:
         line = f"  {clean(client['name'])}  rank {span(client['ranks'])}  {clean(client['path'])}"
         to.print(line, soft_wrap=True)
-    for path in facts["writes"]:
-        to.print(labelled("would write: ", "bold", clean(path)), soft_wrap=True)
+    _print_writes(facts)
     print_untouched()
+
+
+def print_joined(facts: dict[str, Any]) -> None:
+    """What would be written of a job whose parts were all looked at."""
+    _print_writes(facts)
+    print_untouched("")
+
+
+def _print_writes(facts: dict[str, Any]) -> None:
+    for path in facts["writes"]:
+        console().print(labelled("would write: ", "bold", clean(path)), soft_wrap=True)
 
 
 def print_written(facts: dict[str, Any], verbose: bool) -> None:

@@ -42,6 +42,7 @@ def test_what_commands_print(work: Path) -> None:
     }  # fmt: skip
     for name, arguments in runs.items():
         check(name, glora_json(*arguments))
+    check("job_join_plan", glora_json("job", "join", "job", "-o", "joined", "--dry-run"))
     check("aggregate", glora_json("job", "join", "job", "-o", "joined", "--readout", 4))
     check("refused", glora_json("inspect", "nobody", code=1))
     facts = glora_json("inspect", "out")

@@ -205,20 +205,19 @@ def test_device_and_threads_reach_torch(work: Path, monkeypatch: pytest.MonkeyPa
     assert torch.get_num_threads() == before
 
 
-def test_what_moved_says_where_to(work: Path) -> None:
-    said = " ".join(glora("aggregate", "ann", "--remove", "bob", code=2).stderr.split())
-    assert "glora update STATE --add DIR --remove NAME" in said.replace("│ ", "")
+@pytest.mark.parametrize(
+    ("former", "successor"),
+    [
+        (["--update", "old", "--add", "x=my dir", "-o", "out"], "old --add 'x=my dir' -o out"),
+        (["--add=bob", "--update=old", "--dry-run"], "old --add=bob --dry-run"),
+        (["--update", "--remove", "bob"], "STATE --remove bob"),
+        (["ann", "--remove", "bob"], "STATE ann --remove bob"),
+    ],
+)
+def test_aggregate_update_names_its_successor(former: list[str], successor: str) -> None:
+    said = glora("aggregate", *former, code=2).stderr
+    assert f"glora update {successor}" in " ".join(said.split())
     assert "--update" not in glora("aggregate", "--help").stdout
-
-
-def test_the_former_spelling_of_an_update_still_works(work: Path) -> None:
-    glora("aggregate", "ann", "bob", "-o", "new")
-    glora("aggregate", "ann", "-o", "old")
-    said = glora("aggregate", "--update", "old", "--add", "bob").stderr
-    assert "glora aggregate --update STATE is glora update STATE now" in said
-    assert (work / "old/server.safetensors").read_bytes() == (
-        work / "new/server.safetensors"
-    ).read_bytes()
 
 
 def test_written_files_are_told_with_size_and_share(work: Path) -> None:
@@ -230,7 +229,7 @@ def test_written_files_are_told_with_size_and_share(work: Path) -> None:
 
 
 def test_an_option_of_two_commands_is_worded_once() -> None:
-    """Of what glora aggregate does in one go and glora job in parts; only the folders differ."""
+    """Of what glora aggregate does in one go, glora job in parts; only folders and ranks differ."""
     of = dict(commands())
 
     def options(name: str) -> dict[str, tuple[object, ...]]:
@@ -239,9 +238,19 @@ def test_an_option_of_two_commands_is_worded_once() -> None:
 
     whole = options("glora aggregate")
     parts = options("glora job plan") | options("glora job work") | options("glora job join")
-    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--dry-run"}
-    for name in (parts.keys() & whole.keys()) - {"--out"}:
+    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--robust"}
+    for name in (parts.keys() & whole.keys()) - {"--out", "--rank"}:
         assert parts[name] == whole[name]
+
+
+def test_a_plan_shows_no_option_that_it_refuses(work: Path) -> None:
+    shown = glora("job", "plan", "--help").stdout.partition("Options:")[2]
+    assert "--rank N " in shown
+    assert "auto" not in shown
+    assert "--robust" not in shown
+    for refused in (["--rank", "auto"], ["--robust", "clip"]):
+        said = glora("job", "plan", *CLIENTS, "-o", "job", *refused, code=1).stderr
+        assert "a job computes every module once" in said
 
 
 @pytest.mark.parametrize("group", [[], ["fl"], ["job"]])
@@ -256,11 +265,6 @@ def test_no_column_is_lost_in_a_pipe(work: Path) -> None:
     said = CliRunner().invoke(app, ["inspect", "out", "-v"], env={"COLUMNS": None}).stdout
     header = next(line for line in said.splitlines() if line.startswith("module "))
     assert header.split()[-4:] == ["gap", "cut", "rank", "spectrum"]
-
-
-def test_the_former_spelling_takes_no_option_for_a_state(work: Path) -> None:
-    said = glora("aggregate", "ann", "--update", "--remove", "bob", code=2).stderr
-    assert "glora update STATE --add DIR --remove NAME" in " ".join(said.split()).replace("│ ", "")
 
 
 def test_a_client_added_twice_is_told_by_its_folder(work: Path) -> None:

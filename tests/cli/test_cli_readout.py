@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import CLIENTS, UNION, assert_mean, glora, glora_json
+from commands import CLIENTS, UNION, assert_mean, everything, glora, glora_json
 from peft_models import gpt2
 from safetensors.torch import load_file
 
@@ -26,6 +26,31 @@ def test_readout_from_a_state(work: Path) -> None:
     assert (facts["rank"], facts["notes"]) == (2, [])
     assert read_adapter("a").config["r"] == 2
     assert 0 < facts["energy"] < 1
+
+
+def test_a_dry_run_refuses_what_the_run_would_and_writes_nothing(work: Path) -> None:
+    glora("aggregate", *CLIENTS, "-o", "out", "--rank", UNION)
+    glora("job", "plan", *CLIENTS, "-o", "job", "--rank", UNION)
+    taken = ["readout", "out", "-r", 4, "-o", "out", "--dry-run"]
+    absurd = ["readout", "out", "-r", 10**6, "-o", "x", "--dry-run"]
+    unmade = ["job", "join", "job", "-o", "x", "--dry-run"]
+    before = everything(work)
+    for arguments in (taken, absurd, unmade):
+        glora(*arguments, code=1)
+    said = glora("readout", "out", "-r", 4, "-o", "x", "--dry-run").stdout
+    assert "would write: x  PEFT adapter of rank 4" in said
+    assert everything(work) == before
+
+    glora("job", "work", "job")
+    before = everything(work)
+    said = glora("job", "join", "job", "-o", "x", "--readout", "2,4", "--dry-run").stdout
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("would write")] == [
+        "x/server.safetensors",
+        "x/r2",
+        "x/r4",
+    ]
+    assert "nothing was written" in said
+    assert everything(work) == before
 
 
 def test_padding(work: Path) -> None:
