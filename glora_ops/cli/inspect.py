@@ -164,26 +164,28 @@ def _print_adapter(facts: Mapping[str, Any]) -> None:
 
 def _print_state_modules(certificates: Mapping[str, Mapping[str, Any]], verbose: bool) -> None:
     """A row per module; the certificates of its cut where they are wanted, or one is in a tie."""
-    verbose = verbose or any(m["ambiguous"] for m in certificates.values())
-    more = ["attainable", "gap", "cut"] if verbose else []
-    rows = table("module", "d_out × d_in", "‖W̄‖", "captured", *more, "rank", "spectrum")
-    rows.columns[0].min_width = MODULE_WIDTH
+    rows = table("module", "d_out × d_in", "‖W̄‖", "captured", "rank", "spectrum")
+    cuts = table("module", "attainable", "gap", "cut")
     rows.columns[-1].justify = "left"
     for name, m in certificates.items():
-        tie = Text("in a tie", "bold yellow") if m["ambiguous"] else "clear"
-        gap = f"{min(m['gap_u'], m['gap_v'], m['gap_w']):.1e}"
+        named = clean(name) or "(unnamed)"
         rows.add_row(
-            clean(name) or "(unnamed)",
+            named,
             f"{m['d_out']} × {m['d_in']}",
             figures(m["norm"]),
             f"{m['captured']:.4f}",
-            *([f"{m['attainable']:.4f}", gap, tie] if verbose else []),
             str(int(m["effective_rank"])),
             _bars(m["singular_values"]),
         )
+        gap = f"{min(m['gap_u'], m['gap_v'], m['gap_w']):.1e}"
+        tie = Text("in a tie", "bold yellow") if m["ambiguous"] else "clear"
+        cuts.add_row(named, f"{m['attainable']:.4f}", gap, tie)
     to = console()
-    to.print()
-    to.print(rows)
+    tied = any(m["ambiguous"] for m in certificates.values())
+    for shown in [rows, cuts] if verbose or tied else [rows]:
+        shown.columns[0].min_width = MODULE_WIDTH
+        to.print()
+        to.print(shown)
 
 
 def _bars(values: Sequence[float]) -> str:

@@ -260,11 +260,14 @@ def test_no_summary_of_a_command_is_cut(group: list[str]) -> None:
     assert "..." not in listed
 
 
-def test_no_column_is_lost_in_a_pipe(work: Path) -> None:
+@pytest.mark.parametrize("width", [None, 80])
+def test_no_column_is_lost_in_a_pipe_or_a_narrow_terminal(work: Path, width: int | None) -> None:
     glora("aggregate", *CLIENTS, "-o", "out")
-    said = CliRunner().invoke(app, ["inspect", "out", "-v"], env={"COLUMNS": None}).stdout
-    header = next(line for line in said.splitlines() if line.startswith("module "))
-    assert header.split()[-4:] == ["gap", "cut", "rank", "spectrum"]
+    env = {"COLUMNS": width and str(width)}
+    said = CliRunner().invoke(app, ["inspect", "out", "-v"], env=env).stdout
+    header, cuts = (line for line in said.splitlines() if line.startswith("module "))
+    assert header.split()[-4:] == ["‖W̄‖", "captured", "rank", "spectrum"]
+    assert cuts.split()[-3:] == ["attainable", "gap", "cut"]
 
 
 def test_a_client_added_twice_is_told_by_its_folder(work: Path) -> None:
