@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,6 +99,20 @@ def test_one_call_is_a_federated_run(tmp_path: Path) -> None:
     )
     assert result.folder == tmp_path / "digits_iid" / "glora" / "seed0"
     assert 0 <= result.metrics["accuracy"] <= 1
+
+
+def test_ones_own_method_runs_in_one_call_as_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "federated.md").read_text()
+    page = page.partition("### Adding one")[2]
+    class_of_it, run = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    small = '"clients.count": 2, "training.rounds": 1, "training.steps": 1, "sweep.lrs": []'
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "written_in_the_documentation"}
+    exec(class_of_it, names)
+    exec(run.replace('"equal"}', f'"equal", {small}}}').replace("range(3)", "[0]"), names)
+    assert names["results"][0].folder == Path("runs/digits_iid/equal/seed0")
 
 
 @pytest.mark.parametrize(
