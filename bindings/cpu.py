@@ -19,7 +19,7 @@ __all__ = ["CpuVocabulary"]
 
 # Rows as long as 2^±30 (fp32) or 2^±100 (fp64) leave every product, and every product of two
 # products, in range as they are.
-SAFE = {torch.float32: 2.0**30, torch.float64: 2.0**100}
+SAFE_LENGTH = {torch.float32: 2.0**30, torch.float64: 2.0**100}
 # More than any binary exponent of a product of two numbers, and its inverse.
 FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
@@ -34,14 +34,14 @@ def _threads(work: int) -> AbstractContextManager[None]:
 
 def _working(x: Tensor) -> Tensor:
     """In the working dtype, on a cache line: BLAS rounds by the address it is given."""
-    if x.dtype not in SAFE:
+    if x.dtype not in SAFE_LENGTH:
         return scratch.empty(tuple(x.shape), torch.float32).copy_(x)
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def _is_safe(x: Tensor) -> bool:
     """Whether every row is; a zero row asks for a closer look."""
-    length, safe = torch.linalg.vector_norm(x, dim=-1), SAFE[x.dtype]
+    length, safe = torch.linalg.vector_norm(x, dim=-1), SAFE_LENGTH[x.dtype]
     return bool(((length > 1 / safe) & (length < safe)).all())
 
 

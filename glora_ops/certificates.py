@@ -62,7 +62,7 @@ CLIENT_STATS = (
 )
 
 # Eigenvalues below this fraction of the top are zero: the square of fp32 rounding, with a margin.
-RESOLVED = 1e-12
+RESOLVED_SQUARE = 1e-12
 FLAG_KAPPA = 1e-2  # of κ · roundoff; why: rounding then turns a basis by about as much
 FLAG_GAP = 1e-3  # relative; why: iterations tell eigenvalues apart to about tol = 1e-3
 
@@ -96,7 +96,7 @@ class Cut:
     @classmethod
     def of_projectors(cls, found: Found, rank: int, noise: Tensor) -> Cut:
         """(2, L): of the two mean projectors; eigenvalues up to noise count as zero."""
-        resolved = RESOLVED * found.values[..., 0]
+        resolved = RESOLVED_SQUARE * found.values[..., 0]
         kappa = ambiguity(found.values, found.energies, rank, resolved, found.norm)
         return cls(cut_gap(found.values, rank, torch.maximum(noise, resolved)), kappa)
 

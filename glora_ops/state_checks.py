@@ -1,4 +1,4 @@
-"""What holds of the tensors of every state, and what of a file's tensors does not."""
+"""Checks of a state's tensors: what has to be there, of which shapes, dtypes and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that can be computed with, told from those that cannot, at the speed of memory."""
+"""Finds NaN, infinities, and values too large or small to compute with; reads a tensor once."""
 
 from __future__ import annotations
 

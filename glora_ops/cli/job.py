@@ -24,6 +24,7 @@ from .show import (
     console,
     counted,
     decimal,
+    duration,
     labelled,
     print_json,
     print_skipped,
@@ -233,8 +234,8 @@ def status(job: Folder, as_json: Json = False) -> None:
             if count:
                 line = f"{what}: {count - len(missing)} of {count}{_missing(missing)}"
                 to.print(line, soft_wrap=True)
-        left = "not known yet" if found.left is None else f"{found.left:.0f} s"
-        line = f"one thread's time: {found.seconds:.0f} s so far, for the rest {left}"
+        left = "not known yet" if found.left is None else duration(found.left)
+        line = f"one thread's time: {duration(found.seconds)} so far, for the rest {left}"
         to.print(line, soft_wrap=True)
 
 

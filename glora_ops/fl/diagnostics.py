@@ -24,18 +24,18 @@ from .tasks.base import Answer
 
 __all__ = [
     "alignment",
-    "describe",
     "effective_rank",
     "misalignment",
     "own_score",
     "significant",
     "spectrum",
+    "update_facts",
 ]
 
 SHOWN = 64  # leading values that are recorded
 
 
-def describe(model: Sent, before: Sequence[Pairs], exact: Pairs) -> dict[str, Any]:
+def update_facts(model: Sent, before: Sequence[Pairs], exact: Pairs) -> dict[str, Any]:
     """The server's new model, against what it would be if nothing were lost.
 
     Parameters

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .config import Config
-from .diagnostics import alignment, describe, misalignment, own_score, significant
+from .diagnostics import alignment, misalignment, own_score, significant, update_facts
 from .engine_local import Answers, Engine, LocalEngine
 from .messages import Client
 from .methods import Method
@@ -198,7 +198,7 @@ def _line(
     if before is not None and answers.replies:
         if how.spectra:
             exact = plan.method.exact(before, answers.heard)
-            line["update"] = significant(describe(model, before.merged, exact))
+            line["update"] = significant(update_facts(model, before.merged, exact))
         if how.agreement == "every" or (how.agreement == "last" and last):
             line["alignment"] = alignment(answers.replies)
             line["misalignment"] = significant(misalignment(answers.replies))

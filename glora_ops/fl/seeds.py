@@ -11,18 +11,18 @@ import hashlib
 import numpy as np
 import torch
 
-__all__ = ["number", "numpy_stream", "torch_stream"]
+__all__ = ["numpy_stream", "stream_seed", "torch_stream"]
 
 
-def number(seed: int, *name: object) -> int:
-    """A 63-bit seed for the stream `name`, e.g. ``number(seed, "batches", round, client)``."""
+def stream_seed(seed: int, *name: object) -> int:
+    """A 63-bit seed for the stream `name`, e.g. ``stream_seed(seed, "batches", round, client)``."""
     text = "/".join(map(str, (seed, *name)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def torch_stream(seed: int, *name: object) -> torch.Generator:
-    return torch.Generator().manual_seed(number(seed, *name))
+    return torch.Generator().manual_seed(stream_seed(seed, *name))
 
 
 def numpy_stream(seed: int, *name: object) -> np.random.Generator:
-    return np.random.default_rng(number(seed, *name))
+    return np.random.default_rng(stream_seed(seed, *name))

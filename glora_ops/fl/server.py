@@ -11,7 +11,7 @@ from torch import Tensor
 from ..arguments import check_padding
 from ..state import Factors
 from .messages import Client, Pairs, draw_factors
-from .seeds import number
+from .seeds import stream_seed
 
 __all__ = ["SVD", "Server", "Setup", "clients_of", "untrained"]
 
@@ -106,7 +106,7 @@ class Server:
 def untrained(setup: Setup, client: Client, *name: object) -> tuple[Pairs, int]:
     """A client's first adapter, and the seed it draws it from."""
     own = () if setup.shared_start else (client.index,)
-    seed = number(setup.seed, "start", *name, *own)
+    seed = stream_seed(setup.seed, "start", *name, *own)
     return draw_factors(setup.shapes, client.rank, seed), seed
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import GloraError, require, unfit
 from .gauge import regauge, turned
 from .messages import Client, Pairs, Sent, digest
-from .seeds import number, numpy_stream
+from .seeds import numpy_stream, stream_seed
 from .tasks import Task
 from .tasks.base import Judged
 
@@ -157,7 +157,7 @@ class Trainer:
         optimiser = _optimiser(learning, how)
         if how.optimiser_state == "keep":
             _restore(optimiser, learning, state)
-        torch.manual_seed(number(how.seed, "dropout", round, client.index))
+        torch.manual_seed(stream_seed(how.seed, "dropout", round, client.index))
         draw = numpy_stream(how.seed, "batches", round, client.index)
         losses = []
         self._model.train()
@@ -179,7 +179,9 @@ class Trainer:
             )
         factors = self._factors(name, sent)
         if how.gauge > 1 and sent.train == "both":  # a frozen factor fixes the gauge
-            factors = regauge(factors, how.gauge, number(how.seed, "gauge", round, client.index))
+            factors = regauge(
+                factors, how.gauge, stream_seed(how.seed, "gauge", round, client.index)
+            )
         if not all(x.isfinite().all() for pair in factors.values() for x in pair) or not all(
             x.isfinite().all() for x in self.dense.values()
         ):

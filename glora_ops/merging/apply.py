@@ -18,6 +18,7 @@ from ..adapters.read import Adapter, check_values, read_adapter
 from ..adapters.safetensors_header import read_header
 from ..adapters.stored import Stored, signature
 from ..errors import Refusal, Refusals, Refused, require
+from ..packing import FLOATS
 from ..runtime.marks import digests, unchanged
 from ..runtime.outputs import apart, check_free, claimed, new_folder
 from ..runtime.reading import read_json_object
@@ -33,7 +34,6 @@ MARK = "glora_applied"
 #: Endings of files that hold weights in another form: not copied, for they would be the old ones.
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
 MAX_BYTES = 2**40  # of a base model's file; why: hubs split long before
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from glora_ops.errors import GloraError, GloraWarning
 from glora_ops.fl.config import load_config
 from glora_ops.fl.engine_local import LOST, Answers, LocalEngine
 from glora_ops.fl.flower import FlowerEngine, simulate
-from glora_ops.fl.flower.codec import Facts, Learnt, Work, form_of, pack, tensors_of
+from glora_ops.fl.flower.codec import Facts, Trained, Work, content_of, form_of, tensors_of
 from glora_ops.fl.messages import Client
 from glora_ops.fl.records import Run
 from glora_ops.fl.run import Plan, run
@@ -427,7 +427,7 @@ def test_ranks_that_nodes_told_outlive_the_server(tmp_path: Path) -> None:
 def test_tensors_travel_as_raw_bytes(wire: str, size: int) -> None:
     facts = Facts(client=1, rank=4, examples=7)
     x = {"a/B": torch.randn(5, 3).T, "a/A": torch.zeros(7).neg(), "s": torch.tensor(2.5)}
-    content = pack(facts, x, wire)
+    content = content_of(facts, x, wire)
     assert form_of(content, Facts) == facts
     back = tensors_of(content, wire)
     for name, tensor in x.items():
@@ -466,7 +466,7 @@ def test_forms_that_do_not_fit_are_refused(about: str | None) -> None:
     with pytest.raises(GloraError, match="do not fit"):
         form_of(RecordDict({"about": record}), Facts)
     with pytest.raises(GloraError, match="do not fit"):
-        form_of(RecordDict(), Learnt)
+        form_of(RecordDict(), Trained)
 
 
 SIMULATED = """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glora_ops.errors import GloraError
-from glora_ops.fl.diagnostics import describe
+from glora_ops.fl.diagnostics import update_facts
 from glora_ops.fl.gauge import regauge
 from glora_ops.fl.messages import Client, Reply, Sent, draw_factors
 from glora_ops.fl.methods import METHODS, Method
@@ -595,7 +595,7 @@ def test_captured_energy_and_spectrum_against_dense_matrices(name: str) -> None:
     method = METHODS[name]()
     server, replies = rounds(method, EQUAL, 1)
     after = method.combine(server, replies)
-    found = describe(method.model(after), server.merged, method.exact(server, replies))
+    found = update_facts(method.model(after), server.merged, method.exact(server, replies))
     lost = total = 0.0
     sigma, ranks = np.zeros(11), []
     for m in SHAPES:
@@ -629,7 +629,7 @@ def test_the_spectrum_of_a_small_update_keeps_its_digits() -> None:
     ]
     one, other = (
         np.array(
-            describe(method.model(method.combine(server, x)), (), method.exact(server, x))[
+            update_facts(method.model(method.combine(server, x)), (), method.exact(server, x))[
                 "spectrum"
             ]
         )

@@ -347,7 +347,7 @@ def draw_reply(rng: random.Random) -> Files:
 def reply(folder: Path) -> str:
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    from glora_ops.fl.flower.codec import Learnt, form_of, tensors_of
+    from glora_ops.fl.flower.codec import Trained, form_of, tensors_of
 
     content = RecordDict()
     text = (folder / "about").read_bytes().decode("utf-8", "replace")
@@ -359,7 +359,7 @@ def reply(folder: Path) -> str:
         content["tensors"] = ArrayRecord(made)
     except (TypeError, ValueError, OverflowError, KeyError):
         return "not a message"
-    form_of(content, Learnt)
+    form_of(content, Trained)
     tensors_of(content, "bfloat16")
     return "done"
 

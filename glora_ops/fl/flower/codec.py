@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import GloraError, require
 from ..messages import WIRES
 
-__all__ = ["Ask", "Facts", "Learnt", "Refusal", "Work", "form_of", "pack", "tensors_of"]
+__all__ = ["Ask", "Facts", "Trained", "Unable", "Work", "content_of", "form_of", "tensors_of"]
 
 STYPE = "glora.raw"
 MAX_DIMENSIONS = 8  # why: factors and heads have two, a convolution's kernel four
@@ -57,7 +57,7 @@ class Work(Form):
     tensors: dict[str, str]
 
 
-class Learnt(Form):
+class Trained(Form):
     """What came of it; the tensors beside it are the reply. `state` names what the node keeps."""
 
     examples: int = Field(ge=1)
@@ -66,7 +66,7 @@ class Learnt(Form):
     process: int = Field(ge=0, lt=2**31)
 
 
-class Refusal(Form):
+class Unable(Form):
     """Nothing came of it. A node that forgot what the server counts on must be sent everything."""
 
     reason: str
@@ -76,7 +76,7 @@ class Refusal(Form):
 F = TypeVar("F")
 
 
-def pack(
+def content_of(
     form: Form, tensors: Mapping[str, Tensor] | None = None, wire: str = "float32"
 ) -> RecordDict:
     """A message's content."""

@@ -30,7 +30,7 @@ from ..messages import (
 )
 from ..run import Plan
 from ..traffic import Traffic
-from .codec import Ask, Facts, Learnt, Refusal, Work, form_of, pack, tensors_of
+from .codec import Ask, Facts, Trained, Unable, Work, content_of, form_of, tensors_of
 from .node import plan_text
 
 __all__ = ["FlowerEngine"]
@@ -155,7 +155,7 @@ class FlowerEngine:
         self.nodes = {client: node for client, node in self.nodes.items() if node in online}
         self.refused = {node: why for node, why in self.refused.items() if node in online}
         new = online - set(self.nodes.values()) - self.refused.keys()
-        ask = pack(Ask(plan=self.text))
+        ask = content_of(Ask(plan=self.text))
         answers = self._exchange(dict.fromkeys(sorted(new), ask), MessageType.QUERY, deadline)
         for node, message in sorted(answers.items()):
             try:
@@ -194,7 +194,7 @@ class FlowerEngine:
             state=self.states.get(client.index, ""), sent=sent.about,
             tensors={name: digest(x) for name, x in tensors.items()},
         )  # fmt: skip
-        return pack(work, part, self.traffic.wire), self.traffic.bytes(part)
+        return content_of(work, part, self.traffic.wire), self.traffic.bytes(part)
 
     def _lost(self, round: int, client: Client) -> bool:
         return lost(self.plan.seed, round, client, self.plan.config.clients.lost)
@@ -212,15 +212,15 @@ class FlowerEngine:
         """What a node answered, where it did what it was asked."""
         if message.has_error():
             raise GloraError(f"Flower error {message.error.code}: {message.error.reason}")
-        form: F | Refusal = form_of(message.content, kind | Refusal)  # type: ignore[arg-type]  # a union
-        if isinstance(form, Refusal):
+        form: F | Unable = form_of(message.content, kind | Unable)  # type: ignore[arg-type]  # a union
+        if isinstance(form, Unable):
             raise Forgot(form.reason) if form.forgot else GloraError(form.reason)
         return form
 
     def _reply(self, client: Client, sent: Sent, message: Message) -> tuple[Reply, int, int]:
         """The reply, its payload in bytes, and the process it comes from."""
         try:
-            learnt = self._form(message, Learnt)
+            learnt = self._form(message, Trained)
         except Forgot:
             self.states.pop(client.index, None)
             raise

@@ -22,7 +22,7 @@ from ..config import Config
 from ..messages import Client, digest, held_tensors, reply_tensors, sent_from
 from ..run import Plan
 from ..trainer import single_thread
-from .codec import Ask, Facts, Learnt, Refusal, Work, form_of, pack, tensors_of
+from .codec import Ask, Facts, Trained, Unable, Work, content_of, form_of, tensors_of
 from .shelf import Shelf, name_of
 
 __all__ = ["client_app", "plan_text", "run_name"]
@@ -85,7 +85,7 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
         with single_thread():
             content = work()
     except GloraError as error:
-        content = pack(Refusal(reason=str(error)))
+        content = content_of(Unable(reason=str(error)))
     return Message(content, reply_to=message)
 
 
@@ -110,7 +110,7 @@ class Node:
     def facts(self) -> RecordDict:
         """The answer to a query."""
         examples = len(self.plan.parts[self.index])
-        return pack(Facts(client=self.index, rank=self.rank, examples=examples))
+        return content_of(Facts(client=self.index, rank=self.rank, examples=examples))
 
     def train(self, work: Work, content: RecordDict) -> RecordDict:
         """The answer to a round: what was learnt, or that what the server counts on is gone."""
@@ -118,14 +118,14 @@ class Node:
         held = self.shelf.tensors() | {digest(x): x for x in tensors_of(content, wire).values()}
         before = self.shelf.state(work.state)
         if before is None or not held.keys() >= set(work.tensors.values()):
-            return pack(Refusal(reason=f"client {self.index}: {FORGOT}", forgot=True))
+            return content_of(Unable(reason=f"client {self.index}: {FORGOT}", forgot=True))
         tensors = {name: held[key] for name, key in work.tensors.items()}
         sent = sent_from(tensors, work.sent, self.plan.setup.shapes)
         client, rows = Client(work.client, work.rank), self.plan.parts[self.index]
         learnt = self.plan.trainer.train(sent, client, rows, work.round, before)
         after = name_of(learnt.state)
         self.shelf.keep(held_tensors(sent).values(), {work.state: before, after: learnt.state})
-        answer = Learnt(
+        answer = Trained(
             examples=learnt.examples, metrics=learnt.metrics, state=after, process=os.getpid()
         )
-        return pack(answer, reply_tensors(learnt.factors, learnt.dense, sent.train), wire)
+        return content_of(answer, reply_tensors(learnt.factors, learnt.dense, sent.train), wire)

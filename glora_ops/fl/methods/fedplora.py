@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..messages import Client, Pairs, Reply, Sent, draw_factors
-from ..seeds import number, numpy_stream
+from ..seeds import numpy_stream, stream_seed
 from ..server import Server, Setup
 from .base import Method, mean, next_state, shares
 
@@ -33,7 +33,7 @@ class FedPLoRA(Method):
     needs_shared_start: ClassVar[bool] = True
 
     def start(self, setup: Setup) -> Server:
-        pool = draw_factors(setup.shapes, setup.max_rank, number(setup.seed, "start"))
+        pool = draw_factors(setup.shapes, setup.max_rank, stream_seed(setup.seed, "start"))
         return replace(super().start(setup), factors=pool)
 
     def broadcast(self, server: Server, client: Client) -> Sent:

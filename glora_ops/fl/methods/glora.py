@@ -14,7 +14,7 @@ from ...api import aggregate
 from ...bindings.ops import Aggregate
 from ...errors import GloraWarning, require_all
 from ..messages import Client, Pairs, Reply, Sent
-from ..seeds import number
+from ..seeds import stream_seed
 from ..server import SVD, Server, Setup, untrained
 from .base import Method, next_state, shares, stack
 
@@ -179,7 +179,7 @@ class Glora(Method):
         return (kept,) if kept else ()
 
     def _readout(self, server: Server, rank: int) -> Pairs:
-        s, seed = server.setup.scaling, number(server.setup.seed, "pad", server.round) % 2**31
+        s, seed = server.setup.scaling, stream_seed(server.setup.seed, "pad", server.round) % 2**31
         return {
             m: torch.ops.glora.readout(x.u, x.s, x.v, rank, s, "trainable", seed)
             for m, x in server.svd.items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GloraError, require
-from ..seeds import number
+from ..seeds import stream_seed
 
 __all__ = ["batches_by_length", "device_of", "from_pretrained", "pad", "quiet", "tokenizer_of"]
 
@@ -53,7 +53,7 @@ def from_pretrained(
 ) -> nn.Module:
     """``auto.from_pretrained`` in float32; what is drawn (heads, random weights) from `seed`."""
     with quiet(), _explained(name), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number(seed, "model"))
+        torch.manual_seed(stream_seed(seed, "model"))
         if random_weights:
             from transformers import AutoConfig
 
