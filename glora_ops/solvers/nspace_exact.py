@@ -27,11 +27,9 @@ __all__ = ["ExactSolver", "exact_limit", "principal_of_rows"]
 SHIFT = 4 * U64
 # Shifts end here; what needs more is no Gram matrix.
 LAST_SHIFT = 2.0**60
-# Share of a basis vector's squared length that the shift may have made up, in roundoffs of the
-# result; beyond it bases are orthonormalised in the long space.
-TILT = 2.0
-# Squared length of a basis vector below which it is nothing but shift and rounding.
-SHORT = 1e-6
+# Share of a squared pivot that the shift may make up, in roundoffs of the result; beyond it rows
+# depend on each other, and frames come from the rows themselves.
+TILT = 0.25
 
 
 def exact_limit(rank: int) -> int:
@@ -65,7 +63,31 @@ class ExactSolver:
         self.weight = left * right
         self.inverse = positive(_diagonal(gram)).rsqrt()  # makes unit rows, or zero ones
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
-        self.lower = cholesky(self.gram)
+        self.frames = self.lower = cholesky(self.gram)
+        pivot = _diagonal(self.lower).square().amin(-1)
+        dependent = pivot * (TILT * self.unit) < SHIFT * self.gram.shape[-1]
+        if bool(dependent.any()):
+            self._straighten(dependent)
+
+    def _straighten(self, at: Tensor) -> None:
+        """Frames of some stacks by Householder QR, which are those of their bases Q as well.
+
+        A Gram matrix tells dependent rows to √u64: the anchor of clients that nearly cancel, or a
+        client far smaller than its factors, would have that much of directions that are none.
+        """
+        n, rows = self.lower.shape[-1], []
+        self.frames, self.lower = self.lower.clone(), self.lower.clone()
+        for x, here, *parts in zip(
+            self.rows,
+            *(y.chunk(2) for y in (at, self.inverse, self.frames, self.lower)),
+            strict=True,
+        ):
+            inverse, frames, lower = parts
+            q, r = self.v.qr((inverse[here][..., None] * x[here]).mT)
+            frames[here], lower[here] = fill(r.mT, n), torch.eye(n, dtype=r.dtype)
+            inverse[here] = 1
+            rows.append(x.index_copy(0, here.nonzero()[:, 0], fill(q, n).mT))
+        self.rows = rows[0], rows[1]
 
     @cached_property
     def _total(self) -> Tensor:
@@ -103,7 +125,7 @@ class ExactSolver:
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
-        left, right = self.lower.chunk(2)
+        left, right = self.frames.chunk(2)
         return torch.bmm(left.mT, self.coefficients(p)[..., None] * right)
 
     def _eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +147,7 @@ class ExactSolver:
         s = lead.sigma[..., : self.settings.rank]
         values = lead.sigma.expand(2, -1, -1)
         x = torch.cat([lead.x, lead.y])
-        return self._found(x, None, s, p, lead.sigma, lead.norm, values, values)
+        return self._found(x, None, s, lead.sigma, lead.norm, values, values)
 
     def consensus(
         self,
@@ -137,8 +159,8 @@ class ExactSolver:
         rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
         # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
         root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
-        lower = self.lower.unflatten(0, (2, -1))
-        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(lower))
+        frames = self.frames.unflatten(0, (2, -1))
+        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(frames))
         if anchor is not None:
             lead, vote = anchor
             column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
@@ -153,52 +175,31 @@ class ExactSolver:
         turn, norm = torch.cat([x, y]), torch.linalg.matrix_norm(m)
         sigma = fill(self.v.eigenvalues(torch.bmm(m, m.mT)).sqrt(), rank + 1)
         values = values.unflatten(0, (2, -1))
-        return self._found(bases, turn, s, p, sigma, norm, values, energies)
+        return self._found(bases, turn, s, sigma, norm, values, energies)
 
     def _found(
         self,
         x: Tensor,
         turn: Tensor | None,
         s: Tensor,
-        p: Tensor,
         sigma: Tensor,
         norm: Tensor,
         values: Tensor,
         energies: Tensor,
     ) -> Found:
         """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
+        if turn is not None:
+            x = torch.bmm(x, turn)
         z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
-        length = torch.linalg.vector_norm(z, dim=-2)
-        longest = (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
-        lifted = z if turn is None else torch.bmm(z, turn)
-        u, v = self._lift(lifted)
-        reach = x[..., :0].chunk(2)
-        if self.settings.client_statistics:
-            reach = torch.bmm(self.lower, x if turn is None else torch.bmm(x, turn)).chunk(2)
-        if float(length.max()) > longest:
-            at = (length > longest).view(2, len(s), -1).any(-1).any(0).nonzero()[:, 0]
-            straight = self._straight(at, z.unflatten(0, (2, -1))[:, at], p)
-            s = s.clone()
-            for whole, part in zip((u, s, v, *reach), straight, strict=True):
-                whole[at] = part[..., : whole.shape[-1]]
-        u, v = u.to(self.dtype), v.to(self.dtype)
-        return Found(u, s, v, (reach[0], reach[1]), sigma, norm, values, energies, 0, False)
-
-    def _lift(self, z: Tensor) -> list[Tensor]:
         scaled = (self.inverse[..., None] * z).chunk(2)
-        return [self.v.inner(rows, part) for rows, part in zip(self.rows, scaled, strict=True)]
-
-    def _straight(self, at: Tensor, z: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-        """u, s, v and reach of some modules from bases made orthonormal in the long spaces."""
-        bases, seen = [], []
-        inverses = self.inverse.unflatten(0, (2, -1))[:, at, :, None]
-        for rows, inverse, part in zip(self.rows, inverses, z, strict=True):
-            y = self.v.inner(rows[at], inverse * part)
-            y = y * (y.square().sum(-2, keepdim=True) > SHORT)
-            bases.append(cholesky_qr(self.v, y, passes=2))
-            seen.append(inverse * self.v.inner(rows[at].mT, bases[-1]))
-        left, s, right = self.v.svd(seen[0].mT @ (self.coefficients(p)[at, :, None] * seen[1]))
-        return bases[0] @ left, s, bases[1] @ right, seen[0] @ left, seen[1] @ right
+        u, v = (
+            self.v.inner(y, part).to(self.dtype) for y, part in zip(self.rows, scaled, strict=True)
+        )
+        reach = x[..., :0]
+        if self.settings.client_statistics:
+            reach = torch.bmm(self.frames, x)
+        left, right = reach.chunk(2)
+        return Found(u, s, v, (left, right), sigma, norm, values, energies, 0, False)
 
 
 def _diagonal(g: Tensor) -> Tensor:
