@@ -19,6 +19,7 @@ from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import sign_matrix, start_matrix
 from ..linalg.vocabulary import Vocabulary, working
+from ..runtime.threads import all_threads
 from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
@@ -229,8 +230,9 @@ def count_sketch(rows: Tensor, side: int, width: int, seed: int) -> Tensor:
     """
     signs = sign_matrix(seed, "probe", rows.shape[-1], 2, rows.dtype, rows.device)[:, side]
     out = rows.new_zeros(*rows.shape[:-1], width, dtype=working(rows.dtype))
-    for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
-        out[..., : len(sign)].addcmul_(part, sign)
+    with all_threads():
+        for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
+            out[..., : len(sign)].addcmul_(part, sign)
     return out
 
 
