@@ -82,7 +82,7 @@ class IterativeSolver(TallSolver):
         return replace(far, x=x, y=y)
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
-        """One whole step on tall blocks; a spectrum too flat for that is finished in N-space."""
+        """On tall blocks; a spectrum too flat for that is finished in N-space."""
         rule = StopRule(self.settings, True, self.unit, patience=FLAT)
         ritz = self._iterate(p, warm, rule)
         if not rule.flat:
