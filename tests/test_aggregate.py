@@ -167,6 +167,9 @@ REGRESSIONS = (
            gap=1e-6, weights="nearly", scaling="mixed", condition=1e4, cut="1"),
     # Ties of directions that fp64 Gram matrices do not see.
     Recipe(seed=0, ranks=(2, 2), kind="pool", spectrum="steep", cut="dim-1", dtype="float64"),
+    # Weak directions with a full vote that held what is left of strong ones.
+    Recipe(seed=3, m=9, n=9, ranks=(3,) * 5, kind="pool", spectrum="steep", cut="1",
+           dtype="float64"),
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg.canonical import U64, positive
+from ..linalg.canonical import U64, orthonormal_coordinates, positive
 from ..linalg.clients import Clients
 from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
@@ -64,10 +64,10 @@ class ExactSolver:
         self.inverse = positive(_diagonal(gram)).rsqrt()  # makes unit rows, or zero ones
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
         self.frames = self.lower = cholesky(self.gram)
-        pivot = _diagonal(self.lower).square().amin(-1)
-        dependent = pivot * (TILT * self.unit) < SHIFT * self.gram.shape[-1]
+        least = (SHIFT * self.gram.shape[-1] / (TILT * self.unit)) ** 0.5
+        dependent = _diagonal(self.lower) < least
         if bool(dependent.any()):
-            self._straighten(dependent)
+            self._straighten(dependent.any(-1))
 
     def _straighten(self, at: Tensor) -> None:
         """Frames of some stacks by Householder QR, which are those of their bases Q as well.
@@ -103,9 +103,10 @@ class ExactSolver:
 
     @cached_property
     def clients(self) -> Clients:
-        """In units of each client's size: T_U = n L_A Y/σ, T_V = n G_B T_U/σ (3.2).
+        """In units of each client's size: T_U = n L_A Y/σ, T_V = orth(n G_B T_U) (3.2).
 
-        From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs.
+        From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs. A weak
+        direction of T_V holds u64/σ² of the strong ones, which one clean-up takes out.
         """
         pad, unpad, sizes = self.ragged.pad, self.ragged.unpad, self.sizes
         gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
@@ -117,7 +118,7 @@ class ExactSolver:
         sigma = (sigma2 * kept).sqrt()
         inverse = (kept / positive(sigma))[..., None, :]
         t_u = other @ y * inverse
-        t_v = n * (gram_b @ t_u) * inverse
+        t_v = orthonormal_coordinates(n * (gram_b @ t_u), gram_a, kept)
         sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
         flat = unpad(sigma[..., None])[..., 0]
