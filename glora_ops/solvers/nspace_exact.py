@@ -77,16 +77,12 @@ class ExactSolver:
         """
         n, rows = self.lower.shape[-1], []
         self.frames, self.lower = self.lower.clone(), self.lower.clone()
-        for x, here, *parts in zip(
-            self.rows,
-            *(y.chunk(2) for y in (at, self.inverse, self.frames, self.lower)),
-            strict=True,
-        ):
-            inverse, frames, lower = parts
+        both = (y.chunk(2) for y in (at, self.inverse, self.frames, self.lower))
+        for x, here, inverse, frames, lower in zip(self.rows, *both, strict=True):
             q, r = self.v.qr((inverse[here][..., None] * x[here]).mT)
-            frames[here], lower[here] = fill(r.mT, n), torch.eye(n, dtype=r.dtype)
+            frames[here], lower[here] = fill(r.mT, n), torch.eye(n).to(r)
             inverse[here] = 1
-            rows.append(x.index_copy(0, here.nonzero()[:, 0], fill(q, n).mT))
+            rows.append(x.double().index_copy(0, here.nonzero()[:, 0], fill(q, n).mT))
         self.rows = rows[0], rows[1]
 
     @cached_property
