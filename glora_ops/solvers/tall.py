@@ -203,8 +203,8 @@ class TallSolver:
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        whole = self.v.lift(b, coef[..., None].to(a.dtype) * a)
-        missed = whole - self.v.lift(q, w)
+        left, right = torch.cat([b, q], -2), torch.cat([coef[..., None].to(a.dtype) * a, -w], -2)
+        missed = self.v.lift(left, right)
         return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
