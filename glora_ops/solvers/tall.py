@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from ..linalg.clients import Clients, balanced_sizes, canonicalize
+from ..linalg.clients import Clients, canonicalize
 from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import sign_matrix, start_matrix
@@ -70,8 +70,8 @@ class TallSolver:
     def sizes(self) -> Tensor:
         if self.settings.client_statistics or self.settings.basis != "update":
             return self.clients.size
-        norm_b, norm_a = (self.v.lengths(x).square() for x in (self.b, self.a))
-        return self.scaling.abs() * balanced_sizes(norm_b, norm_a, self.ragged)
+        size = self.v.lengths(self.b) * self.v.lengths(self.a)
+        return self.scaling.abs() * self.ragged.segment_sum(size)
 
     def coefficients(self, p: Tensor) -> Tensor:
         return self.ragged.per_row(p * self.scaling)
