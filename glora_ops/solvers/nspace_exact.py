@@ -1,8 +1,9 @@
 """The exact solver: dense fp64 eigenproblems in N-space, two passes over the factors.
 
 A stack is held as unit rows, B̂ = L_B Q_Bᵀ with L_B from the Cholesky factorisation of its Gram
-matrix: all of W̄ and of the mean projectors happens in the frames Q_B, Q_A, which are never made.
-Dead rows, frozen A and exact copies pass through a shift of the diagonal, without a rank decision.
+matrix: all of W̄ and of the mean projectors happens in the frames Q_B, Q_A, which are never made
+unless rows depend on each other: then both come from the rows, by Householder. Dead rows, frozen A
+and exact copies take no rank decision.
 """
 
 from __future__ import annotations
