@@ -24,7 +24,7 @@ SAFE_LENGTH = {torch.float32: 2.0**30, torch.float64: 2.0**100}
 FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
-# Multiply-adds from which a product is worth more than one thread.
+# Multiply-adds, or bytes to be read, from which more than one thread pays.
 LARGE = 2**22
 
 
@@ -39,9 +39,14 @@ def _working(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
+def _lengths(x: Tensor) -> Tensor:
+    with _threads(x.nbytes):
+        return torch.linalg.vector_norm(x, dim=-1)
+
+
 def _is_safe(x: Tensor) -> bool:
     """Whether every row is; a zero row asks for a closer look."""
-    length, safe = torch.linalg.vector_norm(x, dim=-1), SAFE_LENGTH[x.dtype]
+    length, safe = _lengths(x), SAFE_LENGTH[x.dtype]
     return bool(((length > 1 / safe) & (length < safe)).all())
 
 
@@ -134,7 +139,7 @@ class CpuVocabulary:
         return x.double()
 
     def lengths(self, x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=-1).double()
+        return _lengths(x).double()
 
     def gram(self, rows: Tensor, ragged: Ragged) -> Tensor:
         modules, _, d = rows.shape

@@ -16,6 +16,7 @@ from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import Vocabulary, working
 from glora_ops.packing import check_pair, pack, shown
 from glora_ops.runtime import scratch
+from glora_ops.runtime.threads import all_threads
 from glora_ops.solvers.base import Factors, Settings, fill
 from glora_ops.solvers.nspace_exact import exact_limit
 from glora_ops.solvers.operators import Voters
@@ -433,7 +434,8 @@ class AggregateList(Aggregate):
 
     def body(self, device: Ops) -> Tensors:
         rest = dict(vars(self))
-        packed = pack(list(zip(rest.pop("lora_B"), rest.pop("lora_A"), strict=True)))
+        with all_threads():
+            packed = pack(list(zip(rest.pop("lora_B"), rest.pop("lora_A"), strict=True)))
         return Aggregate(packed.b, packed.a, packed.offsets, **rest).body(device)
 
 

@@ -71,12 +71,11 @@ def aggregate(
     else:
         clients = solver.clients  # (3.2), (4.1)
         votes = weights / positive(weights.sum(-1, keepdim=True))
-        noise, voter = torch.zeros_like(scale), None
-        if s.basis == "consensus":
-            noise = information_vote(votes, clients)
-            if s.anchor > 0:
-                lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
-                voter, mean = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
+        soft, voter = s.basis == "consensus", None
+        noise = information_vote(votes, clients) if soft else torch.zeros_like(scale)
+        if soft and s.anchor > 0:
+            lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
+            voter, mean = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
         found = solver.consensus(votes, voter, p, warm)  # (5.1), (6.3), (7.1)
         projectors, eig = Cut.of_projectors(found, s.rank, noise), found.values
     real = found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True)
@@ -84,13 +83,14 @@ def aggregate(
     known = s.client_statistics or s.basis != "update"
     told = of_clients(solver.clients, weights, s.basis == "projector") if known else {}
     stats = certify(mean, projectors, found, real, present, size, unit, solver.unit, told)
-    each = scale.new_empty(len(scale), 0, 4)
     if s.client_statistics:
         reach = found.reach
         if s.basis == "update":  # where Ŵ ends, so do its bases
             reach = reach[0] * real[..., None, :], reach[1] * real[..., None, :]
         held = found.s * present[..., None]
         each = client_stats(solver.v, solver.clients, reach, held, solver.coefficients(p))
+    else:
+        each = scale.new_empty(len(scale), 0, 4)
     u, w = _signed(found.u, found.v, real)
     eig_u, eig_v = (x.clone() for x in fill(eig, s.columns))
     return u, found.s * real * unit[..., None], w, eig_u, eig_v, stats, each

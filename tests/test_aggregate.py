@@ -127,11 +127,11 @@ def near_the_threshold(answer: Answer, want: reference.Aggregate, basis: str) ->
     hard projectors then differ in eigenvalues that are not worth more than an order of magnitude.
     """
     gap = min(want.gap_u, want.gap_v, 1 / max(want.kappa_w, 1.0))
-    kappa = max(want.kappa_p, want.kappa_w) * U32
+    kappa, least, most = max(want.kappa_p, want.kappa_w) * U32, 0.5e-2, 2e-2
     if basis == "projector" and answer.stat("rho_max") > 1e3:
-        theirs = max(answer.stat("kappa_p"), answer.stat("kappa_w")) * U32
-        return 1e-3 < max(kappa, theirs) < 1
-    return 0.5e-3 < gap < 2e-3 or 0.5e-2 < kappa < 2e-2
+        kappa = max(kappa, answer.stat("kappa_p") * U32, answer.stat("kappa_w") * U32)
+        least, most = 1e-3, 1
+    return 0.5e-3 < gap < 2e-3 or least < kappa < most
 
 
 def check_form(problem: Problem, answer: Answer) -> None:
@@ -167,6 +167,9 @@ REGRESSIONS = (
            gap=1e-6, weights="nearly", scaling="mixed", condition=1e4, cut="1"),
     # Ties of directions that fp64 Gram matrices do not see.
     Recipe(seed=0, ranks=(2, 2), kind="pool", spectrum="steep", cut="dim-1", dtype="float64"),
+    # Weak directions with a full vote that held what is left of strong ones.
+    Recipe(seed=3, m=9, n=9, ranks=(3,) * 5, kind="pool", spectrum="steep", cut="1",
+           dtype="float64"),
 )  # fmt: skip
 
 
@@ -242,6 +245,8 @@ def test_certificates_are_those_of_the_reference(basis, dtype):
     @example(problem=build(Recipe(seed=1, m=9, n=9, ranks=(1, 1), kind="partly", gap=1e-6,
                                   spectrum="flat", weights="nearly", scaling="negative", cut="1",
                                   dtype=dtype)))  # fmt: skip
+    @example(problem=build(Recipe(seed=0, ranks=(1, 1), kind="cancelling", spectrum="flat",
+                                  gap=1e-3, cut="1", dtype=dtype)))  # fmt: skip
     def check(problem):
         answer, want = aggregate(problem, basis), judge(problem, basis)
         count(problem, answer, "certificates")
@@ -501,10 +506,13 @@ def test_nothing_of_the_size_of_the_update_is_allocated(basis, ranks):
 
 @pytest.mark.parametrize("basis", BASES)
 def test_no_loop_over_clients(basis):
-    """As many torch calls for 32 clients as for 4, uniform and ragged, on either route."""
-    uniform = {watched([4] * k, 64, 48, 4, basis).calls for k in (4, 16, 32)}
+    """As many torch calls for 32 clients as for 4, uniform and ragged, on either route.
+
+    Of rows that do not depend on each other; those that do are made orthonormal, once a side.
+    """
+    uniform = {watched([4] * k, 160, 144, 4, basis).calls for k in (4, 16, 32)}
     assert len(uniform) == 1
-    ragged = {watched([1, 4, 2] * k, 64, 48, 4, basis).calls for k in (2, 8, 18)}
+    ragged = {watched([1, 4, 2] * k, 160, 144, 4, basis).calls for k in (2, 8, 18)}
     assert len(ragged) == 1
     # Repairs of ill-conditioned blocks depend on the data: a few calls more or less.
     iterative = [watched([4] * k, 64, 48, 4, basis, power_iters=2).calls for k in (80, 300)]

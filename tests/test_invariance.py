@@ -8,7 +8,7 @@ import bounds
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     BASES,
@@ -111,9 +111,17 @@ def test_gauges_stored_in_fp64(basis):
     check()
 
 
+LOUD_WITH_DEAD_PAIRS = build(
+    Recipe(seed=2, ranks=(1, 1, 1, 1), kind="generic", spectrum="flat", weights="uneven",
+           dead=True, loud=1e6, cut="dim-1", dtype="float64")
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("basis", BASES)
 def test_over_parametrisation_stored_in_fp64(basis):
     @given(problem=problems(("float64",)), seed=st.integers(0, 99), columns=st.integers(1, 12))
+    @example(problem=LOUD_WITH_DEAD_PAIRS, seed=8, columns=1)
+    @example(problem=LOUD_WITH_DEAD_PAIRS, seed=0, columns=2)
     def check(problem, seed, columns):
         wide = widened(problem, seed, columns)
         check_same(problem, wide, basis, "over-parametrisation", stored=False)

@@ -19,6 +19,7 @@ __all__ = [
     "balance",
     "canonical_forms",
     "factor_coordinates",
+    "orthonormal_coordinates",
     "positive",
     "soft_votes",
 ]
@@ -92,13 +93,14 @@ def balance(gram_b: Tensor, gram_a: Tensor) -> Balanced:
     )
 
 
-def _orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+def orthonormal_coordinates(t: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """T R⁻¹ with RᵀR = Tᵀ G T: one Cholesky clean-up, leading directions untouched by later ones.
 
     Zero columns stay zero. Where the factorisation fails T is returned as it is.
     """
-    empty = torch.diag_embed((~kept).to(t.dtype))
-    lower, info = cholesky_ex(t.mT @ gram @ t + empty)
+    g = t.mT @ gram @ t
+    _diagonal(g).add_(~kept)
+    lower, info = cholesky_ex(g)
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     lower = torch.where((info == 0)[..., None, None], lower, identity)
     return torch.linalg.solve_triangular(lower.mT, t, upper=True, left=False)
@@ -130,8 +132,8 @@ def canonical_forms(pair: Balanced, eigh: Eigh) -> Forms:
     inverse = (kept / torch.where(kept, sigma, 1.0))[..., None, :]
     t_u = f.mT @ y * inverse
     t_v = pair.gram_b @ t_u * inverse
-    t_u = _orthonormal_coordinates(t_u, pair.gram_b, kept)
-    t_v = _orthonormal_coordinates(t_v, pair.gram_a, kept)
+    t_u = orthonormal_coordinates(t_u, pair.gram_b, kept)
+    t_v = orthonormal_coordinates(t_v, pair.gram_a, kept)
     return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
 
 
@@ -148,7 +150,7 @@ def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:
     lam, vec = eigh(balanced)
     kept = lam > 16 * gram.shape[-1] * U64 * lam[..., :1]
     t = vec * torch.where(kept, lam, 1.0).rsqrt()[..., None, :] * kept[..., None, :]
-    return d[..., :, None] * _orthonormal_coordinates(t, balanced, kept)
+    return d[..., :, None] * orthonormal_coordinates(t, balanced, kept)
 
 
 def soft_votes(sigma: Tensor, tau: Tensor) -> Tensor:

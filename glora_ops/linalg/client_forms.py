@@ -12,7 +12,7 @@ from .canonical import balance, soft_votes
 from .ragged import Ragged
 from .vocabulary import Vocabulary
 
-__all__ = ["Clients", "balanced_sizes", "canonicalize"]
+__all__ = ["Clients", "canonicalize"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,3 @@ def canonicalize(
         noise,
         tau,
     )
-
-
-def balanced_sizes(norm2_b: Tensor, norm2_a: Tensor, ragged: Ragged) -> Tensor:
-    """(L, K): Σ_j ‖b_j‖‖a_j‖ of every client, from the rows' squared norms (L, N)."""
-    return ragged.segment_sum((norm2_b * norm2_a).sqrt())

@@ -1,8 +1,8 @@
 """Every small eigenproblem, singular value decomposition and Cholesky factor, with its fallback.
 
 LAPACK gives up on a matrix now and then, by driver and by build. Each call here goes on to the
-next way: the batch, then every matrix alone, then alone in fp64 near one, then by SciPy's other
-drivers, imported only then. What none of them solves, such as values that are not finite, is a
+next way: the batch, then every matrix alone in fp64 near one, then by SciPy's other drivers,
+imported only then. What none of them solves, such as values that are not finite, is a
 `GloraError`. QR decompositions do not iterate and cannot fail.
 """
 
@@ -115,10 +115,6 @@ def _alone(
     others: Sequence[Callable[[Tensor], Parts]],
     scaled: int,
 ) -> Parts:
-    try:
-        return solve(x)
-    except torch.linalg.LinAlgError:
-        pass
     size = " × ".join(map(str, x.shape))
     if not bool(x.isfinite().all()):
         raise unfit(

@@ -85,11 +85,6 @@ class Ragged:
         )
         return _kept(tuple(marks), largest if max_rank < 0 else max_rank, device)
 
-    @classmethod
-    def whole(cls, rows: int, device: torch.device) -> Ragged:
-        """One client that owns the whole stack."""
-        return cls(torch.tensor([0, rows]), rows, device)
-
     def keeping(self, counts: Tensor) -> Ragged:
         """The stack in which client i has counts[i] rows left, counts (K,)."""
         marks = [0, *counts.cumsum(0).tolist()]

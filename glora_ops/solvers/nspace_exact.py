@@ -1,8 +1,9 @@
 """The exact solver: dense fp64 eigenproblems in N-space, two passes over the factors.
 
 A stack is held as unit rows, B̂ = L_B Q_Bᵀ with L_B from the Cholesky factorisation of its Gram
-matrix: all of W̄ and of the mean projectors happens in the frames Q_B, Q_A, which are never made.
-Dead rows, frozen A and exact copies pass through a shift of the diagonal, without a rank decision.
+matrix: all of W̄ and of the mean projectors happens in the frames Q_B, Q_A, which are never made
+unless rows depend on each other: then both come from the rows, by Householder. Dead rows, frozen A
+and exact copies take no rank decision.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..linalg.canonical import U64, positive
+from ..linalg.canonical import U64, orthonormal_coordinates, positive
 from ..linalg.client_forms import Clients
 from ..linalg.eigen import cholesky_ex
 from ..linalg.orthonormal import cholesky_qr, straightened
@@ -27,11 +28,9 @@ __all__ = ["ExactSolver", "exact_limit", "principal_of_rows"]
 SHIFT = 4 * U64
 # Shifts end here; what needs more is no Gram matrix.
 LAST_SHIFT = 2.0**60
-# Share of a basis vector's squared length that the shift may have made up, in roundoffs of the
-# result; beyond it bases are orthonormalised in the long space.
-TILT = 2.0
-# Squared length of a basis vector below which it is nothing but shift and rounding.
-SHORT = 1e-6
+# Share of a squared pivot that the shift may make up, in roundoffs of the result; beyond it rows
+# depend on each other, and frames come from the rows themselves.
+TILT = 0.25
 
 
 def exact_limit(rank: int) -> int:
@@ -65,7 +64,27 @@ class ExactSolver:
         self.weight = left * right
         self.inverse = positive(_diagonal(gram)).rsqrt()  # makes unit rows, or zero ones
         self.gram = gram.mul_(self.inverse[..., :, None]).mul_(self.inverse[..., None, :])
-        self.lower = cholesky(self.gram)
+        self.frames = self.lower = cholesky(self.gram)
+        least = (SHIFT * self.gram.shape[-1] / (TILT * self.unit)) ** 0.5
+        dependent = _diagonal(self.lower) < least
+        if bool(dependent.any()):
+            self._straighten(dependent.any(-1))
+
+    def _straighten(self, at: Tensor) -> None:
+        """Frames of some stacks by Householder QR, which are those of their bases Q as well.
+
+        A Gram matrix tells dependent rows to √u64: the anchor of clients that nearly cancel, or a
+        client far smaller than its factors, would have that much of directions that are none.
+        """
+        n, rows = self.lower.shape[-1], []
+        self.frames, self.lower = self.lower.clone(), self.lower.clone()
+        both = (y.chunk(2) for y in (at, self.inverse, self.frames, self.lower))
+        for x, here, inverse, frames, lower in zip(self.rows, *both, strict=True):
+            q, r = self.v.qr((inverse[here][..., None] * x[here]).mT)
+            frames[here], lower[here] = fill(r.mT, n), torch.eye(n).to(r)
+            inverse[here] = 1
+            rows.append(x.double().index_copy(0, here.nonzero()[:, 0], fill(q, n).mT))
+        self.rows = rows[0], rows[1]
 
     @cached_property
     def _total(self) -> Tensor:
@@ -81,9 +100,10 @@ class ExactSolver:
 
     @cached_property
     def clients(self) -> Clients:
-        """In units of each client's size: T_U = n L_A Y/σ, T_V = n G_B T_U/σ (3.2).
+        """In units of each client's size: T_U = n L_A Y/σ, T_V = orth(n G_B T_U) (3.2).
 
-        From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs.
+        From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs. A weak
+        direction of T_V holds u64/σ² of the strong ones, which one clean-up takes out.
         """
         pad, unpad, sizes = self.ragged.pad, self.ragged.unpad, self.sizes
         gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
@@ -95,7 +115,7 @@ class ExactSolver:
         sigma = (sigma2 * kept).sqrt()
         inverse = (kept / positive(sigma))[..., None, :]
         t_u = other @ y * inverse
-        t_v = n * (gram_b @ t_u) * inverse
+        t_v = orthonormal_coordinates(n * (gram_b @ t_u), gram_a, kept)
         sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
         flat = unpad(sigma[..., None])[..., 0]
@@ -103,7 +123,7 @@ class ExactSolver:
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
-        left, right = self.lower.chunk(2)
+        left, right = self.frames.chunk(2)
         return torch.bmm(left.mT, self.coefficients(p)[..., None] * right)
 
     def _eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +145,7 @@ class ExactSolver:
         s = lead.sigma[..., : self.settings.rank]
         values = lead.sigma.expand(2, -1, -1)
         x = torch.cat([lead.x, lead.y])
-        return self._found(x, None, s, p, lead.sigma, lead.norm, values, values)
+        return self._found(x, None, s, lead.sigma, lead.norm, values, values)
 
     def consensus(
         self,
@@ -137,8 +157,8 @@ class ExactSolver:
         rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
         # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
         root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
-        lower = self.lower.unflatten(0, (2, -1))
-        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(lower))
+        frames = self.frames.unflatten(0, (2, -1))
+        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(frames))
         if anchor is not None:
             lead, vote = anchor
             column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
@@ -153,52 +173,31 @@ class ExactSolver:
         turn, norm = torch.cat([x, y]), torch.linalg.matrix_norm(m)
         sigma = fill(self.v.eigenvalues(torch.bmm(m, m.mT)).sqrt(), rank + 1)
         values = values.unflatten(0, (2, -1))
-        return self._found(bases, turn, s, p, sigma, norm, values, energies)
+        return self._found(bases, turn, s, sigma, norm, values, energies)
 
     def _found(
         self,
         x: Tensor,
         turn: Tensor | None,
         s: Tensor,
-        p: Tensor,
         sigma: Tensor,
         norm: Tensor,
         values: Tensor,
         energies: Tensor,
     ) -> Found:
         """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
+        if turn is not None:
+            x = torch.bmm(x, turn)
         z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
-        length = torch.linalg.vector_norm(z, dim=-2)
-        longest = (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
-        lifted = z if turn is None else torch.bmm(z, turn)
-        u, v = self._lift(lifted)
-        reach = x[..., :0].chunk(2)
-        if self.settings.client_statistics:
-            reach = torch.bmm(self.lower, x if turn is None else torch.bmm(x, turn)).chunk(2)
-        if float(length.max()) > longest:
-            at = (length > longest).view(2, len(s), -1).any(-1).any(0).nonzero()[:, 0]
-            straight = self._straight(at, z.unflatten(0, (2, -1))[:, at], p)
-            s = s.clone()
-            for whole, part in zip((u, s, v, *reach), straight, strict=True):
-                whole[at] = part[..., : whole.shape[-1]]
-        u, v = u.to(self.dtype), v.to(self.dtype)
-        return Found(u, s, v, (reach[0], reach[1]), sigma, norm, values, energies, 0, False)
-
-    def _lift(self, z: Tensor) -> list[Tensor]:
         scaled = (self.inverse[..., None] * z).chunk(2)
-        return [self.v.inner(rows, part) for rows, part in zip(self.rows, scaled, strict=True)]
-
-    def _straight(self, at: Tensor, z: Tensor, p: Tensor) -> tuple[Tensor, ...]:
-        """u, s, v and reach of some modules from bases made orthonormal in the long spaces."""
-        bases, seen = [], []
-        inverses = self.inverse.unflatten(0, (2, -1))[:, at, :, None]
-        for rows, inverse, part in zip(self.rows, inverses, z, strict=True):
-            y = self.v.inner(rows[at], inverse * part)
-            y = y * (y.square().sum(-2, keepdim=True) > SHORT)
-            bases.append(cholesky_qr(self.v, y, passes=2))
-            seen.append(inverse * self.v.inner(rows[at].mT, bases[-1]))
-        left, s, right = self.v.svd(seen[0].mT @ (self.coefficients(p)[at, :, None] * seen[1]))
-        return bases[0] @ left, s, bases[1] @ right, seen[0] @ left, seen[1] @ right
+        u, v = (
+            self.v.inner(y, part).to(self.dtype) for y, part in zip(self.rows, scaled, strict=True)
+        )
+        reach = x[..., :0]
+        if self.settings.client_statistics:
+            reach = torch.bmm(self.frames, x)
+        left, right = reach.chunk(2)
+        return Found(u, s, v, (left, right), sigma, norm, values, energies, 0, False)
 
 
 def _diagonal(g: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class IterativeSolver(TallSolver):
         return replace(far, x=x, y=y)
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
-        """One whole step on tall blocks; a spectrum too flat for that is finished in N-space."""
+        """On tall blocks; a spectrum too flat for that is finished in N-space."""
         rule = StopRule(self.settings, True, self.unit, patience=FLAT)
         ritz = self._iterate(p, warm, rule)
         if not rule.flat:
@@ -90,7 +90,8 @@ class IterativeSolver(TallSolver):
         norm2 = self._energy(p)
         if norm2 is None:
             return super().update(p, warm)
-        lead = self._leading(p, norm2, self._pull(1, ritz.images.block))
+        block = ritz.x if ritz.blocks % 2 else ritz.images.block
+        lead = self._leading(p, norm2, self._pull(1, block))
         values, steps = lead.sigma, lead.steps + ritz.steps
         left, right = (
             Principal(self.v.qr(self._lift(side, z))[0], values, values, lead.norm, steps)

@@ -134,7 +134,7 @@ class StopRule:
         ahead = gains * rate / (1 - rate)  # (12.5)
         to_come = np.minimum(ahead.sum(-1), outside)
         if not self._little(to_come, found, all_there_is):
-            self.flat = self.asked > self.half and bool((to_come > self.patience * found).any())
+            self.flat = bool((to_come > self.patience * found).any())
             return False
         if self.settled is None:
             return True

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from ..linalg.client_forms import Clients, balanced_sizes, canonicalize
+from ..linalg.client_forms import Clients, canonicalize
 from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import sign_matrix, start_matrix
 from ..linalg.vocabulary import Vocabulary, working
+from ..runtime.threads import all_threads
 from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
@@ -69,8 +70,8 @@ class TallSolver:
     def sizes(self) -> Tensor:
         if self.settings.client_statistics or self.settings.basis != "update":
             return self.clients.size
-        norm_b, norm_a = (self.v.lengths(x).square() for x in (self.b, self.a))
-        return self.scaling.abs() * balanced_sizes(norm_b, norm_a, self.ragged)
+        size = self.v.lengths(self.b) * self.v.lengths(self.a)
+        return self.scaling.abs() * self.ragged.segment_sum(size)
 
     def coefficients(self, p: Tensor) -> Tensor:
         return self.ragged.per_row(p * self.scaling)
@@ -202,8 +203,8 @@ class TallSolver:
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
         b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
         a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        whole = self.v.lift(b, coef[..., None].to(a.dtype) * a)
-        missed = whole - self.v.lift(q, w)
+        left, right = torch.cat([b, q], -2), torch.cat([coef[..., None].to(a.dtype) * a, -w], -2)
+        missed = self.v.lift(left, right)
         return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
@@ -229,8 +230,9 @@ def count_sketch(rows: Tensor, side: int, width: int, seed: int) -> Tensor:
     """
     signs = sign_matrix(seed, "probe", rows.shape[-1], 2, rows.dtype, rows.device)[:, side]
     out = rows.new_zeros(*rows.shape[:-1], width, dtype=working(rows.dtype))
-    for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
-        out[..., : len(sign)].addcmul_(part, sign)
+    with all_threads():
+        for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
+            out[..., : len(sign)].addcmul_(part, sign)
     return out
 
 
