@@ -319,11 +319,13 @@ def _spread(
         arena = Arena(max(min(room, sum(sizes[:threads])), *sizes[:1], 1))
     reading, freed = threading.Lock(), threading.Condition()
 
-    def run(batch: Batch) -> Result:
+    def run(at: int) -> Result:
+        batch = batches[at]
         fits = batch.bytes <= room
         size = batch.piece if fits else len(arena.memory)
         with reading:
             with freed:
+                arena.keep(sum(x.piece for x in batches[at : at + threads] if x.bytes <= room))
                 while (piece := arena.take(size)) is None:
                     freed.wait()
             try:
@@ -343,9 +345,9 @@ def _spread(
 
     with workers(threads) as pool:
         if in_order:
-            yield from pool.map(run, batches)
+            yield from pool.map(run, range(len(batches)))
         else:
-            for future in as_completed([pool.submit(run, batch) for batch in batches]):
+            for future in as_completed([pool.submit(run, at) for at in range(len(batches))]):
                 yield future.result()
 
 

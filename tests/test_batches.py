@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,3 +404,24 @@ def test_factors_in_two_places_are_refused() -> None:
     one, two = factors(0, 2, 9, 8), tuple(x.to("meta") for x in factors(1, 2, 9, 8))
     with pytest.raises(glora.GloraError, match=r"cpu \(client 0\) and meta \(client 1\)"):
         glora.aggregate([one, two])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_arena_returns_what_no_later_batch_needs() -> None:
+    arena = Arena(2**23)
+    low, high = arena.take(2**20), arena.take(2**22)
+    low.fill_(1)
+    high.fill_(2)
+    arena.keep(2**20)
+    assert bool((high == 2).all())
+    arena.give_back(high)
+    full = resident()
+    arena.keep(2**20)
+    assert resident() <= full - 2**22 + 2**19
+    assert bool((low == 1).all())
+    assert arena.take(2**22).count_nonzero() == 0
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
