@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, lru_cache, reduce
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -58,14 +58,15 @@ class IterativeSolver(TallSolver):
 
     @cached_property
     def grams(self) -> Tensor:
-        """(2, N, N): the bases' overlaps G_U, G_V in the working precision."""
-        return torch.cat([self._overlaps(*basis) for basis in self.bases])
+        """(2, N, N): the bases' overlaps G_U, G_V in the working precision.
 
-    def _overlaps(self, rows: Tensor, t: Tensor) -> Tensor:
-        """Of a stretch of the long dimension at a time: turned rows are never there as a whole."""
-        stretches = rows.split(max(1, STRETCH // rows.shape[-2]), -1)
-        parts = (self.v.overlaps(self.v.turned(x, self.ragged, t)) for x in stretches)
-        return reduce(Tensor.add_, parts)
+        Of a stretch of the long dimension at a time: turned rows are never there as a whole.
+        """
+        out = self.b.new_zeros(2, self.ragged.rows, self.ragged.rows)
+        for gram, (rows, t) in zip(out, self.bases, strict=True):
+            for x in rows.split(max(1, STRETCH // self.ragged.rows), -1):
+                gram += self.v.overlaps(self.v.turned(x, self.ragged, t))[0]
+        return out
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
         rule = StopRule(self.settings, True, self.unit, ANCHORED)
