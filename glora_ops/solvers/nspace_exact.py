@@ -77,7 +77,7 @@ class ExactSolver:
         return self.scaling.abs() * self._total
 
     def coefficients(self, p: Tensor) -> Tensor:
-        return self.weight * self.ragged.per_row(p * self.scaling)
+        return self.ragged.weighed(self.weight, p * self.scaling)
 
     @cached_property
     def clients(self) -> Clients:
@@ -85,21 +85,24 @@ class ExactSolver:
 
         From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs.
         """
-        pad, unpad, sizes = self.ragged.pad, self.ragged.unpad, self.sizes
-        gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
-        per_size = self.ragged.per_row(self.scaling.sign() / positive(self._total))
-        n = pad((self.weight * per_size)[..., None])
+        ragged, sizes = self.ragged, self.sizes
+        gram_b, gram_a = ragged.diagonal_blocks(self.gram).flatten(0, 1).chunk(2)
+        per_size = self.scaling.sign() / positive(self._total)
+        n = ragged.pad(ragged.weighed(self.weight, per_size)[..., None]).flatten(0, 1)
         other = n * cholesky(gram_a)
-        sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
+        sigma2, y = self.v.eigh(torch.bmm(torch.bmm(other.mT, gram_b), other))
         kept = sigma2 > 16 * self.ragged.max_rank * U64
         sigma = (sigma2 * kept).sqrt()
         inverse = (kept / positive(sigma))[..., None, :]
-        t_u = other @ y * inverse
-        t_v = n * (gram_b @ t_u) * inverse
-        sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
+        t_u = torch.bmm(other, y) * inverse
+        t_v = n * torch.bmm(gram_b, t_u) * inverse
+        blocks = len(sizes), ragged.clients
+        sigma, noise = sigma.unflatten(0, blocks) * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
-        flat = unpad(sigma[..., None])[..., 0]
-        return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, sizes, noise, tau)
+        t_u, t_v, flat = (
+            ragged.unpad(x.unflatten(0, blocks)) for x in (t_u, t_v, sigma.flatten(0, 1)[..., None])
+        )
+        return Clients(ragged, t_u, t_v, flat[..., 0], sizes, noise, tau)
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
@@ -136,14 +139,12 @@ class ExactSolver:
     ) -> Found:
         rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
         # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
-        root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
-        lower = self.lower.unflatten(0, (2, -1))
-        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(lower))
+        root = row_votes(self.clients, votes, self.settings).sqrt().repeat(2, 1)
+        rows = self.v.fold(self.clients.t.flatten(0, 1), root, ragged, self.lower)
         if anchor is not None:
             lead, vote = anchor
             column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
-            rows = torch.cat([rows, column.mT], -2)
-        rows = rows.flatten(0, 1)
+            rows = torch.cat([rows, column.flatten(0, 1).mT], -2)
         values, x = self._eigh(torch.bmm(rows.mT, rows))
         images = torch.bmm(torch.cat([m.mT, m]), x)
         energies = images.square().sum(-2).unflatten(0, (2, -1))
@@ -167,22 +168,26 @@ class ExactSolver:
         energies: Tensor,
     ) -> Found:
         """From bases (2 L, N, R) in the frames, turned into Ŵ's vectors, to the long spaces."""
-        z = torch.linalg.solve_triangular(self.lower.mT, x, upper=True)  # Q_B x = B̂ᵀ L⁻ᵀ x
+        turned = x if turn is None else torch.bmm(x, turn)
+        z = self._coordinates(turned)
         length = torch.linalg.vector_norm(z, dim=-2)
         longest = (TILT * self.unit / SHIFT / x.shape[-2]) ** 0.5
-        lifted = z if turn is None else torch.bmm(z, turn)
-        u, v = self._lift(lifted)
+        u, v = self._lift(z)
         reach = x[..., :0].chunk(2)
         if self.settings.client_statistics:
-            reach = torch.bmm(self.lower, x if turn is None else torch.bmm(x, turn)).chunk(2)
+            reach = torch.bmm(self.lower, turned).chunk(2)
         if float(length.max()) > longest:
             at = (length > longest).view(2, len(s), -1).any(-1).any(0).nonzero()[:, 0]
-            straight = self._straight(at, z.unflatten(0, (2, -1))[:, at], p)
+            straight = self._straight(at, self._coordinates(x).unflatten(0, (2, -1))[:, at], p)
             s = s.clone()
             for whole, part in zip((u, s, v, *reach), straight, strict=True):
                 whole[at] = part[..., : whole.shape[-1]]
         u, v = u.to(self.dtype), v.to(self.dtype)
         return Found(u, s, v, (reach[0], reach[1]), sigma, norm, values, energies, 0, False)
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        """z with Q_B x = B̂ᵀ z, in units of the rows' lengths: L⁻ᵀ x."""
+        return torch.linalg.solve_triangular(self.lower.mT, x, upper=True)
 
     def _lift(self, z: Tensor) -> list[Tensor]:
         scaled = (self.inverse[..., None] * z).chunk(2)
