@@ -188,7 +188,7 @@ def client_stats(
     ragged, hard = clients.ragged, clients.hard
     seen = v.fold(clients.t.flatten(0, 1), hard.repeat(2, 1), ragged, torch.cat(reach))
     left, right = seen.square().sum(-1).chunk(2)
-    share = coef * torch.bmm(reach[0] * reach[1], s[..., None])[..., 0]
+    share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
     sums = ragged.segment_sum(torch.stack([left, right, share, hard]))
     energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])
     over = torch.stack([sums[3], sums[3], energy])

@@ -152,8 +152,9 @@ def factor_coordinates(gram: Tensor, eigh: Eigh) -> Tensor:
 
 
 def soft_votes(sigma: Tensor, tau: Tensor) -> Tensor:
-    """f(σ) = σ²/(σ² + τ²), f(0) = 0, of a ratio, lest a square under- or overflow."""
-    return (sigma / positive(torch.hypot(sigma, tau))).square()
+    """f(σ) = σ²/(σ² + τ²), f(0) = 0; in the ratio σ/τ, lest a square under- or overflow."""
+    square = (sigma / positive(tau)).square()
+    return square / (square + 1)
 
 
 def positive(x: Tensor) -> Tensor:

@@ -90,19 +90,19 @@ class ExactSolver:
         per_size = self.scaling.sign() / positive(self._total)
         n = ragged.pad(ragged.weighed(self.weight, per_size)[..., None]).flatten(0, 1)
         other = n * cholesky(gram_a)
-        sigma2, y = self.v.eigh(torch.bmm(torch.bmm(other.mT, gram_b), other))
-        kept = sigma2 > 16 * self.ragged.max_rank * U64
-        sigma = (sigma2 * kept).sqrt()
-        inverse = (kept / positive(sigma))[..., None, :]
-        t_u = torch.bmm(other, y) * inverse
-        t_v = n * torch.bmm(gram_b, t_u) * inverse
         blocks = len(sizes), ragged.clients
-        sigma, noise = sigma.unflatten(0, blocks) * sizes[..., None], 0.5 * self.roundoff * sizes
+        small = torch.bmm(torch.bmm(other.mT, gram_b), other)
+        sigma2, y = self.v.eigh(small.unflatten(0, blocks))
+        kept = sigma2 > 16 * ragged.max_rank * U64
+        sigma = (sigma2 * kept).sqrt()
+        inverse = (kept / positive(sigma)).flatten(0, 1)[:, None, :]
+        t_u = torch.bmm(other, y.flatten(0, 1)) * inverse
+        t_v = n * torch.bmm(gram_b, t_u) * inverse
+        t_u, t_v = (ragged.unpad(t.unflatten(0, blocks)) for t in (t_u, t_v))
+        sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
-        t_u, t_v, flat = (
-            ragged.unpad(x.unflatten(0, blocks)) for x in (t_u, t_v, sigma.flatten(0, 1)[..., None])
-        )
-        return Clients(ragged, t_u, t_v, flat[..., 0], sizes, noise, tau)
+        flat = ragged.unpad(sigma[..., None])[..., 0]
+        return Clients(ragged, t_u, t_v, flat, sizes, noise, tau)
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
