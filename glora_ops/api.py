@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -100,9 +101,9 @@ def aggregate(
         Last round's state: its bases start the randomized iteration.
     max_bytes : int, optional
         Bytes of stacked factors that are in memory at a time, at least those of the largest module
-        unless there is `scratch`. By default room for two of it, and for 4 MiB per thread and
-        4 MiB more. The solver's own 3(N + R + p)(d_out + d_in) numbers per module come on top,
-        for as many batches of modules as there are threads.
+        unless there is `scratch`. By default room for two of it, and for 4 MiB per thread. The
+        solver's own 3(N + R + p)(d_out + d_in) numbers per module come on top, for as many batches
+        of modules as there are threads.
     scratch : path, optional
         Folder on a disk (tmpfs is memory). A module whose factors exceed `max_bytes` is stacked
         in a nameless file there, and computed on through the system's cache of that file: the
@@ -170,8 +171,11 @@ def aggregate(
     require(bool(modules), "clients", "clients without modules", "at least one module")
     scale = _scalings(scalings, sources, names)
     place = _device(sources, names) if device is None else available(device)
-    _check_values(sources, names)
+    # What can only be not finite is looked at in the stacks, which are in cache.
+    later = place.type == "cpu" and not _holds_float64(sources)
+    _check_values(sources, names, not later)
     check_ranks(sources, settings)
+    judge_values = partial(_check_values, sources, names) if later else None
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
@@ -179,7 +183,7 @@ def aggregate(
     solver = {k: v for k, v in settings.items() if k not in ("missing", "normalise")}
     folder = None if scratch is None else os.fspath(scratch)
     if robust is not None:
-        inner = compare(sources, modules, scale, max_bytes, folder, progress, place)
+        inner = compare(sources, modules, scale, max_bytes, folder, progress, place, judge_values)
         verdict = judge(robust, inner, factor_weights, clip)
         factor_weights, scale = _heeded(verdict, factor_weights, scale)
         settings["robust"] = verdict.record(names) | {"clip": clip}
@@ -187,7 +191,8 @@ def aggregate(
     def run(server_rank: int, report: Progress | None) -> State:
         done = solve(
             sources, modules, factor_weights, scale, missing, max_bytes, folder, report, warm,
-            place, rank=server_rank, client_statistics=bool(client_statistics), **solver,
+            place, judge_values, rank=server_rank, client_statistics=bool(client_statistics),
+            **solver,
         )  # fmt: skip
         return State(
             {name: done[name] for name in modules},
@@ -383,8 +388,17 @@ def _scalings(
     return out
 
 
-def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
-    """Refuse, all at once, factors that are misshapen or hold a value that is not finite."""
+def _holds_float64(sources: Sequence[Source]) -> bool:
+    held = (source for source in sources if isinstance(source, _InMemory))
+    pairs = (pair for source in held for pair in source.modules.values())
+    return any(torch.float64 in (pair.b.dtype, pair.a.dtype) for pair in pairs)
+
+
+def _check_values(sources: Sequence[Source], names: Sequence[str], values: bool = True) -> None:
+    """Refuse, all at once, factors that are misshapen or hold a value that is not finite.
+
+    Unless `values`, the latter only with the former.
+    """
     refusals = []
     shapes: dict[str, tuple[str, int, int]] = {}
     held: list[tuple[str, str, Tensor]] = []
@@ -419,7 +433,9 @@ def _check_values(sources: Sequence[Source], names: Sequence[str]) -> None:
                 )
             for side, x in (("B", b), ("A", a)):
                 held.append((name, f"{module}.{side}" if module else side, x.detach()))
-    for (name, tensor, _), fault in zip(held, value_faults([x for *_, x in held]), strict=True):
+    looked_at = held if values or refusals else []
+    faults = value_faults([x for *_, x in looked_at])
+    for (name, tensor, _), fault in zip(looked_at, faults, strict=True):
         if fault is not None:
             problem, found, expected = fault
             refusals.append(

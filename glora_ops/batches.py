@@ -1,4 +1,4 @@
-"""Whole models: modules in batches, read ahead one by one, several solved at a time.
+"""Whole models: modules in batches, several solved at a time.
 
 Modules of one shape and like ranks run together, in batches small enough to stay in cache. Each
 batch is computed on one thread and as many batches at a time as the caller has threads, which on
@@ -9,9 +9,10 @@ is one single batch runs on all of the caller's.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -25,8 +26,9 @@ from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.arena import LINE, Arena
 from .runtime.scratch import empty, in_folder
-from .runtime.threads import one_thread, workers
+from .runtime.threads import workers
 from .state import Factors, ModuleState, State
+from .values import is_finite
 
 __all__ = [
     "Batch", "Pair", "Reader", "Source", "check_ranks", "compare", "directions", "plan", "solve",
@@ -68,7 +70,6 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
 class Reader(Source, Protocol):
     """A source that reads to where the factors are wanted, without a copy on the way."""
 
@@ -195,13 +196,16 @@ def solve(
     progress: Callable[[int, int], None] | None,
     warm: State | None,
     device: torch.device,
+    judge: Callable[[], None] | None = None,
     **settings: Any,
 ) -> dict[str, ModuleState]:
     """`torch.ops.glora.aggregate` of every module, on `device`.
 
-    On the CPU the calling thread reads and stacks the next batch while the workers compute; no
-    more than `max_bytes` of stacked factors exist at a time. None makes room for two of the
-    largest module, and at least for a batch per thread and one more. A module that is larger than
+    `judge` is called where a stack holds a value that is not finite, to say whose it is.
+
+    On the CPU every thread reads, stacks and computes one batch after the other; no more than
+    `max_bytes` of stacked factors exist at a time. None makes room for two of the largest module,
+    and at least for a batch per thread. A module that is larger than
     `max_bytes` is stacked in a file in the folder `scratch`, alone. Elsewhere batches run one
     after another; bases stay there, certificates, which are read one by one, come to the CPU.
     """
@@ -215,7 +219,7 @@ def solve(
 
     def stack(batch: Batch, memory: Tensor | None = None) -> list[Tensor]:
         with in_folder(place(batch)):
-            return _stack(sources, batch, device, memory)
+            return _stack(sources, batch, device, memory, judge)
 
     def compute(batch: Batch, box: list[Tensor]) -> dict[str, ModuleState]:
         present = torch.tensor([[m in source.modules for source in sources] for m in batch.modules])
@@ -243,7 +247,7 @@ def solve(
         for batch in batches:
             finish(compute(batch, stack(batch)))
         return done
-    with closing(_ahead(batches, stack, compute, room)) as results:
+    with closing(_spread(batches, stack, compute, room)) as results:
         for states in results:
             finish(states)
     return done
@@ -257,11 +261,12 @@ def compare(
     scratch: str | None,
     progress: Callable[[int, int], None] | None,
     device: torch.device,
+    judge: Callable[[], None] | None = None,
 ) -> Tensor:
     """(K, K) fp64: `inner_products` of the clients' updates, summed over modules.
 
     One module at a time for each thread and in the model's order, so that no bit depends on the
-    number of threads; memory as in `solve`.
+    number of threads; memory and `judge` as in `solve`.
     """
     check_pairs(len(sources))
     batches = [batch for name in modules for batch in plan(sources, [name], 0)]
@@ -271,7 +276,7 @@ def compare(
 
     def stack(batch: Batch, memory: Tensor | None = None) -> list[Tensor]:
         with in_folder(scratch if batch.bytes > room else None):
-            return _stack(sources, batch, device, memory)
+            return _stack(sources, batch, device, memory, judge)
 
     def products(batch: Batch, box: list[Tensor]) -> Tensor:
         offsets, a, b = (box.pop() for _ in range(3))  # nobody else keeps them alive
@@ -283,7 +288,7 @@ def compare(
             yield products(batch, stack(batch))
 
     total = torch.zeros(len(sources), len(sources), dtype=torch.float64)
-    results = _ahead(batches, stack, products, room, in_order=True) if on_cpu else in_turn()
+    results = _spread(batches, stack, products, room, in_order=True) if on_cpu else in_turn()
     with closing(results):
         for done, found in enumerate(results, start=1):
             total += found
@@ -295,7 +300,7 @@ def compare(
 Result = TypeVar("Result")
 
 
-def _ahead(
+def _spread(
     batches: Sequence[Batch],
     stack: Callable[[Batch, Tensor | None], list[Tensor]],
     work: Callable[[Batch, list[Tensor]], Result],
@@ -304,32 +309,46 @@ def _ahead(
 ) -> Generator[Result, None, None]:
     """What `work` makes of every batch, on as many threads as the caller has.
 
-    The calling thread stacks the next batch meanwhile, in the memory of those that are done:
-    `room` bytes together, or those of as many batches as are wanted at a time. A batch that is
-    larger is stacked elsewhere, alone.
+    Each thread stacks its own batches, one thread at a time, in the memory of those that are done:
+    `room` bytes together, or those of as many batches as there are threads. A batch that is larger
+    is stacked elsewhere, alone.
     """
     threads = torch.get_num_threads()
     sizes = sorted((batch.piece for batch in batches if batch.bytes <= room), reverse=True)
-    arena = Arena(max(min(room, sum(sizes[: threads + 1])), *sizes[:1], 1))
-    flying: dict[Future[Result], Tensor] = {}
+    with torch.inference_mode(False):  # the workers write, whatever mode the caller is in
+        arena = Arena(max(min(room, sum(sizes[:threads])), *sizes[:1], 1))
+    reading, freed = threading.Lock(), threading.Condition()
 
-    def landed() -> Iterator[Result]:
-        first = [next(iter(flying))] if in_order else wait(flying, return_when=FIRST_COMPLETED).done
-        for future in first:
-            arena.give_back(flying.pop(future))
-            yield future.result()
+    def run(at: int) -> Result:
+        batch = batches[at]
+        fits = batch.bytes <= room
+        size = batch.piece if fits else len(arena.memory)
+        with reading:
+            with freed:
+                arena.keep(sum(x.piece for x in batches[at : at + threads] if x.bytes <= room))
+                while (piece := arena.take(size)) is None:
+                    freed.wait()
+            try:
+                box = stack(batch, piece if fits else None)
+            except BaseException:
+                give_back(piece)
+                raise
+        try:
+            return work(batch, box)
+        finally:
+            give_back(piece)
+
+    def give_back(piece: Tensor) -> None:
+        with freed:
+            arena.give_back(piece)
+            freed.notify()
 
     with workers(threads) as pool:
-        for batch in batches:
-            fits = batch.bytes <= room
-            size = batch.piece if fits else len(arena.memory)
-            while len(flying) > threads or (piece := arena.take(size)) is None:
-                yield from landed()
-            with one_thread():  # a second one would wait for the workers at every copy
-                box = stack(batch, piece if fits else None)
-            flying[pool.submit(work, batch, box)] = piece
-        while flying:
-            yield from landed()
+        if in_order:
+            yield from pool.map(run, range(len(batches)))
+        else:
+            for future in as_completed([pool.submit(run, at) for at in range(len(batches))]):
+                yield future.result()
 
 
 def _room(largest: Batch, clients: int, max_bytes: int | None, in_files: bool) -> int:
@@ -342,15 +361,19 @@ def _room(largest: Batch, clients: int, max_bytes: int | None, in_files: bool) -
         f"{clients} clients",
         "raise it, leave it out, or name a folder for larger ones with scratch",
     )
-    return max_bytes or max(2 * largest.bytes, (torch.get_num_threads() + 1) * BATCH_BYTES)
+    return max_bytes or max(2 * largest.bytes, torch.get_num_threads() * BATCH_BYTES)
 
 
 def _stack(
-    sources: Sequence[Source], batch: Batch, device: torch.device, memory: Tensor | None
+    sources: Sequence[Source],
+    batch: Batch,
+    device: torch.device,
+    memory: Tensor | None,
+    judge: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """b (L, N, d_out), a (L, N, d_in), read pair by pair, zeros where short; offsets on the CPU.
 
-    In `memory`, a piece of an arena, if it is given.
+    In `memory`, a piece of an arena, if it is given; values are looked at while they are in cache.
     """
     shape_b, shape_a = ((len(batch.modules), sum(batch.rows), d) for d in (batch.d_out, batch.d_in))
     if memory is None:
@@ -369,12 +392,16 @@ def _stack(
             if end < start + rows:
                 b[l, end : start + rows] = 0
                 a[l, end : start + rows] = 0
+    if judge is not None and not (is_finite(b) and is_finite(a)):
+        judge()
     return [b, a, offsets]
 
 
 def _read_into(source: Source, name: str, b: Tensor, a: Tensor) -> None:
-    if isinstance(source, Reader):
-        source.read_into(name, b, a)
+    # Asking whether it is a `Reader` by its type takes as long as reading a small factor.
+    read_into = getattr(source, "read_into", None)
+    if read_into is not None:
+        read_into(name, b, a)
     else:
         left, right = source.factors(name)
         b.copy_(left.detach().mT)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["extent", "out_of_range", "value_faults"]
+__all__ = ["extent", "is_finite", "out_of_range", "value_faults"]
 
 LEAST, MOST = 1e-40, 1e40  # of fp64; why: inner products hold four factors and their sums
 # Of a tensor in any other dtype on a GPU, whose kernels scale nothing (docs/ops.md).
@@ -19,6 +19,11 @@ DEVICE_LEAST, DEVICE_MOST = 2.0**-100, 2.0**100
 def extent(x: Tensor) -> Tensor:
     """(2,): smallest and largest value of a tensor that is not empty; NaN if any is."""
     return torch.stack(torch.aminmax(x))
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether every value of a tensor that is not empty is."""
+    return bool(extent(x).isfinite().all())
 
 
 def out_of_range(dtype: torch.dtype, peak: float) -> tuple[str, str, str] | None:

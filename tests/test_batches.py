@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,9 +312,11 @@ class Elsewhere(TorchDispatchMode):
         self.value = value
         self.back: list[int] = []
         self.steps: list[dict[str, object]] = []
+        self.called: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.__name__
+        self.called.add(str(func))
         away = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
         if name.startswith("aggregate"):
             names = [argument.name for argument in func._schema.arguments]
@@ -341,6 +346,27 @@ def test_factors_elsewhere_stay_there() -> None:
     # The extent of every factor; eigenvalues, stats and client stats of each module; no more.
     pairs = sum(len(client) for client in clients)
     assert sum(mode.back) == 2 * 2 * pairs + len(state.modules) * (2 * 20 + 16 + 3 * 4)
+
+
+def test_values_in_memory_are_looked_at_in_the_stacks(
+    threads: None, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice a batch, where they are in cache; only what is wrong asks for every tensor."""
+    torch.set_num_threads(2)
+    looks: list[int] = []
+    plain = batches.is_finite
+    monkeypatch.setattr(batches, "is_finite", lambda x: bool(looks.append(1)) or plain(x))
+    clients = model()
+    with Elsewhere() as mode:  # sees the calling thread alone
+        glora.aggregate(clients, rank=4)
+    assert "aten.aminmax.default" not in mode.called
+    assert len(looks) == 2 * len(plan([Counting(c) for c in clients], list(clients[0]), small))
+    clients[1]["4.up"][0][3, 1], clients[2]["2.k"][1][0, 5] = math.nan, -math.inf
+    for robust in (None, "gate"):
+        with pytest.raises(glora.Refused) as refused:
+            glora.aggregate(clients, rank=4, robust=robust)
+        found = [(refusal.client, refusal.tensor) for refusal in refused.value.refusals]
+        assert found == [("client 1", "4.up.B"), ("client 2", "2.k.A")]
 
 
 def test_values_are_judged_with_one_call_a_tensor() -> None:
@@ -378,3 +404,24 @@ def test_factors_in_two_places_are_refused() -> None:
     one, two = factors(0, 2, 9, 8), tuple(x.to("meta") for x in factors(1, 2, 9, 8))
     with pytest.raises(glora.GloraError, match=r"cpu \(client 0\) and meta \(client 1\)"):
         glora.aggregate([one, two])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_arena_returns_what_no_later_batch_needs() -> None:
+    arena = Arena(2**23)
+    low, high = arena.take(2**20), arena.take(2**22)
+    low.fill_(1)
+    high.fill_(2)
+    arena.keep(2**20)
+    assert bool((high == 2).all())
+    arena.give_back(high)
+    full = resident()
+    arena.keep(2**20)
+    assert resident() <= full - 2**22 + 2**19
+    assert bool((low == 1).all())
+    assert arena.take(2**22).count_nonzero() == 0
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

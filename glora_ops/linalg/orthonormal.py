@@ -29,7 +29,8 @@ def straightened(v: Vocabulary, y: Tensor) -> Tensor:
     """Nearly orthonormal columns made so in their order, by Householder, and none turned back."""
     q, r = v.qr(y)
     q = q * r.diagonal(0, -2, -1).sign()[..., None, :]
-    return torch.nn.functional.pad(q, (0, y.shape[-1] - q.shape[-1]))
+    missing = y.shape[-1] - q.shape[-1]
+    return torch.nn.functional.pad(q, (0, missing)) if missing else q
 
 
 def inverse_cholesky(g: Tensor, drop: float) -> Tensor:

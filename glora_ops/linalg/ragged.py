@@ -171,6 +171,13 @@ class Ragged:
         """(…, K) → (…, N): each client's value at each of its rows."""
         return per_client.index_select(-1, self.owner)
 
+    def weighed(self, per_row: Tensor, per_client: Tensor) -> Tensor:
+        """(…, N): what rows have (…, N) times what their clients have (…, K)."""
+        if not self.uniform:
+            return per_row * self.per_row(per_client)
+        blocks = per_row.unflatten(-1, (self.clients, self.max_rank))
+        return (blocks * per_client[..., None]).flatten(-2)
+
     def segment_sum(self, per_row: Tensor) -> Tensor:
         """(…, N) → (…, K): sums of each client's rows, in a fixed order."""
         return self.pad(per_row[..., None]).sum((-2, -1))

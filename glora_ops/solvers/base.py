@@ -188,7 +188,7 @@ class Solver(Protocol):
 def row_votes(clients: Clients, votes: Tensor, s: Settings) -> Tensor:
     """(L, N): p_i f_ij of every direction, f soft (4.1) or, for `projector`, hard (8.2)."""
     f = clients.hard if s.basis == "projector" else clients.soft
-    return clients.ragged.per_row(votes) * f
+    return clients.ragged.weighed(f, votes)
 
 
 def fill(x: Tensor, columns: int) -> Tensor:

@@ -96,7 +96,7 @@ class ExactSolver:
         return self.scaling.abs() * self._total
 
     def coefficients(self, p: Tensor) -> Tensor:
-        return self.weight * self.ragged.per_row(p * self.scaling)
+        return self.ragged.weighed(self.weight, p * self.scaling)
 
     @cached_property
     def clients(self) -> Clients:
@@ -105,21 +105,24 @@ class ExactSolver:
         From Y σ² Yᵀ = (n L_A)ᵀ G_B (n L_A), n the signed weight of the client's pairs. A weak
         direction of T_V holds u64/σ² of the strong ones, which one clean-up takes out.
         """
-        pad, unpad, sizes = self.ragged.pad, self.ragged.unpad, self.sizes
-        gram_b, gram_a = self.ragged.diagonal_blocks(self.gram).chunk(2)
-        per_size = self.ragged.per_row(self.scaling.sign() / positive(self._total))
-        n = pad((self.weight * per_size)[..., None])
+        ragged, sizes = self.ragged, self.sizes
+        gram_b, gram_a = ragged.diagonal_blocks(self.gram).flatten(0, 1).chunk(2)
+        per_size = self.scaling.sign() / positive(self._total)
+        n = ragged.pad(ragged.weighed(self.weight, per_size)[..., None]).flatten(0, 1)
         other = n * cholesky(gram_a)
-        sigma2, y = self.v.eigh(other.mT @ gram_b @ other)
-        kept = sigma2 > 16 * self.ragged.max_rank * U64
+        blocks = len(sizes), ragged.clients
+        small = torch.bmm(torch.bmm(other.mT, gram_b), other)
+        sigma2, y = self.v.eigh(small.unflatten(0, blocks))
+        kept = sigma2 > 16 * ragged.max_rank * U64
         sigma = (sigma2 * kept).sqrt()
-        inverse = (kept / positive(sigma))[..., None, :]
-        t_u = other @ y * inverse
-        t_v = orthonormal_coordinates(n * (gram_b @ t_u), gram_a, kept)
+        inverse = (kept / positive(sigma)).flatten(0, 1)[:, None, :]
+        t_u = torch.bmm(other, y.flatten(0, 1)) * inverse
+        t_v = orthonormal_coordinates(n * torch.bmm(gram_b, t_u), gram_a, kept.flatten(0, 1))
+        t_u, t_v = (ragged.unpad(t.unflatten(0, blocks)) for t in (t_u, t_v))
         sigma, noise = sigma * sizes[..., None], 0.5 * self.roundoff * sizes
         tau = torch.maximum(self.settings.tau_rel * sigma[..., 0], noise)
-        flat = unpad(sigma[..., None])[..., 0]
-        return Clients(self.ragged, unpad(t_u), unpad(t_v), flat, sizes, noise, tau)
+        flat = ragged.unpad(sigma[..., None])[..., 0]
+        return Clients(ragged, t_u, t_v, flat, sizes, noise, tau)
 
     def _frame(self, p: Tensor) -> Tensor:
         """(L, N, N): the mean with weights p, Q_B M Q_Aᵀ."""
@@ -156,14 +159,12 @@ class ExactSolver:
     ) -> Found:
         rank, m, ragged = self.settings.rank, self._frame(p), self.ragged
         # Rows √(p_i f_i) T_iᵀ L of every client: their Gram matrix is (5.1) in the frames.
-        root = row_votes(self.clients, votes, self.settings).sqrt()[..., None]
-        frames = self.frames.unflatten(0, (2, -1))
-        rows = root * ragged.unpad(ragged.pad(self.clients.t).mT @ ragged.pad(frames))
+        root = row_votes(self.clients, votes, self.settings).sqrt().repeat(2, 1)
+        rows = self.v.fold(self.clients.t.flatten(0, 1), root, ragged, self.frames)
         if anchor is not None:
             lead, vote = anchor
             column = torch.stack([lead.x, lead.y]) * vote.sqrt()[..., None, :]
-            rows = torch.cat([rows, column.mT], -2)
-        rows = rows.flatten(0, 1)
+            rows = torch.cat([rows, column.flatten(0, 1).mT], -2)
         values, x = self._eigh(torch.bmm(rows.mT, rows))
         images = torch.bmm(torch.cat([m.mT, m]), x)
         energies = images.square().sum(-2).unflatten(0, (2, -1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..linalg.canonical import positive
 from .base import Found, Principal, Triplets, fill, row_votes
 from .operators import NSpaceProjector, NSpaceUpdate, Voters
 from .stopping import ANCHORED, SETTLED, Ritz, StopRule, subspace_iteration
-from .tall import CANCELLED, SIDES, TallSolver, has_long_terms, start_block
+from .tall import CANCELLED, SIDES, TallSolver, short_terms, start_block
 
 __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 
@@ -26,6 +26,8 @@ __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 RESOLVED = 1e-5
 # What is to come of a mean, over what is found, from which N-space is nearer than more steps.
 FLAT = 1e-2
+# Numbers of turned rows that are held at a time, 4 MiB: still in cache when they are multiplied.
+STRETCH = 2**20
 
 
 def consensus_limit(rank: int, d_out: int, d_in: int) -> int:
@@ -49,18 +51,22 @@ class IterativeSolver(TallSolver):
     """
 
     @cached_property
-    def turned(self) -> tuple[Tensor, Tensor]:
-        """(1, N, d): orthonormal rows T_iᵀ x_i of every client, both sides."""
-        return self._turned(self.b, self.clients.t_u), self._turned(self.a, self.clients.t_v)
-
-    def _turned(self, rows: Tensor, t: Tensor) -> Tensor:
-        wide = rows.double() if has_long_terms(self.v, rows, self.ragged, t) else rows
-        return self.v.turned(wide, self.ragged, t).to(self.dtype)
+    def bases(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Rows (1, N, d) and T (1, N, r) of both sides: the clients' bases are T_iᵀ x_i."""
+        left, right = ((self.b, self.clients.t_u), (self.a, self.clients.t_v))
+        return short_terms(self.v, *left, self.ragged), short_terms(self.v, *right, self.ragged)
 
     @cached_property
     def grams(self) -> Tensor:
-        """(2, N, N): their overlaps G_U, G_V in the working precision."""
-        return torch.cat([self.v.overlaps(q) for q in self.turned])
+        """(2, N, N): the bases' overlaps G_U, G_V in the working precision.
+
+        Of a stretch of the long dimension at a time: turned rows are never there as a whole.
+        """
+        out = self.b.new_zeros(2, self.ragged.rows, self.ragged.rows)
+        for gram, (rows, t) in zip(out, self.bases, strict=True):
+            for x in rows.split(max(1, STRETCH // self.ragged.rows), -1):
+                gram += self.v.overlaps(self.v.turned(x, self.ragged, t))[0]
+        return out
 
     def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
         rule = StopRule(self.settings, True, self.unit, ANCHORED)
@@ -122,6 +128,7 @@ class IterativeSolver(TallSolver):
             ref = torch.cat([lead.x, lead.y]) * vote.sqrt()[..., None, :].to(dtype)
         operator = NSpaceProjector(v, grams, voices, ref)
 
+        @lru_cache(1)  # asked for the last block once more when the iteration has ended
         def energies(x: Tensor, vectors: Tensor) -> Tensor:
             crossed = strength * v.product(grams, v.product(x, vectors.to(dtype)))
             back = v.product(grams, crossed.flip(0)).flip(0)
@@ -138,8 +145,11 @@ class IterativeSolver(TallSolver):
         rule = StopRule(settings, False, self.unit, SETTLED, energies)
         start = torch.cat([known, first], -1)
         ritz = subspace_iteration(v, operator, start, rule, lambda *_: trace)
-        values, vectors = (fill(x, settings.columns) for x in (ritz.theta, ritz.vectors))
-        held, x = energies(ritz.x, vectors), v.product(ritz.x, vectors.to(dtype))
+        held = energies(ritz.x, ritz.vectors)
+        values, vectors, held = (
+            fill(x, settings.columns) for x in (ritz.theta, ritz.vectors, held)
+        )
+        x = v.product(ritz.x, vectors.to(dtype))
         mean, sides = self.mean(p), []
         for side, t, w in ((0, self.clients.t_u, mean.next), (1, self.clients.t_v, mean)):
             here = slice(side, side + 1)
@@ -157,7 +167,7 @@ class IterativeSolver(TallSolver):
 
     def _strength(self, p: Tensor) -> Tensor:
         """(1, N, 1): D of the mean with weights p."""
-        return (self.ragged.per_row(p) * self.clients.sigma)[..., None].to(self.dtype)
+        return self.ragged.weighed(self.clients.sigma, p)[..., None].to(self.dtype)
 
     def _energy(self, p: Tensor) -> Tensor | None:
         """(1,): ‖W‖² from the overlaps; None where clients cancel until it is rounding."""
@@ -195,11 +205,17 @@ class IterativeSolver(TallSolver):
 
     def _pull(self, side: int, y: Tensor) -> Tensor:
         """(1, N, k): Qᵀ y of tall vectors."""
-        return self.v.times(self.turned[side], y).to(self.dtype)
+        rows, t = self.bases[side]
+        return self.v.fold(t, self._ones, self.ragged, self.v.times(rows, y)).to(self.dtype)
 
     def _lift(self, side: int, z: Tensor) -> Tensor:
         """(1, d, k): the tall vectors Q z."""
-        return self.v.lift(self.turned[side], z)
+        rows, t = self.bases[side]
+        return self.v.lift(rows, self.v.unfold(t, self._ones, self.ragged, z.double()))
+
+    @property
+    def _ones(self) -> Tensor:
+        return torch.ones_like(self.clients.sigma)
 
 
 def _at_least(norm2: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

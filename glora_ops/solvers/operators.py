@@ -187,6 +187,6 @@ class NSpaceProjector:
         return self.votes * seen + self.ref @ (self.ref.mT @ seen)
 
     def images(self, x: Tensor) -> Images:
-        seen, inner = self.v.product(self.grams, x), self.v.inner
+        seen, inner = self.v.times(self.grams, x).to(x.dtype), self.v.inner
         block = self.apply(seen)
         return Images(block, inner(x, seen), inner(seen, block))

@@ -77,7 +77,7 @@ class StopRule:
     settled : float, optional
         For vectors that something else is made of: they must have come to rest, to a mean squared
         sine of settled · tol². What U and V capture together is of first order in the sine.
-    weigh : callable (vectors) → (L, R), optional
+    weigh : callable (X, vectors) → (L, k), optional
         The energies by which that mean weighs the vectors; by default their own.
     most : int
         Whole steps at most, of an adaptive run.
@@ -138,7 +138,7 @@ class StopRule:
             return False
         if self.settled is None:
             return True
-        energy = lead if self.weigh is None else _numbers(self.weigh(x, vectors[..., : self.rank]))
+        energy = lead if self.weigh is None else _numbers(self.weigh(x, vectors))[..., : self.rank]
         turn = (energy * ahead / np.maximum(lead - bulk / 2, TINY)).sum(-1)  # (12.7)
         return bool((turn < self.settled * self.tol**2 * np.maximum(energy.sum(-1), TINY)).all())
 

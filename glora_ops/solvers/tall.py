@@ -24,7 +24,7 @@ from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
 from .operators import MeanProjector, MeanUpdate, Voters
 from .stopping import ANCHORED, MOST, SETTLED, Ritz, StopRule, subspace_iteration
 
-__all__ = ["CANCELLED", "SIDES", "TallSolver", "has_long_terms", "principal", "start_block"]
+__all__ = ["CANCELLED", "SIDES", "TallSolver", "principal", "short_terms", "start_block"]
 
 SIDES = ("left", "right")
 # Eigenvalues of a mean projector below this fraction of the top are rounding of fp32 products.
@@ -250,10 +250,16 @@ def start_block(rows: Tensor, side: str, settings: Settings, *known: Tensor | No
     return torch.cat([*given, signs], -1) if given and count < d else signs
 
 
-def has_long_terms(v: Vocabulary, rows: Tensor, ragged: Ragged, t: Tensor) -> bool:
-    """Whether unit vectors T_iᵀ x_i are sums of terms so long that fp32 would round them away."""
+def short_terms(v: Vocabulary, rows: Tensor, t: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor]:
+    """Rows and T with the same unit vectors T_iᵀ x_i, turned in fp64 where terms are long.
+
+    So long that the working precision would round their sums away; T is then the identity.
+    """
     terms = ragged.segment_sum((t.abs() * v.lengths(rows)[..., None]).amax(-1))
-    return bool((terms > LONG).any())
+    if not bool((terms > LONG).any()):
+        return rows, t
+    own = torch.eye(ragged.max_rank).to(t).expand(len(rows), ragged.clients, -1, -1)
+    return v.turned(rows.double(), ragged, t).to(working(rows.dtype)), ragged.unpad(own)
 
 
 def principal(
@@ -278,10 +284,8 @@ def principal(
         W̄ as it acts on this side's vectors, for their energies; all alike without.
     """
     trace, count = voters.trace(ragged), settings.columns
-    if has_long_terms(v, rows, ragged, voters.t):
-        rows = v.turned(rows.double(), ragged, voters.t).to(working(rows.dtype))
-        own = torch.eye(ragged.max_rank).to(voters.t).expand(len(rows), ragged.clients, -1, -1)
-        voters = replace(voters, t=ragged.unpad(own))
+    rows, t = short_terms(v, rows, voters.t, ragged)
+    voters = replace(voters, t=t)
     operator = MeanProjector(v, rows, ragged, voters)
 
     def energies(x: Tensor, vectors: Tensor) -> Tensor:
