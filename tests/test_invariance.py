@@ -27,7 +27,7 @@ from strategies import (
 )
 from test_aggregate import hard_ranks, judge, near_the_threshold
 
-from glora_ops import pack
+from glora_ops import pack, reference
 
 
 def widened(problem: Problem, seed: int, columns: int) -> Problem:
@@ -72,6 +72,16 @@ def permuted(problem: Problem, seed: int) -> Problem:
     )
 
 
+def heard(problem: Problem) -> int:
+    """Triplets of the anchor with a vote: σ̃ above 8·u32·S̃, and S̃ is the storage's (6.2).
+
+    Over-parametrised a thousand times, clients that nearly cancel lose votes that they have when
+    stored well; there each answer is held to its own reference.
+    """
+    args = problem.arrays(), problem.weights, problem.scaling, problem.rank, problem.unit
+    return int((reference.anchor_triplets(*args)[3] > 0).sum())
+
+
 def check_same(one: Problem, two: Problem, basis: str, what: str, stored: bool) -> None:
     """Contract (b), or (c) where both were rounded to their dtype."""
     first, second = aggregate(one, basis), aggregate(two, basis)
@@ -90,6 +100,12 @@ def check_same(one: Problem, two: Problem, basis: str, what: str, stored: bool) 
     size = max(bounds.storage_scale(p.arrays(), p.weights, p.scaling) for p in (one, two))
     if exact:
         limit = bounds.exact_bound(size)
+    elif basis == "consensus" and heard(one) != heard(two):
+        TALLY["an anchor's triplet heard in one storage only"] += 1
+        for x, want in zip((first, second), wants, strict=True):
+            limit = bounds.cut_bound(size, want.kappa_p, want.kappa_w)
+            assert norm(x.w_hat - want.w_hat) <= limit
+        return
     else:
         limit = max(bounds.cut_bound(size, w.kappa_p, w.kappa_w) for w in wants)
     if stored:
@@ -117,11 +133,18 @@ LOUD_WITH_DEAD_PAIRS = build(
 )  # fmt: skip
 
 
+NEARLY_CANCELLING = build(
+    Recipe(seed=0, ranks=(4, 1, 1), kind="cancelling", spectrum="flat", gap=0.1, dead=True,
+           loud=1e6, cut="dim-1", dtype="float64")
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("basis", BASES)
 def test_over_parametrisation_stored_in_fp64(basis):
     @given(problem=problems(("float64",)), seed=st.integers(0, 99), columns=st.integers(1, 12))
     @example(problem=LOUD_WITH_DEAD_PAIRS, seed=8, columns=1)
     @example(problem=LOUD_WITH_DEAD_PAIRS, seed=0, columns=2)
+    @example(problem=NEARLY_CANCELLING, seed=0, columns=2)
     def check(problem, seed, columns):
         wide = widened(problem, seed, columns)
         check_same(problem, wide, basis, "over-parametrisation", stored=False)
