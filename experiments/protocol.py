@@ -210,7 +210,7 @@ class Runner:
         Skewed clients decide, for IID too. For each choice of knobs the grid grows until two rates
         above the best and one below it are worse.
         """
-        where: Cell = ("dirichlet", cell[1], cell[2])
+        where: Cell = ("dirichlet", *cell[1:]) if cell[0] == "iid" else cell
         if (where, label) not in self.chosen:
             best: tuple[float, float, dict[str, Any]] = (-1.0, 0.0, {})
             for knobs in ARMS[label].choices:
@@ -259,7 +259,7 @@ def estimate(runner: Runner, todo: Iterable[tuple[Cell, str]]) -> str:
         mine = [x for x in runner.ledger.done.values() if (x["cell"], x["arm"]) == (name, label)]
         reported = sum(x["held_out"] == "test" for x in mine)
         runs += len(SEEDS) - reported
-        if cell[0] == "dirichlet" and not reported:
+        if cell[0] != "iid" and not reported:
             expected = 5 * len(TUNING) * len(ARMS[label].choices)
             trials += max(0, expected - len(mine))
     hours = (trials + runs) * runner.ledger.seconds / 3600

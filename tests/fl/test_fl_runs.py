@@ -61,11 +61,12 @@ GAUGED = {"rounds": 5, "steps": 6, "batch": 16}
 
 @pytest.mark.parametrize(
     "method",
-    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
+    [ADAPTER, ADAPTER | {"momentum": 0.5}, {"kind": "glora", "mode": "delta"},
+     {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
      {"kind": "glora", "step": 0.5}, ADAPTER | {"basis": "update"},
      ADAPTER | {"basis": "projector"},
      ADAPTER | {"server": {"kind": "fedadam", "lr": 0.01}}],
-    ids=["consensus", "delta", "restart", "update", "projector", "fedadam"],
+    ids=["consensus", "momentum", "delta", "context", "restart", "update", "projector", "fedadam"],
 )  # fmt: skip
 @pytest.mark.parametrize("moments", ["reset", "keep"])
 def test_a_random_gauge_on_every_reply_leaves_gloras_curve(
