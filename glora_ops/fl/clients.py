@@ -289,6 +289,7 @@ def _optimiser(learning: Mapping[str, nn.Parameter], how: LocalTraining) -> torc
         groups.append({"params": heads, "lr": how.lr if how.head_lr is None else how.head_lr})
     if how.optimiser == "sgd":
         return torch.optim.SGD(groups, how.lr, weight_decay=how.weight_decay)
+    # foreach: the same bits with fewer calls, which is what a small adapter's step costs.
     return torch.optim.AdamW(groups, how.lr, weight_decay=how.weight_decay, foreach=True)
 
 
