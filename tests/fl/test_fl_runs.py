@@ -94,6 +94,12 @@ def test_the_same_gauge_ruins_factor_averaging(tmp_path: Path) -> None:
     assert gauged.lines()[-1]["update"]["captured"] < plain.lines()[-1]["update"]["captured"] - 0.2
 
 
+def test_a_run_that_moves_nothing_can_be_read_again(tmp_path: Path) -> None:
+    """B stays 0 beside a rate that underflows: an update without a single direction."""
+    done = run_small(tmp_path, {"kind": "fedit"}, training={"lr": 1e-60, "rounds": 2})
+    assert [line["update"]["spectrum"] for line in done.lines()[1:]] == [[0.0], [0.0]]
+
+
 # --- faults ------------------------------------------------------------------------------------
 
 
