@@ -1,6 +1,6 @@
 """What the arms of protocol.py lie between: clients alone, all data in one place, full weights.
 
-OMP_NUM_THREADS=1 python experiments/outer_bounds.py [--until 18:30]
+OMP_NUM_THREADS=1 python experiments/outer_bounds.py [--until 2026-12-01T00:15]
 
 Digits, skewed, all clients, into the same ledger; rates by the same sweep. *alone*: each client
 trains its LoRA on its own examples, for as many steps, and nothing is exchanged (mean over

@@ -1,8 +1,10 @@
 """Digits by the protocol of docs/experiments.md: resumable, the estimate printed first.
 
-OMP_NUM_THREADS=1 python experiments/protocol.py [--stage 1] [--until 18:30] [--estimate]
+OMP_NUM_THREADS=1 python experiments/protocol.py
+    [--stage 1] [--ranks mixed] [--until 2026-12-01T00:15] [--estimate]
 
-A finished run is a line of results/protocol.jsonl and is never repeated. Nothing else is kept.
+A finished run is a line of results/protocol.jsonl and is never repeated. Nothing else is kept. Two
+processes with other --ranks share no run and may write one ledger side by side.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
@@ -91,7 +93,19 @@ SERVED_ARMS = {
     for label in ("restart", "consensus", "fedit", "flora")
     for kind, rates in (("fedavgm", (0.3, 1.0)), ("fedadam", (0.003, 0.01, 0.03)))
 }
-STAGES = {1: FIRST_ARMS, 2: OTHER_ARMS | KEPT_ARMS | SERVED_ARMS}
+KEPT_FIRST = {
+    f"{label}-keep": KEPT_ARMS[f"{label}-keep"] for label in FIRST_ARMS if label not in FRESH
+}
+# A stage's groups of arms, the most wanted first.
+STAGES = {
+    1: (FIRST_ARMS,),
+    2: (
+        OTHER_ARMS,
+        KEPT_FIRST,
+        SERVED_ARMS,
+        {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST},
+    ),
+}
 ARMS = FIRST_ARMS | OTHER_ARMS | KEPT_ARMS | SERVED_ARMS
 
 Cell = tuple[str, str, str]  # data, ranks, turnout
@@ -205,7 +219,7 @@ class Runner:
         Skewed clients decide, for IID too. For each choice of knobs the grid grows until two rates
         above the best and one below it are worse.
         """
-        where: Cell = ("dirichlet", cell[1], cell[2])
+        where: Cell = ("dirichlet", *cell[1:]) if cell[0] == "iid" else cell
         if (where, label) not in self.chosen:
             best: tuple[float, float, dict[str, Any]] = (-1.0, 0.0, {})
             for knobs in ARMS[label].choices:
@@ -236,27 +250,30 @@ def rate_at(k: int) -> float:
     return float(f"{FIRST * RATIO**k:.6g}")
 
 
-def work(stage: int) -> Iterator[tuple[Cell, str]]:
-    for cell in CELLS:
-        for label, arm in STAGES[stage].items():
-            if cell[1] == "equal" or not arm.equal_only:
-                yield cell, label
+def work(stage: int, ranks: Iterable[str] = RANKS) -> Iterator[tuple[Cell, str]]:
+    """Cells and arms in the order they run: skewed before IID, group by group, cell by cell."""
+    for data, arms in product(DATA, STAGES[stage]):
+        for cell in CELLS:
+            for label, arm in arms.items():
+                fits = cell[1] == "equal" or not arm.equal_only
+                if cell[0] == data and cell[1] in ranks and fits:
+                    yield cell, label
 
 
-def estimate(runner: Runner, stage: int) -> str:
+def estimate(runner: Runner, todo: Iterable[tuple[Cell, str]]) -> str:
     """Runs that are missing: five rates a sweep, as many runs as seeds; before anything runs."""
     trials = runs = 0
-    for cell, label in work(stage):
+    for cell, label in todo:
         name = "_".join(cell)
         mine = [x for x in runner.ledger.done.values() if (x["cell"], x["arm"]) == (name, label)]
         reported = sum(x["held_out"] == "test" for x in mine)
         runs += len(SEEDS) - reported
-        if cell[0] == "dirichlet" and not reported:
+        if cell[0] != "iid" and not reported:
             expected = 5 * len(TUNING) * len(ARMS[label].choices)
             trials += max(0, expected - len(mine))
     hours = (trials + runs) * runner.ledger.seconds / 3600
     return (
-        f"stage {stage}: about {trials} trials and {runs} runs are missing, "
+        f"about {trials} trials and {runs} runs are missing, "
         f"{runner.ledger.seconds:.1f} s each so far: {hours:.1f} h"
     )
 
@@ -264,23 +281,23 @@ def estimate(runner: Runner, stage: int) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--stage", type=int, choices=list(STAGES), default=1)
+    p.add_argument("--ranks", choices=list(RANKS), action="append", help="only these cells")
     p.add_argument("--until", type=datetime.fromisoformat, help="start no run after this time")
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--estimate", action="store_true", help="print it and stop")
     args = p.parse_args()
     runner = Runner(Ledger(args.results), args.until)
-    print(estimate(runner, args.stage), flush=True)
+    todo = list(work(args.stage, args.ranks or RANKS))
+    print(estimate(runner, todo), flush=True)
     if args.estimate:
         return
     try:
-        rates = {where: runner.rate(*where) for where in work(args.stage)}
-        for cell in CELLS:
-            for seed, label in product(SEEDS, STAGES[args.stage]):
-                if (cell, label) in rates:
-                    lr, knobs = rates[cell, label]
-                    runner.score(cell, label, seed, lr, knobs, "test")
+        for cell, label in todo:
+            lr, knobs = runner.rate(cell, label)
+            for seed in SEEDS:
+                runner.score(cell, label, seed, lr, knobs, "test")
     except TimeoutError:
-        print(estimate(runner, args.stage), flush=True)
+        print(estimate(runner, todo), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+import orientations
 from outer_bounds import BOUNDS
 from protocol import ARMS, CELLS, RESULTS, SEEDS, TUNING, Ledger
 from statistics_of_runs import holm, mcnemar, sign_permutation
@@ -132,7 +133,7 @@ def main() -> None:
     said = ", ".join(f"{m} {x:.3f}" for m, x in modes.items()) or "not all sweeps are done"
     parts = ["# Digits by the protocol", "Printed by `experiments/protocol_tables.py`.",
              f"**glora** is {glora or 'not fixed yet'}: mean tuning score of {said}."]  # fmt: skip
-    for cell in ("_".join(c) for c in CELLS):
+    for cell in ("_".join(c) for c in (*CELLS, orientations.CELL)):
         if runs.get(cell) and (glora or "restart") in runs[cell]:
             missing = [a for a, r in runs[cell].items() if len(r) < len(SEEDS)]
             note = f" Not all seeds yet: {', '.join(missing)}." if missing else ""

@@ -67,11 +67,12 @@ def update_facts(model: Sent, before: Sequence[Pairs], exact: Pairs) -> dict[str
     energy = torch.stack(spectra).square().sum(0).sqrt()
     # Nine digits of the largest: rounding in the others is relative to that.
     digits = 8 - floor(log10(energy[0])) if energy[0] > 0 else 0
+    shown = max(1, int((energy > 1e-7 * energy[0]).sum()))  # one of an update that is zero
     return {
         "captured": 1 - lost / total if total > 0 else 1.0,
         "norm": float(energy.square().sum().sqrt()),
         "effective_rank": sum(ranks) / len(ranks),
-        "spectrum": [round(float(x), digits) for x in energy if x > 1e-7 * energy[0]],
+        "spectrum": [round(float(x), digits) for x in energy[:shown]],
     }
 
 

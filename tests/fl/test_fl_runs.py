@@ -61,11 +61,12 @@ GAUGED = {"rounds": 5, "steps": 6, "batch": 16}
 
 @pytest.mark.parametrize(
     "method",
-    [ADAPTER, {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
+    [ADAPTER, ADAPTER | {"momentum": 0.5}, {"kind": "glora", "mode": "delta"},
+     {"kind": "glora", "mode": "delta", "context": True, "step": 0.7},
      {"kind": "glora", "step": 0.5}, ADAPTER | {"basis": "update"},
      ADAPTER | {"basis": "projector"},
      ADAPTER | {"server": {"kind": "fedadam", "lr": 0.01}}],
-    ids=["consensus", "delta", "restart", "update", "projector", "fedadam"],
+    ids=["consensus", "momentum", "delta", "context", "restart", "update", "projector", "fedadam"],
 )  # fmt: skip
 @pytest.mark.parametrize("moments", ["reset", "keep"])
 def test_a_random_gauge_on_every_reply_leaves_gloras_curve(
@@ -91,6 +92,12 @@ def test_the_same_gauge_ruins_factor_averaging(tmp_path: Path) -> None:
     )
     assert accuracies(gauged)[-1] < accuracies(plain)[-1] - 0.15
     assert gauged.lines()[-1]["update"]["captured"] < plain.lines()[-1]["update"]["captured"] - 0.2
+
+
+def test_a_run_that_moves_nothing_can_be_read_again(tmp_path: Path) -> None:
+    """B stays 0 beside a rate that underflows: an update without a single direction."""
+    done = run_small(tmp_path, {"kind": "fedit"}, training={"lr": 1e-60, "rounds": 2})
+    assert [line["update"]["spectrum"] for line in done.lines()[1:]] == [[0.0], [0.0]]
 
 
 # --- faults ------------------------------------------------------------------------------------

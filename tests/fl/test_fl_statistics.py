@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from fl_runs import config
 from scipy import stats
+
+from glora_ops.fl.tasks.digits import Digits
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
+from orientations import SEEN, UNSEEN, Orientations
 from protocol import FIRST, Ledger, end_point, rate_at, wanted
 from protocol_tables import cell_table
 from statistics_of_runs import bootstrap_accuracy, holm, mcnemar, sign_permutation
@@ -110,3 +115,20 @@ def test_the_end_point_is_the_last_round_or_the_second_half() -> None:
     scores = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]  # round 0 to 8
     assert end_point("full", scores) == 0.8
     assert end_point("sparse", scores) == pytest.approx(np.mean([0.5, 0.6, 0.7, 0.8]))
+
+
+def test_judged_orientations_are_none_of_a_clients() -> None:
+    task = Orientations(config({"it": {"kind": "fedit"}}), 0, None)
+    assert not set(SEEN) & set(UNSEEN)
+    plain = Digits(0)
+    for k, (lean, inverted) in enumerate(SEEN):
+        own = plain.train[np.flatnonzero(task.labels == k)].leaning(lean).x
+        torch.testing.assert_close(
+            task.train.x[task.labels == k], 1 - own if inverted else own, rtol=0, atol=1e-6
+        )
+    metrics, answers = task.evaluate(task.model())
+    new = [a for a in answers if a.label is None]
+    assert len(new) == len(plain.held_out) == len(answers) / 2
+    assert metrics["accuracy"] == pytest.approx(np.mean([a.score for a in new]))
+    straight = [i for i in range(len(new)) if UNSEEN[i % len(UNSEEN)] == (0, False)]
+    torch.testing.assert_close(task.unseen.x[straight], plain.held_out.x[straight])
