@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,9 @@ def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
 
 class CpuVocabulary:
     """Implements `glora_ops.linalg.vocabulary.Vocabulary`."""
+
+    def each(self, word: str, *operands: Sequence[Any]) -> list[Tensor]:
+        return [getattr(self, word)(*x) for x in zip(*operands, strict=True)]
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)

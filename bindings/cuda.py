@@ -7,6 +7,7 @@ class runs on CPU tensors in Triton's interpreter, which is how it is tested wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
@@ -31,6 +32,9 @@ class CudaVocabulary:
     Stacks are neither scaled nor looked at: Gram matrices are fp64, and in fp32 or bf16 entries
     from 2⁻¹⁰⁰ to 2¹⁰⁰ leave every product in range, gauges by powers of two included.
     """
+
+    def each(self, word: str, *operands: Sequence[Any]) -> list[Tensor]:
+        return [getattr(self, word)(*x) for x in zip(*operands, strict=True)]
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
