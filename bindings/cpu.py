@@ -213,8 +213,9 @@ class CpuVocabulary:
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return _linear(c.mT.to(y.dtype), y).mT
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        out = _linear(c.mT.to(y.dtype), y).mT
+        return out if onto is None else onto.add_(out)
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         modules, d, k = y.shape

@@ -96,8 +96,11 @@ class Vocabulary(Protocol):
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         """(L, d, k): xᵀ z in the working precision."""
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m).
+
+        Added to `onto`, in place, where that is given.
+        """
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""

@@ -99,8 +99,7 @@ class Projectors:
         own = [x[:, :rows] for x in z]
         own = self.v.each("unfold", self.t, [self.root] * 2, [self.ragged] * 2, own)
         lifted = self.v.each("lift", self.rows, own)
-        extra = self.v.each("combine", self.anchor, [self.weight * x[:, rows:] for x in z])
-        return [x.add_(y) for x, y in zip(lifted, extra, strict=True)]
+        return self.v.each("combine", self.anchor, [self.weight * x[:, rows:] for x in z], lifted)
 
 
 class FixedStepSolver(TallSolver):
@@ -165,7 +164,7 @@ class FixedStepSolver(TallSolver):
         lead = Seen(x, y, fill(sigma, rank + 1), sigma, self.steps, v.product(reach, leading))
         return lead, basis
 
-    def triplets(self, p: Tensor, warm: Tensor | None) -> Triplets:
+    def triplets(self, p: Tensor, warm: Tensor | None) -> Seen:
         return self._lead(p, warm)[0]
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
@@ -196,11 +195,12 @@ class FixedStepSolver(TallSolver):
             known, weight = [x[:, :0].mT.to(self.dtype) for x in self.rows], voices[:, :0]
         else:
             (lead, vote), steps = anchor, max(self.steps, 1)
+            assert isinstance(lead, Seen)  # this solver's own
             known, weight = [lead.x, lead.y], vote.sqrt()
+            reach = [lead.reach, v.times(self.a, lead.y)]
         m = Projectors(v, self.ragged, self.rows, (clients.t_u, clients.t_v), voices, known, weight)
         seen = v.each("inner", known, [x.expand(len(weight), -1, -1) for x in tests])
         if anchor is not None:
-            reach = [lead.reach, v.times(self.a, lead.y)]
             same = torch.eye(rank, dtype=weight.dtype, device=weight.device)
             for side in (0, 1):
                 n = min(rank, first[side].shape[-1])
@@ -209,11 +209,11 @@ class FixedStepSolver(TallSolver):
                     torch.cat([torch.where(alive, x[..., :n], y[..., :n]), y[..., n:]], -1)
                     for x, y in ((reach[side], first[side]), (same, seen[side]))
                 )
-        for side in (0, 1):
-            if warm[side] is not None:
-                w = warm[side].to(self.dtype)
-                first[side] = torch.cat([first[side], v.times(self.rows[side], w)], -1)
-                seen[side] = torch.cat([seen[side], v.inner(known[side], w)], -1)
+        for side, x in enumerate(warm):
+            if x is not None:
+                x = x.to(self.dtype)
+                first[side] = torch.cat([first[side], v.times(self.rows[side], x)], -1)
+                seen[side] = torch.cat([seen[side], v.inner(known[side], x)], -1)
         y = m.apply(self._orthonormal(m.folded(first, seen)))
         for _ in range(steps - 1):
             y = self._orthonormal(y)
