@@ -186,10 +186,8 @@ def client_stats(
         W̄ is the sum of these times the rows' products.
     """
     ragged, hard = clients.ragged, clients.hard
-    left, right = (
-        v.fold(t, hard, ragged, z).square().sum(-1)
-        for t, z in zip((clients.t_u, clients.t_v), reach, strict=True)
-    )
+    folded = v.each("fold", (clients.t_u, clients.t_v), [hard] * 2, [ragged] * 2, reach)
+    left, right = (z.square().sum(-1) for z in folded)
     share = coef * (reach[0] * s[..., None, :] * reach[1]).sum(-1)
     sums = ragged.segment_sum(torch.stack([left, right, share, hard]))
     energy = s.square().sum(-1, keepdim=True).expand_as(sums[0])

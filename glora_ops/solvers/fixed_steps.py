@@ -137,11 +137,14 @@ class FixedStepSolver(TallSolver):
     def sizes(self) -> Tensor:
         return self.clients.size
 
+    def _weights(self, y: Sequence[Tensor]) -> list[Tensor]:
+        """(L, k, k) of both sides: y times its weights is orthonormal."""
+        return self.v.each("inverse_cholesky", self.v.each("inner", y, y), [DEPENDENT] * len(y))
+
     def _orthonormal(self, y: Sequence[Tensor], passes: int = 1) -> list[Tensor]:
         """`cholesky_qr` of both sides."""
-        v, drop = self.v, [DEPENDENT] * len(y)
         for _ in range(passes):
-            y = v.each("combine", y, v.each("inverse_cholesky", v.each("inner", y, y), drop))
+            y = self.v.each("combine", y, self._weights(y))
         return list(y)
 
     def _lead(self, p: Tensor, warm: Tensor | None) -> tuple[Seen, Tensor]:
@@ -151,8 +154,10 @@ class FixedStepSolver(TallSolver):
         if warm is not None:
             start = torch.cat([start, v.times(self.a, warm)], -1)
         y = mean.pulled(start)
-        for _ in range(self.steps):  # a basis after each half: W Wᵀ in fp32 ends at σ₁/4000
-            y = mean.apply(cholesky_qr(v, mean.next.apply(cholesky_qr(v, y))))
+        for _ in range(self.steps):
+            for half in (mean.next, mean):  # weights on N × k blocks: y is not written again
+                w = v.inverse_cholesky(v.inner(y, y), DEPENDENT)
+                y = half.pulled(v.product(v.times(half.a, y), w))
         basis = cholesky_qr(v, y, passes=2)
         reach = v.times(self.b, basis)
         block = mean.next.pulled(reach)
@@ -216,9 +221,9 @@ class FixedStepSolver(TallSolver):
                 seen[side] = torch.cat([seen[side], v.inner(known[side], x)], -1)
         y = m.apply(self._orthonormal(m.folded(first, seen)))
         for _ in range(steps - 1):
-            y = self._orthonormal(y)
-            z = m.folded(v.each("times", self.rows, y), m.seen(y))
-            y = m.apply(self._orthonormal(z))
+            w = self._weights(y)
+            z = (v.each("product", x, w) for x in (v.each("times", self.rows, y), m.seen(y)))
+            y = m.apply(self._orthonormal(m.folded(*z)))
         y = self._orthonormal(y, passes=2)
         z = v.each("times", self.rows, y)
         images = m.folded(z, m.seen(y))
