@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,18 @@ def moved(tensors: list[Tensor]) -> int:
     return sum(found.values())
 
 
+def sides(call: Call) -> int:
+    """Of an aggregation, in one launch."""
+    return 2 if call.arguments["BOTH"] else 1
+
+
 def products(call: Call) -> list[tuple[str, int]]:
     """(unit, flops) of a launch's long products; r × r and k × k ones are left out."""
     a = call.arguments
     terms, unit = ARITHMETIC.get(a.get("MODE", ""), (0, "bf16"))
     if call.name == "product_kernel":
-        return [(unit, terms * 2 * a["M"] * a["N"] * a["C"] * len(a["X"]))]
+        sizes = [a[f"M{i}"] * a[f"N{i}"] * a[f"C{i}"] * len(a[f"X{i}"]) for i in range(sides(call))]
+        return [(unit, terms * 2 * sum(sizes))]
     if call.name == "sketch_kernel":
         found = []
         for side in range(2):
@@ -160,10 +166,13 @@ def reread(call: Call) -> int:
     """Bytes that tiles read more than once, from L2."""
     a = call.arguments
     if call.name == "product_kernel":
-        down, across = ceil(a["M"] / a["BM"]), ceil(a["N"] / a["BN"])
-        x = len(a["X"]) * a["M"] * a["C"] * a["X"].itemsize
-        w = len(a["X"]) * a["C"] * a["N"] * a["W"].itemsize
-        return (across - 1) * x + (down - 1) * w
+        again = 0
+        for i in range(sides(call)):
+            m, n, c = a[f"M{i}"], a[f"N{i}"], a[f"C{i}"] * len(a[f"X{i}"])
+            down, across = ceil(m / a["BM"]), ceil(n / a["BN"])
+            again += (across - 1) * m * c * a[f"X{i}"].itemsize
+            again += (down - 1) * n * c * a[f"W{i}"].itemsize
+        return again
     if call.name == "sketch_kernel":
         programs = ceil(a["clients"] / a["CLIENTS"]) * len(a["X0"])
         return (programs - 1) * sum(size(a[f"W{side}"]) for side in range(2))
@@ -185,7 +194,7 @@ def instructions(call: Call) -> float:
         n, programs = block, len(a["RANKS"]) * a["G_B"].shape[0]
     else:
         n = a["n"]
-        programs = call.grid[0]
+        programs = prod(call.grid)
     issued = column * n + turn * SWEEPS * (2 * ceil(n / 2) - 1)
     together = min(resident, ceil(programs / PROCESSORS))
     cycles = issued * max(1.0, together * warps / ISSUED)  # a warp issues one a cycle

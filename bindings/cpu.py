@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,9 @@ def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
 
 class CpuVocabulary:
     """Implements `glora_ops.linalg.vocabulary.Vocabulary`."""
+
+    def each(self, word: str, *operands: Sequence[Any]) -> list[Tensor]:
+        return [getattr(self, word)(*x) for x in zip(*operands, strict=True)]
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = _working(x)
@@ -216,8 +220,9 @@ class CpuVocabulary:
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return _linear(z.mT.to(rows.dtype), rows.mT).mT
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return _linear(c.mT.to(y.dtype), y).mT
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        out = _linear(c.mT.to(y.dtype), y).mT
+        return out if onto is None else onto.add_(out)
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         modules, d, k = y.shape

@@ -6,13 +6,21 @@ class runs on CPU tensors in Triton's interpreter, which is how it is tested wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
 from glora_ops.kernels.eigh import launch_eigh
-from glora_ops.kernels.fold import launch_fold
-from glora_ops.kernels.product import launch_accumulate, launch_inner, launch_times
+from glora_ops.kernels.fold import fold_each, launch_fold
+from glora_ops.kernels.product import (
+    accumulate_each,
+    inner_each,
+    launch_accumulate,
+    launch_inner,
+    launch_times,
+    times_each,
+)
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
 from torch import Tensor
@@ -25,12 +33,73 @@ from glora_ops.linalg.vocabulary import working
 __all__ = ["CudaVocabulary"]
 
 
+def _combine(
+    y: Sequence[Tensor], c: Sequence[Tensor], onto: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    return accumulate_each([x.mT for x in y], c, onto)
+
+
+def _product(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[Tensor]:
+    if x[0].dtype == torch.float64:  # a library may choose another order of sums in a graph
+        return inner_each([a.mT for a in x], y)
+    return [a @ b for a, b in zip(x, y, strict=True)]
+
+
+def _fold(
+    t: Sequence[Tensor], scale: Sequence[Tensor], ragged: Sequence[Ragged], z: Sequence[Tensor]
+) -> list[Tensor]:
+    return fold_each(t, scale, z, ragged[0].marks, ragged[0].max_rank, back=False)
+
+
+def _unfold(
+    t: Sequence[Tensor], scale: Sequence[Tensor], ragged: Sequence[Ragged], z: Sequence[Tensor]
+) -> list[Tensor]:
+    return fold_each(t, scale, z, ragged[0].marks, ragged[0].max_rank, back=True)
+
+
+def _inverse_cholesky(g: Sequence[Tensor], drop: Sequence[float]) -> list[Tensor]:
+    if g[0].shape[-1] > triangular.MAX_COLUMNS:
+        return [orthonormal.inverse_cholesky(x, drop[0]) for x in g]
+    return triangular.triangular_each(g, drop[0])
+
+
+# Words that take both sides in one launch, and those of them whose sides must have one shape.
+TOGETHER: dict[str, Callable[..., list[Tensor]]] = {
+    "times": times_each,
+    "lift": accumulate_each,
+    "combine": _combine,
+    "inner": inner_each,
+    "product": _product,
+    "fold": _fold,
+    "unfold": _unfold,
+    "inverse_cholesky": _inverse_cholesky,
+}
+SAME = ("fold", "unfold", "inverse_cholesky")
+
+
+def _alike(sides: Sequence[Sequence[Any]], same: bool) -> bool:
+    """Whether the sides have the same dtypes, and the same shapes where one grid needs them."""
+    first, *others = [[x for x in side if isinstance(x, Tensor)] for side in sides]
+    return all(
+        x.dtype == y.dtype and (x.shape == y.shape or not same)
+        for other in others
+        for x, y in zip(first, other, strict=True)
+    )
+
+
 class CudaVocabulary:
     """Implements `glora_ops.linalg.vocabulary.Vocabulary`; factors stay in the dtype they came in.
 
     Stacks are neither scaled nor looked at: Gram matrices are fp64, and in fp32 or bf16 entries
     from 2⁻¹⁰⁰ to 2¹⁰⁰ leave every product in range, gauges by powers of two included.
     """
+
+    def each(self, word: str, *operands: Sequence[Any]) -> list[Tensor]:
+        sides = list(zip(*operands, strict=True))
+        together = TOGETHER.get(word)
+        if together is None or not _alike(sides, word in SAME):
+            return [getattr(self, word)(*side) for side in sides]
+        return together(*operands)
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.ones(x.shape[:-1], dtype=torch.float64, device=x.device)
@@ -58,9 +127,7 @@ class CudaVocabulary:
         return launch_times(rows, omega)
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
-        if x.dtype == torch.float64:  # a library may choose another order of sums in a graph
-            return launch_inner(x.mT, y)
-        return x @ y
+        return _product([x], [y])[0]
 
     def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         x = rows.to(working(rows.dtype))
@@ -108,16 +175,14 @@ class CudaVocabulary:
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return launch_accumulate(rows, z)
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return launch_accumulate(y.mT, c)
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        return launch_accumulate(y.mT, c, onto)
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return launch_inner(y, z)
 
     def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
-        if g.shape[-1] > triangular.MAX_COLUMNS:
-            return orthonormal.inverse_cholesky(g, drop)
-        return triangular.launch_triangular(g, drop)
+        return _inverse_cholesky([g], [drop])[0]
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)

@@ -10,6 +10,8 @@ module) walks the client's rows in tiles of 32; fp64 throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,19 +20,20 @@ from .blocks import precise
 from .launching import launch
 from .precision import precise_mode
 
-__all__ = ["launch_fold"]
+__all__ = ["fold_each", "launch_fold"]
 
 TILE, COLUMNS = 32, 32  # rows of a client, columns; why: fp64 blocks stay in registers
 
 
 @triton.jit
-def fold_kernel(
-    T, scale, Z, Y, offsets, clients, rows, rank, k, tiles,
+def fold_side(
+    T, scale, Z, Y, zl, zn, offsets, clients, rows, rank, k, tiles,
     MODE: tl.constexpr, BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0) % tiles
     i = tl.program_id(0) // tiles % clients
-    base = (tl.program_id(0) // tiles // clients).to(tl.int64) * rows
+    i_l = (tl.program_id(0) // tiles // clients).to(tl.int64)
+    base = i_l * rows
     first, last = tl.load(offsets + i), tl.load(offsets + i + 1)
     o_j = i_t * R + tl.arange(0, R)  # this program's rows, in the client
     m_j = first + o_j < last
@@ -41,7 +44,7 @@ def fold_kernel(
             o_n = start + tl.arange(0, R)
             m_n = first + o_n < last
             m_Z = m_n[:, None] & (o_k < k)[None, :]
-            o_Z = (base + first + o_n)[:, None] * k + o_k[None, :]
+            o_Z = i_l * zl + (first + o_n)[:, None] * zn + o_k[None, :]
             b_Z = tl.load(Z + o_Z, mask=m_Z, other=0.0).to(tl.float64)
             # [R, R]: row n of T holds what client row n has of every direction
             if BACK:
@@ -57,6 +60,49 @@ def fold_kernel(
             b_Y *= tl.load(scale + base + first + o_j, mask=m_j, other=0.0)[:, None]
     o_Y = (base + first + o_j)[:, None] * k + o_k[None, :]
     tl.store(Y + o_Y, b_Y.to(Y.dtype.element_ty), mask=m_j[:, None] & (o_k < k)[None, :])
+
+
+@triton.jit
+def fold_kernel(
+    T0, scale0, Z0, Y0, zl0, zn0, T1, scale1, Z1, Y1, zl1, zn1,
+    offsets, clients, rows, rank, k, tiles,
+    BOTH: tl.constexpr, MODE: tl.constexpr, BACK: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    if BOTH and tl.program_id(2) > 0:
+        fold_side(
+            T1, scale1, Z1, Y1, zl1, zn1, offsets, clients, rows, rank, k, tiles, MODE, BACK, R, BN
+        )
+    else:
+        fold_side(
+            T0, scale0, Z0, Y0, zl0, zn0, offsets, clients, rows, rank, k, tiles, MODE, BACK, R, BN
+        )
+
+
+def fold_each(
+    t: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    z: Sequence[torch.Tensor],
+    offsets: torch.Tensor,
+    max_rank: int,
+    back: bool,
+) -> list[torch.Tensor]:
+    """`launch_fold` of one or two sides of one shape in one launch."""
+    modules, rows, rank = t[0].shape
+    k = z[0].shape[-1]
+    z = [x if x.stride(-1) == 1 else x.contiguous() for x in z]
+    dtype = torch.float32 if back else torch.float64
+    y = [torch.empty(modules, rows, k, dtype=dtype, device=x.device) for x in z]
+    sides = [
+        (a.contiguous(), c.contiguous(), b, d, b.stride(0), b.stride(1))
+        for a, c, b, d in zip(t, scale, z, y, strict=True)
+    ]
+    clients, tiles = offsets.shape[0] - 1, triton.cdiv(max_rank, TILE)
+    launch(
+        fold_kernel, (clients * tiles * modules, triton.cdiv(k, COLUMNS), len(sides)),
+        *sides[0], *sides[-1], offsets, clients, rows, rank, k, tiles, BOTH=len(sides) > 1,
+        MODE=precise_mode(z[0]), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y
 
 
 def launch_fold(
@@ -83,15 +129,4 @@ def launch_fold(
     -------
     Tensor (L, N, k) fp64; fp32 where `back`, for `product.launch_accumulate`
     """
-    modules, rows, rank = t.shape
-    k = z.shape[-1]
-    t, scale, z = t.contiguous(), scale.contiguous(), z.contiguous()
-    dtype = torch.float32 if back else torch.float64
-    y = torch.empty(modules, rows, k, dtype=dtype, device=z.device)
-    clients, tiles = offsets.shape[0] - 1, triton.cdiv(max_rank, TILE)
-    launch(
-        fold_kernel, (clients * tiles * modules, triton.cdiv(k, COLUMNS)),
-        t, scale, z, y, offsets, clients, rows, rank, k, tiles,
-        MODE=precise_mode(z), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return y
+    return fold_each([t], [scale], [z], offsets, max_rank, back)[0]

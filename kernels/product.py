@@ -8,22 +8,33 @@ Three uses of one kernel, told apart by which dimension is long:
     accumulate  y = Σ_i x_iᵀ z_i    M = d, N = k, C = N rows: one long product over the stacked
                             rows in client order, sums in registers from the first to the last
 
-One program per (M tile, N tile, split, module). No atomics: the same input gives the same bits.
+One program per (M tile, N tile, split, module) and side: both sides of an aggregation are one
+launch. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .blocks import contract
 from .launching import launch
 from .precision import PRECISE, PROMOTED, precise_mode, product_mode
 
-__all__ = ["ProductConfig", "launch_accumulate", "launch_inner", "launch_times"]
+__all__ = [
+    "ProductConfig",
+    "accumulate_each",
+    "inner_each",
+    "launch_accumulate",
+    "launch_inner",
+    "launch_times",
+    "times_each",
+]
 
 # Programs that fill the smaller of the GPUs in use (A100: 108 processors, H100: 132).
 FILL = 128
@@ -59,9 +70,9 @@ class ProductConfig:
 
 
 @triton.jit
-def product_kernel(
-    X, W, Y, M, N, C, chunk, splits, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
-    MODE: tl.constexpr, EVERY: tl.constexpr,
+def product_side(
+    X, W, Y, M, N, C, chunk, splits, modules, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
+    MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BN)
@@ -69,20 +80,96 @@ def product_kernel(
     tile = tl.program_id(0) % tiles
     i_s = (tl.program_id(0) // tiles % splits).to(tl.int64)
     i_l = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
-    o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
-    m_m = o_m < M
-    m_n = o_n < N
-    first = i_s * chunk
-    b_Y = contract(
-        X + i_l * xl + first * xc, W + i_l * wl + first * wc, o_m, m_m, o_n, m_n,
-        tl.minimum(chunk, C - first).to(tl.int32), xm, xc, wc, wn, MODE, EVERY, BM, BN, BC,
+    if i_l < modules:  # the other side may have more tiles
+        o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
+        o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
+        m_m = o_m < M
+        m_n = o_n < N
+        first = i_s * chunk
+        b_Y = contract(
+            X + i_l * xl + first * xc, W + i_l * wl + first * wc, o_m, m_m, o_n, m_n,
+            tl.minimum(chunk, C - first).to(tl.int32), xm, xc, wc, wn, MODE, EVERY, BM, BN, BC,
+        )  # fmt: skip
+        o_Y = i_s * ys + i_l * yl + o_m[:, None] * ym + o_n[None, :] * yn
+        m_Y = m_m[:, None] & m_n[None, :]
+        b_Y = b_Y.to(Y.dtype.element_ty)
+        if ADD:
+            b_Y += tl.load(Y + o_Y, mask=m_Y, other=0.0)
+        tl.store(Y + o_Y, b_Y, mask=m_Y)
+
+
+@triton.jit
+def product_kernel(
+    X0, W0, Y0, M0, N0, C0, chunk0, splits0, modules0,
+    xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0,
+    X1, W1, Y1, M1, N1, C1, chunk1, splits1, modules1,
+    xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1,
+    MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    if BOTH and tl.program_id(1) > 0:
+        product_side(
+            X1, W1, Y1, M1, N1, C1, chunk1, splits1, modules1,
+            xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1, MODE, EVERY, ADD, BM, BN, BC,
+        )  # fmt: skip
+    else:
+        product_side(
+            X0, W0, Y0, M0, N0, C0, chunk0, splits0, modules0,
+            xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0, MODE, EVERY, ADD, BM, BN, BC,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """y (splits, L, M, N) from x (L, M, C) and w (L or 1, C, N), C in pieces of `chunk`."""
+
+    x: Tensor
+    w: Tensor
+    y: Tensor
+    chunk: int
+
+    def tiles(self, config: ProductConfig) -> int:
+        splits, modules, m, n = self.y.shape
+        return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * splits * modules
+
+    @property
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        splits, modules, m, n = self.y.shape
+        w = self.w.expand(modules, -1, -1)
+        shape = m, n, self.x.shape[-1], self.chunk, splits, modules
+        return (
+            self.x, w, self.y, *shape, *self.x.stride(), *w.stride(), *self.y.stride(),
+        )  # fmt: skip
+
+
+def _launch(products: list[Product], mode: str, config: ProductConfig, add: bool = False) -> None:
+    products = [p for p in products if p.tiles(config)]
+    if not products:
+        return
+    launch(
+        product_kernel, (max(p.tiles(config) for p in products), len(products)),
+        *products[0].arguments, *products[-1].arguments,
+        MODE=mode, EVERY=PROMOTED, ADD=add, BOTH=len(products) > 1,
+        BM=config.block_m, BN=config.block_n, BC=config.block_c,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    o_Y = i_s * ys + i_l * yl + o_m[:, None] * ym + o_n[None, :] * yn
-    tl.store(Y + o_Y, b_Y.to(Y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
-def launch_times(x: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+def _config(shapes: Sequence[tuple[int, int]], mode: str) -> ProductConfig:
+    return ProductConfig.for_shape(max(m for m, _ in shapes), max(n for _, n in shapes), mode)
+
+
+def times_each(x: Sequence[Tensor], omega: Sequence[Tensor]) -> list[Tensor]:
+    """`launch_times` of one or two sides, of the same dtypes, in one launch."""
+    return _contract(x, omega, product_mode(x[0], omega[0]))
+
+
+def inner_each(y: Sequence[Tensor], z: Sequence[Tensor]) -> list[Tensor]:
+    """`launch_inner` of one or two sides, of the same dtypes, in one launch."""
+    return _contract([x.mT for x in y], z, precise_mode(y[0]))
+
+
+def launch_times(x: Tensor, omega: Tensor) -> Tensor:
     """Z = x Ω.
 
     Parameters
@@ -94,64 +181,68 @@ def launch_times(x: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
     -------
     Tensor (L, n, k) fp64
     """
-    return _contract(x, omega, product_mode(x, omega))
+    return times_each([x], [omega])[0]
 
 
-def launch_inner(y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def launch_inner(y: Tensor, z: Tensor) -> Tensor:
     """yᵀ z in fp64: (L, k, m) from y (L, d, k) and z (L, d, m), any strides and dtypes."""
-    return _contract(y.mT, z, precise_mode(y))
+    return inner_each([y], [z])[0]
 
 
-def _contract(x: torch.Tensor, w: torch.Tensor, mode: str) -> torch.Tensor:
+def _contract(x: Sequence[Tensor], w: Sequence[Tensor], mode: str) -> list[Tensor]:
     """(L, m, n) fp64: x (L, m, c) w (L or 1, c, n), the long c cut so that the device is full."""
-    modules, m, c = x.shape
-    n = w.shape[-1]
-    config = ProductConfig.for_shape(m, n, mode)
-    programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * modules
-    splits = max(1, min(FILL // max(programs, 1), c // 512))
-    chunk = triton.cdiv(triton.cdiv(c, splits), config.block_c) * config.block_c
-    splits = triton.cdiv(c, chunk)
-    dtype = torch.float64 if splits == 1 or mode in PRECISE else torch.float32
-    z = torch.empty(splits, modules, m, n, dtype=dtype, device=x.device)
-    _launch(x, w, z, (m, n, c), chunk, mode, config)
-    return z[0] if splits == 1 else z.sum(0, dtype=torch.float64)
+    shapes = [(a.shape[1], b.shape[-1]) for a, b in zip(x, w, strict=True)]
+    config = _config(shapes, mode)
+    tiles = [triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) for m, n in shapes]
+    programs = sum(len(a) * n for a, n in zip(x, tiles, strict=True))
+    chunks = []
+    for a in x:
+        c = a.shape[-1]
+        splits = max(1, min(FILL // max(programs, 1), c // 512))
+        chunks.append(triton.cdiv(triton.cdiv(c, splits), config.block_c) * config.block_c)
+    parts = [triton.cdiv(a.shape[-1], chunk) for a, chunk in zip(x, chunks, strict=True)]
+    whole = max(parts) == 1
+    dtype = torch.float64 if whole or mode in PRECISE else torch.float32
+    z = [
+        torch.empty(n, len(a), *shape, dtype=dtype, device=a.device)
+        for a, n, shape in zip(x, parts, shapes, strict=True)
+    ]
+    _launch([Product(*p) for p in zip(x, w, z, chunks, strict=True)], mode, config)
+    return [y[0] if whole else y.sum(0, dtype=torch.float64) for y in z]
 
 
-def launch_accumulate(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+def accumulate_each(
+    x: Sequence[Tensor], z: Sequence[Tensor], onto: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """`launch_accumulate` of one or two sides, of the same dtypes, in one launch."""
+    double = x[0].dtype == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    y = [
+        torch.empty(len(a), b.shape[-1], a.shape[-1], dtype=dtype, device=a.device).mT
+        for a, b in zip(x, z, strict=True)
+    ] if onto is None else list(onto)  # fmt: skip
+    reread = sum(triton.cdiv(a.shape[-1], 64) * b.numel() for a, b in zip(x, z, strict=True))
+    if z[0].dtype != dtype and reread > REREAD:
+        z = [b.to(dtype) for b in z]
+    mode = product_mode(x[0], y[0])  # an fp64 z becomes fp32 on its way
+    config = _config([(a.shape[-1], b.shape[-1]) for a, b in zip(x, z, strict=True)], mode)
+    products = [Product(a.mT, b, c[None], a.shape[1]) for a, b, c in zip(x, z, y, strict=True)]
+    _launch(products, mode, config, onto is not None)
+    return y
+
+
+def launch_accumulate(x: Tensor, z: Tensor, onto: Tensor | None = None) -> Tensor:
     """Y = xᵀ z, summed over the rows in their order.
 
     Parameters
     ----------
     x : Tensor (L, n, d), any strides
     z : Tensor (L, n, k), any strides; taken in fp32 unless x is fp64
+    onto : Tensor (L, d, k), optional
+        What it is added to, in place.
 
     Returns
     -------
     Tensor (L, d, k), a view of (L, k, d) memory; fp32, fp64 for fp64 x
     """
-    modules, n, d = x.shape
-    k = z.shape[-1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.empty(modules, k, d, dtype=dtype, device=x.device).mT
-    if z.dtype != dtype and triton.cdiv(d, 64) * z.numel() > REREAD:
-        z = z.to(dtype)
-    mode = product_mode(x, y)  # an fp64 z becomes fp32 on its way
-    _launch(x.mT, z, y[None], (d, k, n), n, mode, ProductConfig.for_shape(d, k, mode))
-    return y
-
-
-def _launch(
-    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, shape: tuple[int, int, int], chunk: int,
-    mode: str, config: ProductConfig,
-) -> None:  # fmt: skip
-    """y (splits, L, M, N) from x (L, M, C) and w (L or 1, C, N)."""
-    m, n, c = shape
-    splits, modules = y.shape[:2]
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-    w = w.expand(modules, -1, -1)
-    launch(
-        product_kernel, (tiles * splits * modules,),
-        x, w, y, m, n, c, chunk, splits, *x.stride(), *w.stride(), *y.stride(),
-        MODE=mode, EVERY=PROMOTED, BM=config.block_m, BN=config.block_n, BC=config.block_c,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    return accumulate_each([x], [z], None if onto is None else [onto])[0]

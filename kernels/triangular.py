@@ -17,6 +17,8 @@ in global memory; products are fp64, n/16 of them; nothing synchronises with the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ import triton.language as tl
 from .launching import launch
 from .precision import target_of
 
-__all__ = ["MAX_COLUMNS", "launch_triangular"]
+__all__ = ["MAX_COLUMNS", "launch_triangular", "triangular_each"]
 
 MAX_COLUMNS = 128  # why: one n × n block in fp64 fills a processor's registers
 PANEL = 16  # columns at a time; why: the least that a product takes (tl.dot)
@@ -57,7 +59,11 @@ def unit(b_s):
 
 
 @triton.jit
-def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr):
+def triangular_kernel(
+    G, W, G1, W1, n, drop, BOTH: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    if BOTH:
+        G, W = G1 if tl.program_id(1) else G, W1 if tl.program_id(1) else W
     i = tl.program_id(0).to(tl.int64)
     G += i * n * n
     W += i * n * n
@@ -97,6 +103,22 @@ def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr, DOT: tl.
         tl.store(W + o_C, b_s[:, None] * tl.where((o < end)[:, None], b_L, 0.0), mask=m_C)
 
 
+def triangular_each(grams: Sequence[torch.Tensor], drop: float) -> list[torch.Tensor]:
+    """`launch_triangular` of one or two sides of one shape in one launch."""
+    grams = [g.contiguous() for g in grams]
+    w = [torch.empty_like(g) for g in grams]
+    n = grams[0].shape[-1]
+    block = max(16, triton.next_power_of_2(n))
+    # From a dot's layout to memory's a block of 128 crosses twice the shared memory of an AMD chip.
+    dot = block < 128 or not target_of(grams[0]).startswith("gfx")
+    launch(
+        triangular_kernel, (grams[0].numel() // (n * n), len(grams)),
+        grams[0], w[0], grams[-1], w[-1], n, drop,
+        BOTH=len(grams) > 1, BN=block, P=PANEL, DOT=dot, num_warps=WARPS[block], num_stages=1,
+    )  # fmt: skip
+    return w
+
+
 def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     """W from Gram matrices.
 
@@ -110,14 +132,4 @@ def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     -------
     Tensor (..., n, n) fp64
     """
-    g = g.contiguous()
-    w = torch.empty_like(g)
-    n = g.shape[-1]
-    block = max(16, triton.next_power_of_2(n))
-    # From a dot's layout to memory's a block of 128 crosses twice the shared memory of an AMD chip.
-    dot = block < 128 or not target_of(g).startswith("gfx")
-    launch(
-        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block, P=PANEL, DOT=dot,
-        num_warps=WARPS[block], num_stages=1,
-    )  # fmt: skip
-    return w
+    return triangular_each([g], drop)[0]

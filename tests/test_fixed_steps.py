@@ -70,6 +70,34 @@ def test_exact_where_nothing_is_cut(recipe, basis, dtype):
         assert far > limit or far <= same, name
 
 
+class SingleGrams(CpuVocabulary):
+    def inner(self, y, z):
+        return (y.float().mT @ z.float()).double()
+
+
+def test_weak_directions_need_gram_matrices_beyond_fp32():
+    """Singular values down to 1e-4, R = N: within 32·u32·S; with fp32 Gram matrices far beyond."""
+    rng = np.random.default_rng(0)
+    root = np.logspace(0, -2, 6)
+    clients = []
+    for _ in range(4):
+        u, v, turn = (np.linalg.qr(rng.standard_normal((d, 6)))[0] for d in (80, 70, 6))
+        b, a = (u * root) @ turn, turn.T @ (v * root).T
+        clients.append((torch.from_numpy(b).float(), torch.from_numpy(a).float()))
+    arrays = [(b.double().numpy(), a.double().numpy()) for b, a in clients]
+    weights, ones = np.full(4, 0.25), np.ones(4)
+    truth = reference.mean_update(arrays, weights, ones)
+    limit = bounds.exact_bound(bounds.storage_scale(arrays, weights, ones))
+    p = pack(clients)
+    for v, holds in ((CpuVocabulary(), True), (SingleGrams(), False)):
+        with torch.no_grad():
+            out = Ops(v, fixed_steps=True).aggregate(
+                p.b, p.a, p.offsets, torch.full((4,), 0.25), torch.ones(4), 24, "update",
+                power_iters=2,
+            )  # fmt: skip
+        assert (norm(update(out) - truth) <= limit) == holds
+
+
 @pytest.mark.parametrize("basis", ["consensus", "update"])
 @pytest.mark.parametrize("make", [shared, noisy, partly, disjoint, frozen])
 def test_four_steps_meet_the_solver_contract(make, basis):

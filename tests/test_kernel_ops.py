@@ -35,7 +35,7 @@ class Quick(CudaVocabulary):
 
 
 # torch's own, beside the kernels of a captured `aggregate`: the README's.
-OPERATIONS = {"consensus": 328, "projector": 251, "update": 185}
+OPERATIONS = {"consensus": 290, "projector": 233, "update": 183}
 OPS, WHOLE = Ops(Quick(), fixed_steps=True), Ops(CudaVocabulary(), fixed_steps=True)
 CPU = Ops(CpuVocabulary(), fixed_steps=True)
 HARD = [
@@ -220,9 +220,27 @@ def test_launches_do_not_depend_on_modules_or_clients(basis):
     }
     assert len(counts) == 1
     (names,) = counts
-    assert len(names) == {"consensus": 130, "projector": 87, "update": 48}[basis]
+    assert len(names) == {"consensus": 57, "projector": 39, "update": 38}[basis]
     ragged = launches(4, [4, 16, 64] * 30, basis)
     assert sorted(ragged) == sorted([*names, *["canonical_kernel"] * 2])
+
+
+@pytest.mark.parametrize(("steps", "reads"), [(0, 5), (1, 7), (2, 11)])
+def test_a_consensus_reads_the_factors_3_and_4q_times(steps, reads):
+    """Gram matrices and first products; 1½ + 2q for the anchor, ½ + 2 max(q, 1) for both bases."""
+    b, a = (torch.empty(1, 128, d, dtype=torch.bfloat16, device="meta") for d in (4096, 11008))
+    stacks = {x.untyped_storage()._cdata for x in (b, a)}
+    one, found = torch.ones(8), []
+
+    def record(call: Call) -> bool:
+        operands = [x for k, x in call.arguments.items() if k in ("X0", "X1")]
+        held = {x.untyped_storage()._cdata for x in operands}
+        found.extend(held & stacks)
+        return False
+
+    with torch.no_grad(), observed(record):
+        WHOLE.aggregate(b, a, 16 * torch.arange(9), one, one, 64, power_iters=steps)
+    assert len(found) == 2 * reads
 
 
 @pytest.mark.parametrize("basis", BASES)

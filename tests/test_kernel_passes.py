@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from glora_ops.bindings.cuda import CudaVocabulary
 from glora_ops.kernels import triangular
 from glora_ops.kernels.blocks import leading_bits
 from glora_ops.kernels.canonical_solve import launch_canonical_solve
@@ -74,7 +75,7 @@ def test_long_contractions_are_cut_and_added_in_order(dtype):
     calls: list[Call] = []
     with poisoned(), observed(lambda call: calls.append(call) or True):
         first, again = launch_times(x, w), launch_times(x, w)
-    assert calls[0].arguments["splits"] == 2
+    assert calls[0].arguments["splits0"] == 2
     assert torch.equal(first, again)
     assert_close(first, x, w)
 
@@ -84,6 +85,36 @@ def test_signs_are_shared_by_modules_and_strides_do_not_matter():
     signs = randn(1, 40, 6).sign()
     assert_close(launch_times(x, signs), x, signs.expand(3, -1, -1))
     assert torch.equal(launch_times(x, signs), launch_times(x.contiguous(), signs.mT.mT.clone()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_sides_in_one_launch_are_the_two_launches(dtype):
+    """Bit for bit, sides of any sizes; small problems of another shape take a launch each."""
+    v, r = CudaVocabulary(), ragged([3, 2])
+    rows = [randn(2, 5, d, dtype=dtype, seed=d) for d in (70, 33)]
+    y = [randn(2, 4, d, seed=d + 1).mT for d in (70, 33)]
+    z, t = ([randn(2, 5, n, dtype=torch.float64, seed=s) for s in (2, 3)] for n in (4, 3))
+    c = [randn(2, 4, n, dtype=torch.float64, seed=n) for n in (3, 6)]
+    grams = [v.inner(x, x) for x in y]
+    uneven = [grams[0], grams[1][:, :3, :3]]
+    scale = [z[0][..., 0].abs()] * 2
+    calls: list[Call] = []
+    for word, launches, *operands in (
+        ("times", 1, rows, y), ("inner", 1, y, y), ("lift", 1, rows, z), ("combine", 1, y, c),
+        ("product", 1, [x.mT for x in z], z), ("fold", 1, t, scale, [r, r], z),
+        ("unfold", 1, t, scale, [r, r], z), ("inverse_cholesky", 1, grams, [1e-12] * 2),
+        ("inverse_cholesky", 2, uneven, [1e-12] * 2),
+    ):  # fmt: skip
+        alone = [getattr(v, word)(*side) for side in zip(*operands, strict=True)]
+        calls.clear()
+        with poisoned(), observed(lambda call: calls.append(call) or True):
+            together = v.each(word, *operands)
+        assert len(calls) == launches, word
+        assert all(torch.equal(x, w) for x, w in zip(together, alone, strict=True)), word
+    onto = [randn(2, n, d, seed=d).mT for n, d in ((3, 70), (6, 33))]
+    want = [x + v.combine(a, b) for x, a, b in zip(onto, y, c, strict=True)]
+    v.each("combine", y, c, onto)
+    assert all(torch.equal(x, w) for x, w in zip(onto, want, strict=True))
 
 
 def test_what_may_be_many_stands_on_the_axis_that_holds_it():

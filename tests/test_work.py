@@ -60,9 +60,9 @@ class Counted(CpuVocabulary):
         self.flops["lift"] += 2 * rows.numel() * z.shape[-1]
         return super().lift(rows, z)
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
         self.flops["combine"] += 2 * y.numel() * c.shape[-1]
-        return super().combine(y, c)
+        return super().combine(y, c, onto)
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         self.flops["inner"] += 2 * y.numel() * z.shape[-1]

@@ -32,8 +32,9 @@ class TorchVocabulary(CpuVocabulary):
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return rows.mT @ z.to(rows.dtype)
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return y @ c.to(y.dtype)
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        out = y @ c.to(y.dtype)
+        return out if onto is None else onto.add_(out)
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return y.double().mT @ z.double()

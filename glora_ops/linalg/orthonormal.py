@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .vocabulary import Vocabulary
 
-__all__ = ["cholesky_qr", "inverse_cholesky", "straightened"]
+__all__ = ["DEPENDENT", "cholesky_qr", "inverse_cholesky", "straightened"]
 
 # What is left of a column's squared length below which it depends on earlier ones: 1e-6 of it.
 DEPENDENT = 1e-12

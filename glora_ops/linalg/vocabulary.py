@@ -8,7 +8,7 @@ blocks (L, d, k) are views of (L, k, d) memory, so that products read them witho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,12 @@ def working(*dtypes: torch.dtype) -> torch.dtype:
 
 class Vocabulary(Protocol):
     """What a device must be able to do."""
+
+    def each(self, word: str, *operands: Sequence[Any]) -> list[Tensor]:
+        """A word of one result for both sides: [word(*x) for x in zip(*operands)].
+
+        In one launch where the device can.
+        """
 
     def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and their (L, N) fp64 scale, exact powers of two: x = scale · rows."""
@@ -90,8 +96,11 @@ class Vocabulary(Protocol):
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         """(L, d, k): xᵀ z in the working precision."""
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m)."""
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        """(L, d, m): y c in y's precision, for a tall y (L, d, k) and a small fp64 c (L, k, m).
+
+        Added to `onto`, in place, where that is given.
+        """
 
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""

@@ -71,6 +71,24 @@ def accumulate_fp64() -> None:
     launch_accumulate(meta(MODULES, ROWS, WIDTH, dtype=torch.float64), z)
 
 
+@case(tensor_cores="HGMMA|HMMA")
+def times_of_both_sides() -> None:
+    from glora_ops.kernels.product import times_each
+
+    sides = (WIDTH, 11008)
+    rows = [meta(MODULES, ROWS, d, dtype=HALF) for d in sides]
+    times_each(rows, [meta(MODULES, COLUMNS, d).mT for d in sides])
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def combine_of_both_sides() -> None:
+    from glora_ops.kernels.product import accumulate_each
+
+    y, onto = ([meta(MODULES, k, d) for d in (WIDTH, 11008)] for k in (64, COLUMNS))
+    c = [meta(MODULES, 64, COLUMNS, dtype=torch.float64)] * 2
+    accumulate_each(y, c, [x.mT for x in onto])
+
+
 @case(tensor_cores="DMMA")
 def inner_fp32() -> None:
     from glora_ops.kernels.product import launch_inner
@@ -132,13 +150,14 @@ def gram_bf16_ragged() -> None:
 
 @case(tensor_cores="DMMA")
 def fold_and_unfold() -> None:
-    from glora_ops.kernels.fold import launch_fold
+    from glora_ops.kernels.fold import fold_each, launch_fold
 
     t = meta(MODULES, ROWS, 64, dtype=torch.float64)
     z = meta(MODULES, ROWS, COLUMNS, dtype=torch.float64)
     for back in (False, True):
         scale, marks = meta(MODULES, ROWS, dtype=torch.float64), meta(48, dtype=torch.int64)
         launch_fold(t, scale, z, marks, 64, back)
+        fold_each([t, t], [scale, scale], [z, z], marks, 64, back)
 
 
 def core(dtype: torch.dtype) -> None:

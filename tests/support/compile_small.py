@@ -45,16 +45,17 @@ def eigh_80() -> None:
 
 @case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
 def triangular_64() -> None:
-    from glora_ops.kernels.triangular import launch_triangular
+    from glora_ops.kernels.triangular import launch_triangular, triangular_each
 
     launch_triangular(square(64), 1e-12)
+    triangular_each([square(64), square(64)], 1e-12)
 
 
 @case(wide_loads=False, tensor_cores="DMMA", without_doubles="", stack=WIDE)
 def triangular_80() -> None:
-    from glora_ops.kernels.triangular import launch_triangular
+    from glora_ops.kernels.triangular import triangular_each
 
-    launch_triangular(square(80), 1e-12)
+    triangular_each([square(80), square(80)], 1e-12)
 
 
 @case(wide_loads=False, barriers=6)

@@ -83,5 +83,6 @@ class TruncatingVocabulary(CpuVocabulary):
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return truncated_product(rows.mT, z).mT.contiguous().mT
 
-    def combine(self, y: Tensor, c: Tensor) -> Tensor:
-        return truncated_product(y, c).mT.contiguous().mT
+    def combine(self, y: Tensor, c: Tensor, onto: Tensor | None = None) -> Tensor:
+        out = truncated_product(y, c).mT.contiguous().mT
+        return out if onto is None else onto.add_(out)
