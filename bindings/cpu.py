@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.orthonormal import SHORTEST
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.runtime import scratch
 from glora_ops.runtime.threads import all_threads, keep_freed
@@ -24,6 +25,8 @@ SAFE = {torch.float32: 2.0**30, torch.float64: 2.0**100}
 FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
+# Bits of an fp16 number.
+BITS = 11
 # Multiply-adds from which a product is worth more than one thread.
 LARGE = 2**22
 
@@ -86,6 +89,12 @@ def _linear(x: Tensor, w: Tensor) -> Tensor:
         x, w = x.expand(modules, -1, -1), w.expand(modules, -1, -1)
         parts = [ONEDNN(x[l], w[l])[None] for l in range(modules)]
         return parts[0] if modules == 1 else torch.cat(parts)
+
+
+def _pair(x: Tensor) -> Tensor:
+    """(2, …) fp16: x as hi + 2^−BITS lo."""
+    hi = x.half()
+    return torch.stack([hi, ((x - hi) * 2.0**BITS).half()])
 
 
 def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
@@ -175,6 +184,33 @@ class CpuVocabulary:
             out[:, top:end, end:] = out[:, end:, top:end].mT  # the rest is a mirror
         return out
 
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        parts = []
+        for gram, t in zip(grams, turns, strict=True):
+            one = torch.ones_like(t[..., 0])
+            half = self.fold(t, one, ragged, gram.double())
+            gamma = self.fold(t, one, ragged, half.mT)
+            there = ragged.unpad((ragged.pad(t) != 0).any(-2)[..., None])[..., 0]
+            own = ragged.owner[:, None] == ragged.owner
+            gamma = torch.where(own, torch.diag_embed(there.double()), gamma.clamp(-1, 1))
+            parts.append(_pair(gamma))
+        return torch.cat(parts, 1)
+
+    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
+        scale = torch.exp2(torch.frexp(z.abs().amax(-2, keepdim=True)).exponent.float())
+        hi, lo = _pair(z / scale).float()
+        first, second = gamma.float()
+        image = self.product(first, hi)
+        if precise:
+            image = image + 2.0**-BITS * (self.product(first, lo) + self.product(second, hi))
+            hi = hi + 2.0**-BITS * lo
+        return torch.cat([hi * scale, image * scale], -2)
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        whole = [hi + 2.0**-BITS * lo for hi, lo in (left.double(), right.double())]
+        d = d.double()
+        return (d[..., :, None] * whole[0] * whole[1] * d[..., None, :]).sum((-2, -1))
+
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -200,8 +236,8 @@ class CpuVocabulary:
         scaled = [fill(x * root[..., None, :], rank) for x in (u, w)]
         return scaled[0].contiguous(), scaled[1].mT.contiguous()
 
-    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
-        return orthonormal.inverse_cholesky(g, drop)
+    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
+        return orthonormal.inverse_cholesky(g, drop, shortest)
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)

@@ -12,13 +12,17 @@ import torch
 from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
 from glora_ops.kernels.eigh import launch_eigh
 from glora_ops.kernels.fold import launch_fold
+from glora_ops.kernels.metric import launch_metric_energy, launch_metric_product
+from glora_ops.kernels.overlaps import launch_overlaps
 from glora_ops.kernels.product import launch_accumulate, launch_inner, launch_times
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
+from glora_ops.kernels.whitened import launch_whitened
 from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.orthonormal import SHORTEST
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import working
 
@@ -67,7 +71,16 @@ class CudaVocabulary:
         return ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
 
     def overlaps(self, q: Tensor) -> Tensor:
-        return launch_times(q, q.mT).to(q.dtype)
+        return launch_overlaps(q)
+
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        return launch_whitened(list(grams), list(turns), ragged.marks, ragged.max_rank)
+
+    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
+        return launch_metric_product(gamma, z, precise)
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        return launch_metric_energy(left, right, d)
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
@@ -114,10 +127,10 @@ class CudaVocabulary:
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return launch_inner(y, z)
 
-    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
         if g.shape[-1] > triangular.MAX_COLUMNS:
-            return orthonormal.inverse_cholesky(g, drop)
-        return triangular.launch_triangular(g, drop)
+            return orthonormal.inverse_cholesky(g, drop, shortest)
+        return triangular.launch_triangular(g, drop, shortest)
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)

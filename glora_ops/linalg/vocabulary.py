@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from .orthonormal import SHORTEST
 from .ragged import Ragged
 
 if TYPE_CHECKING:
@@ -59,6 +60,23 @@ class Vocabulary(Protocol):
     def overlaps(self, q: Tensor) -> Tensor:
         """(L, N, N): q qᵀ in the working precision."""
 
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        """(2, S·L, N, N) fp16: T_iᵀ G_ij T_j of S grams (L, N, N) as pairs, one after the other.
+
+        A pair is hi + 2⁻¹¹ lo, of a number between -1 and 1. A client's own block is the identity
+        on the columns of its T_i (L, N, r) that hold anything.
+        """
+
+    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
+        """(L, 2N, k): z (L, N, k) as it enters the product, and below it Γ z, in fp32.
+
+        Its entries are rounded to 11 bits of each column's largest one, and Γ to its first term;
+        where it is precise to 22 bits, and Γ to both terms.
+        """
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        """(L,) fp64: Σ_ij d_i d_j (Γ_U)_ij (Γ_V)_ij of two pairs (2, L, N, N), for d (L, N)."""
+
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -81,7 +99,7 @@ class Vocabulary(Protocol):
     def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """u diag(root) and (w diag(root))ᵀ, contiguous, cut or filled with zeros to `rank`."""
 
-    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
         """Upper triangular W with y W orthonormal for g = yᵀy, as `orthonormal` has it."""
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:

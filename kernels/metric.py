@@ -1,0 +1,152 @@
+"""Products in the metric Γ of coordinates, Γ held as pairs of fp16 numbers (`whitened`).
+
+    product    Γ z, z rounded to 11 or 22 bits of each column's largest entry, and that z
+    energy     Σ_ij d_i d_j (Γ_U)_ij (Γ_V)_ij
+
+Products of fp16 numbers are exact in fp32, sums promoted. A program of `product` walks its columns
+of z twice: their largest entries come first. No atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import load_tile, product, promoted
+from .launching import launch
+from .precision import PROMOTED, product_mode
+from .slices import row_exponent, single_power
+from .whitened import UNIT, halves
+
+__all__ = ["launch_metric_energy", "launch_metric_product"]
+
+ROWS, STEP = 64, 64
+
+
+@triton.jit
+def metric_product_kernel(
+    GAMMA, Z, Y, rows, k, low, gl, zl, zn, zk,
+    MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(k, BN)
+    tiles = tl.cdiv(rows, BM) * across
+    tile = tl.program_id(0) % tiles
+    i_l = (tl.program_id(0) // tiles).to(tl.int64)
+    o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
+    o_k = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
+    m_m = o_m < rows
+    m_k = o_k < k
+    GAMMA += i_l * gl
+    Z += i_l * zl
+    Y += i_l * 2 * rows * k
+    b_peak = tl.zeros((BN,), tl.float32)
+    for c in range(0, rows, BC):
+        o_c = c + tl.arange(0, BC)
+        b_Z = load_tile(Z, o_c.to(tl.int64), o_c < rows, o_k, m_k, zn, zk)
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_Z), 0))
+    b_e = row_exponent(b_peak[:, None], 1)
+    b_up = single_power(b_e)[None, :]
+    b_down = single_power(-b_e)[None, :]
+    b_Y = tl.zeros((BM, BN), tl.float32)
+    b_part = tl.zeros((BM, BN), tl.float32)
+    b_rest = tl.zeros((BM, BN), tl.float32)
+    for c in range(0, rows, BC):
+        o_c = c + tl.arange(0, BC)
+        m_c = o_c < rows
+        o_c = o_c.to(tl.int64)
+        b_high, b_low = halves(load_tile(Z, o_c, m_c, o_k, m_k, zn, zk) * b_down)
+        b_G = load_tile(GAMMA, o_m, m_m, o_c, m_c, rows, 1)
+        b_part = product(b_G, b_high, b_part, MODE)
+        b_Y, b_part = promoted(b_Y, b_part, c + BC, MODE, EVERY)
+        if PRECISE:
+            b_rest = product(b_G, b_low, b_rest, MODE)
+            b_G = load_tile(GAMMA + low, o_m, m_m, o_c, m_c, rows, 1)
+            b_rest = product(b_G, b_high, b_rest, MODE)
+    b_Y = (b_Y + b_part + b_rest * UNIT) * b_up
+    b_high, b_low = halves(load_tile(Z, o_m, m_m, o_k, m_k, zn, zk) * b_down)
+    b_Z = b_high.to(tl.float32)
+    if PRECISE:
+        b_Z += b_low.to(tl.float32) * UNIT
+    o_Y = o_k[None, :] * 2 * rows + o_m[:, None]
+    m_Y = m_m[:, None] & m_k[None, :]
+    tl.store(Y + o_Y, b_Z * b_up, mask=m_Y)
+    tl.store(Y + rows + o_Y, b_Y, mask=m_Y)
+
+
+def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -> torch.Tensor:
+    """z as it was rounded, and Γ z below it.
+
+    Parameters
+    ----------
+    gamma : Tensor (2, L, N, N) fp16, matrices contiguous
+    z : Tensor (L, N, k) fp32, any strides; (k, N) memory is the fast one
+    precise : bool
+        22 bits of z and both terms of Γ, but for the product of both lower ones.
+
+    Returns
+    -------
+    Tensor (L, 2N, k) fp32, a view of (L, k, 2N) memory
+    """
+    modules, rows, k = z.shape
+    y = torch.empty(modules, k, 2 * rows, dtype=torch.float32, device=z.device).mT
+    columns = min(max(16, triton.next_power_of_2(k)), 128)
+    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(k, columns)
+    launch(
+        metric_product_kernel, (tiles * modules,), gamma, z, y, rows, k,
+        gamma.stride(0), gamma.stride(1), *z.stride(),
+        MODE=product_mode(gamma, gamma), EVERY=PROMOTED, PRECISE=precise,
+        BM=ROWS, BN=columns, BC=STEP // (1 + precise),
+        num_warps=4 if columns < 64 else 8, num_stages=2,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def whole(GAMMA, low, o_G, m_G):
+    """hi + UNIT lo in fp32, exactly."""
+    b_high = tl.load(GAMMA + o_G, mask=m_G, other=0.0).to(tl.float32)
+    b_low = tl.load(GAMMA + low + o_G, mask=m_G, other=0.0).to(tl.float32)
+    return b_high + b_low * UNIT
+
+
+@triton.jit
+def metric_energy_kernel(
+    LEFT, RIGHT, D, E, rows, tiles, low_u, low_v, gl_u, gl_v, BM: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    i_t = tl.program_id(0) % tiles
+    i_l = (tl.program_id(0) // tiles).to(tl.int64)
+    o_m = i_t * BM + tl.arange(0, BM)
+    m_m = o_m < rows
+    D += i_l * rows
+    b_E = tl.zeros((BM,), tl.float64)
+    for c in range(0, rows, BC):
+        o_c = c + tl.arange(0, BC)
+        m_G = m_m[:, None] & (o_c < rows)[None, :]
+        o_G = o_m[:, None].to(tl.int64) * rows + o_c[None, :]
+        b_G = whole(LEFT + i_l * gl_u, low_u, o_G, m_G)
+        b_G *= whole(RIGHT + i_l * gl_v, low_v, o_G, m_G)
+        b_G *= tl.load(D + o_c, mask=o_c < rows, other=0.0)[None, :]
+        b_E += tl.sum(b_G.to(tl.float64), 1)
+    b_d = tl.load(D + o_m, mask=m_m, other=0.0).to(tl.float64)
+    tl.store(E + tl.program_id(0), tl.sum(b_d * b_E, 0))
+
+
+def launch_metric_energy(left: torch.Tensor, right: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """Σ_ij d_i d_j (Γ_U)_ij (Γ_V)_ij, (L,) fp64.
+
+    Parameters
+    ----------
+    left, right : Tensor (2, L, N, N) fp16, matrices contiguous
+    d : Tensor (L, N) fp32
+    """
+    modules, rows = d.shape
+    tiles = triton.cdiv(rows, ROWS)
+    shares = torch.empty(modules, tiles, dtype=torch.float64, device=d.device)
+    launch(
+        metric_energy_kernel, (tiles * modules,), left, right, d.contiguous(), shares, rows, tiles,
+        left.stride(0), right.stride(0), left.stride(1), right.stride(1),
+        BM=ROWS, BC=STEP, num_warps=4,
+    )  # fmt: skip
+    return shares.sum(-1)
