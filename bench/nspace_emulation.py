@@ -86,7 +86,8 @@ class TensorCores(CpuVocabulary):
     def lift(self, rows: Tensor, z: Tensor) -> Tensor:
         return self._split(rows.mT, z.float()).float()
 
-    def overlaps(self, q: Tensor) -> Tensor:
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
+        q = q if scale is None else q * scale[..., None]
         gram = self._split(q, q.mT)
         return (gram.tril() + gram.tril(-1).mT).float()
 

@@ -175,8 +175,9 @@ class CpuVocabulary:
     def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         return _turned(rows, ragged, ragged.pad(t).mT.to(rows.dtype))
 
-    def overlaps(self, q: Tensor) -> Tensor:
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
         modules, n, _ = q.shape
+        q = q if scale is None else q * scale[..., None]
         out = q.new_empty(modules, n, n)
         for rows in torch.arange(n).tensor_split(min(STRIPS, -(-n // STRIP))):
             top, end = int(rows[0]), int(rows[-1]) + 1

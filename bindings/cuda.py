@@ -70,8 +70,8 @@ class CudaVocabulary:
         x = rows.to(working(rows.dtype))
         return ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
 
-    def overlaps(self, q: Tensor) -> Tensor:
-        return launch_overlaps(q)
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
+        return launch_overlaps(q, scale)
 
     def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
         return launch_whitened(list(grams), list(turns), ragged.marks, ragged.max_rank)

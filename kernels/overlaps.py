@@ -1,7 +1,8 @@
 """Overlaps G = x xᵀ of all rows, lower tiles alone: the upper ones are a mirror.
 
 One program per (tile on or below the diagonal, module) walks the long dimension; an entry is
-stored twice, so that G is symmetric to the last bit.
+stored twice, so that G is symmetric to the last bit. Rows may be scaled by powers of two on their
+way, which keeps squares in range and changes no digit.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import contract
+from .blocks import load_tile, product, promoted, zeros
 from .launching import launch
 from .precision import PROMOTED, product_mode
 
@@ -48,9 +49,16 @@ def lower_place(t):
 
 
 @triton.jit
+def scaled(b_X, b_s):
+    """b_X b_s in b_X's precision, exactly; b_s with an axis of length one."""
+    return (b_X.to(tl.float32) * b_s).to(b_X.dtype)
+
+
+@triton.jit
 def overlaps_kernel(
-    X, G, rows, d, places, xl, xn, xd,
-    MODE: tl.constexpr, EVERY: tl.constexpr, B: tl.constexpr, BC: tl.constexpr,
+    X, S, G, rows, d, places, xl, xn, xd,
+    MODE: tl.constexpr, EVERY: tl.constexpr, SCALED: tl.constexpr,
+    B: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     i, j = lower_place(tl.program_id(0) % places)
     i_l = (tl.program_id(0) // places).to(tl.int64)
@@ -59,20 +67,35 @@ def overlaps_kernel(
     m_m = o_m < rows
     m_n = o_n < rows
     X += i_l * xl
-    b_G = contract(X, X, o_m, m_m, o_n, m_n, d, xn, xd, xd, xn, MODE, EVERY, B, B, BC)
-    b_G = b_G.to(G.dtype.element_ty)
+    if SCALED:
+        b_m = tl.load(S + i_l * rows + o_m, mask=m_m, other=0.0)[:, None]
+        b_n = tl.load(S + i_l * rows + o_n, mask=m_n, other=0.0)[None, :]
+    b_G = zeros(B, B, MODE)
+    b_part = zeros(B, B, MODE)
+    for c in range(0, d, BC):
+        o_c = c + tl.arange(0, BC)
+        b_X = load_tile(X, o_m, m_m, o_c.to(tl.int64), o_c < d, xn, xd)
+        b_W = load_tile(X, o_c.to(tl.int64), o_c < d, o_n, m_n, xd, xn)
+        if SCALED:
+            b_X = scaled(b_X, b_m)
+            b_W = scaled(b_W, b_n)
+        b_part = product(b_X, b_W, b_part, MODE)
+        b_G, b_part = promoted(b_G, b_part, c + BC, MODE, EVERY)
+    b_G = (b_G + b_part).to(G.dtype.element_ty)
     G += i_l * rows * rows
     below = m_m[:, None] & m_n[None, :] & (o_m[:, None] >= o_n[None, :])
     tl.store(G + o_m[:, None] * rows + o_n[None, :], b_G, mask=below)
     tl.store(G + o_n[None, :] * rows + o_m[:, None], b_G, mask=below)
 
 
-def launch_overlaps(x: torch.Tensor) -> torch.Tensor:
+def launch_overlaps(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """G = x xᵀ.
 
     Parameters
     ----------
     x : Tensor (L, N, d), any strides
+    scale : Tensor (L, N) fp32, optional
+        Powers of two by which rows are multiplied first; not for fp64 x.
 
     Returns
     -------
@@ -86,8 +109,9 @@ def launch_overlaps(x: torch.Tensor) -> torch.Tensor:
     tiles = triton.cdiv(rows, config.block)
     places = tiles * (tiles + 1) // 2
     launch(
-        overlaps_kernel, (places * modules,), x, g, rows, d, places, *x.stride(),
-        MODE=mode, EVERY=PROMOTED, B=config.block, BC=config.block_c,
+        overlaps_kernel, (places * modules,), x, x if scale is None else scale.contiguous(), g,
+        rows, d, places, *x.stride(),
+        MODE=mode, EVERY=PROMOTED, SCALED=scale is not None, B=config.block, BC=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return g

@@ -175,7 +175,7 @@ def readout() -> None:
 def overlaps(rows: int, dtype: torch.dtype) -> None:
     from glora_ops.kernels.overlaps import launch_overlaps
 
-    launch_overlaps(meta(MODULES, rows, WIDTH, dtype=dtype))
+    launch_overlaps(meta(MODULES, rows, WIDTH, dtype=dtype), meta(MODULES, rows))
 
 
 @case(tensor_cores="HGMMA|HMMA")

@@ -39,6 +39,16 @@ def test_overlaps_are_products_and_symmetric(n, d, dtype):
     assert torch.equal(got, got.mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_scaled_on_their_way(dtype):
+    """Rows of 2⁻⁸⁰ … 2⁸⁰, whose squares fp32 does not hold: the bits of rows near one."""
+    x = randn(1, 40, 50, dtype=dtype)
+    power = torch.linspace(-80, 80, 40, device=DEVICE).round().exp2()
+    with poisoned():
+        got = launch_overlaps((x * power[:, None]).to(dtype), (1 / power)[None])
+    assert torch.equal(got, launch_overlaps(x))
+
+
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 def test_whitened_is_the_cpus(ranks):
     """Ragged and empty clients, a direction that was dropped: pairs to the last place."""

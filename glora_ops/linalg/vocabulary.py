@@ -57,8 +57,11 @@ class Vocabulary(Protocol):
     def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
 
-    def overlaps(self, q: Tensor) -> Tensor:
-        """(L, N, N): q qᵀ in the working precision."""
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(L, N, N): q qᵀ in the working precision.
+
+        Rows are multiplied by `scale` (L, N) fp32 first, powers of two; not those of fp64.
+        """
 
     def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
         """(2, S·L, N, N) fp16: T_iᵀ G_ij T_j of S grams (L, N, N) as pairs, one after the other.

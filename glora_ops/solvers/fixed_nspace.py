@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from ..linalg.orthonormal import DEPENDENT, cholesky_qr
+from ..linalg.orthonormal import DEPENDENT
 from ..linalg.random_signs import sign_matrix
 from ..linalg.vocabulary import Vocabulary
-from .base import Factors, Found, Principal, Settings, Triplets, fill, row_votes
+from .base import Factors, Found, Settings, Triplets, fill, row_votes
 from .tall import CANCELLED, SIDES, TallSolver
 
 __all__ = ["FixedNSpaceSolver", "fits"]
@@ -87,9 +87,12 @@ class FixedNSpaceSolver(TallSolver):
         """(2, 2L, N, N) fp16: Γ_U of all modules, then Γ_V, as pairs."""
         grams, turns = [], []
         for rows, own, t in zip((self.b, self.a), self.client_grams, self.clients.t, strict=True):
-            scaled, by = _unit_rows(rows, self.ragged.unpad(_diagonal(own)[..., None])[..., 0])
-            grams.append(self.v.overlaps(scaled))
-            turns.append(t * by[..., None])
+            norm = self.ragged.unpad(_diagonal(own)[..., None])[..., 0].sqrt()
+            up = torch.exp2(torch.frexp(norm).exponent.double())
+            if rows.dtype == torch.float16:  # squares are in range, scaled rows might not be
+                up = torch.ones_like(up)
+            grams.append(self.v.overlaps(rows, (1 / up).float()))
+            turns.append(t * up[..., None])
         return self.v.whitened(grams, self.ragged, turns)
 
     @property
@@ -174,11 +177,8 @@ class FixedNSpaceSolver(TallSolver):
 
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
         lead = self.triplets(p, None)
-        left, right = (
-            Principal(self._lifted(side, z), lead.sigma, lead.sigma, lead.norm, lead.steps)
-            for side, z in enumerate((lead.x, lead.y))
-        )
-        return self.between((left, right), p, lead.sigma, lead.norm)
+        twice = torch.stack([lead.sigma, lead.sigma])
+        return self._found((lead.x, lead.y), p, lead.sigma, lead.norm, twice, twice, lead.steps)
 
     # --- the mean projectors ---------------------------------------------------------------------
 
@@ -208,24 +208,46 @@ class FixedNSpaceSolver(TallSolver):
         z, image, _ = self._orthonormal(self.gamma, z, precise=True)
         values, vectors = v.eigh(_symmetric(v.inner(image, step(image))))
         x, image = v.combine(z, vectors[..., :rank]), v.combine(image, vectors)
-        d, found = self._strength(p), []
-        trace = voice.double().sum((-2, -1)) + vote.sum(-1)
-        for side in (0, 1):
-            crossed = d * image.chunk(2)[side]
-            back = crossed * self._image(self._metrics[1 - side], crossed, True)
-            held = back.sum(-2, dtype=torch.float64).clamp(min=0)
-            basis, lam = self._lifted(side, x.chunk(2)[side]), values.chunk(2)[side]
-            found.append(Principal(basis, lam, held, trace, self.steps + MEAN_DEGREE))
-        left, right = (fill(x.energies.sort(-1, True)[0], rank + 1) for x in found)
+        d, energies = self._strength(p), []
+        for seen, other in zip(image.chunk(2), reversed(self._metrics), strict=True):
+            crossed = d * seen
+            back = crossed * self._image(other, crossed, True)
+            energies.append(back.sum(-2, dtype=torch.float64).clamp(min=0))
+        left, right = (fill(x.sort(-1, True)[0], rank + 1) for x in energies)
         better = left[..., :rank].sum(-1) > right[..., :rank].sum(-1)
         sigma = torch.where(better[..., None], left, right).sqrt()
-        return self.between((found[0], found[1]), p, sigma, self._norm(p))
+        sides, norm, steps = x.chunk(2), self._norm(p), self.steps + MEAN_DEGREE
+        values = values.unflatten(0, (2, -1))
+        return self._found(sides, p, sigma, norm, values, torch.stack(energies), steps)
+
+    def _found(
+        self,
+        sides: tuple[Tensor, ...],
+        p: Tensor,
+        sigma: Tensor,
+        norm: Tensor,
+        values: Tensor,
+        energies: Tensor,
+        steps: int,
+    ) -> Found:
+        """The core (7.1) between the spans of Q z of both sides, from the factors themselves.
+
+        Tall vectors are turned once: by what makes them orthonormal and the core diagonal.
+        """
+        v, lifted = self.v, [self._lifted(i, z) for i, z in enumerate(sides)]
+        turns = [v.inverse_cholesky(v.inner(y, y), DEPENDENT) for y in lifted]
+        core, *reach = v.core(self.b, self.a, *lifted, self.coefficients(p))
+        x, s, y = v.svd(v.product(v.product(turns[0].mT, core), turns[1]))
+        turns = [v.product(turn, by) for turn, by in zip(turns, (x, y), strict=True)]
+        left, right = map(v.combine, lifted, turns)
+        seen_u, seen_v = map(v.product, reach, turns)
+        return Found(left, s, right, (seen_u, seen_v), sigma, norm, values, energies, steps, True)
 
     def _lifted(self, side: int, z: Tensor) -> Tensor:
-        """(L, d, R): an orthonormal basis of Q z, from the factors themselves."""
+        """(L, d, R): Q z."""
         v, rows, t = self.v, (self.b, self.a)[side], self.clients.t[side]
         coordinates = v.unfold(t, torch.ones_like(t[..., 0]), self.ragged, z.double())
-        return fill(cholesky_qr(v, v.lift(rows, coordinates), passes=2), self.settings.rank)
+        return v.lift(rows, coordinates)
 
 
 def _placed(known: Tensor, vote: Tensor, spare: Tensor) -> Tensor:
@@ -240,18 +262,6 @@ def _diagonal(g: Tensor) -> Tensor:
 
 def _symmetric(g: Tensor) -> Tensor:
     return (g + g.mT) / 2
-
-
-def _unit_rows(rows: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of norm ½ to 1, and the (L, N) powers of two they were divided by.
-
-    Squares then stay in range in any gauge; those of fp16 always do, and its range is too small
-    to be moved in.
-    """
-    if rows.dtype == torch.float16:
-        return rows, torch.ones_like(norm2)
-    by = torch.exp2(torch.frexp(norm2.sqrt()).exponent.double())
-    return rows * (1 / by)[..., None].to(rows.dtype), by
 
 
 def _lower_end(w: Tensor) -> Tensor:
