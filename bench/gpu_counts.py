@@ -105,8 +105,10 @@ class Counts(TorchDispatchMode):
 
     def launched(self, call: Call) -> bool:
         tensors = {name: x for name, x in call.arguments.items() if isinstance(x, Tensor)}
-        if call.arguments.get("PRECISE") is False:
-            tensors["GAMMA"] = tensors["GAMMA"][0]  # the first of two terms
+        if call.name == "metric_product_kernel":
+            tensors["Y"] = tensors["Y"][..., ::2, :]  # below z, which is there
+            if not call.arguments["PRECISE"]:
+                tensors["GAMMA"] = tensors["GAMMA"][0]  # the first of two terms
         moves = moved(list(tensors.values()))
         self.add(call.name, moves, products(call), reread(call), instructions(call))
         return False
@@ -163,7 +165,7 @@ def products(call: Call) -> list[tuple[str, int]]:
         unit = "square" if unit == "bf16" else unit
         return [(unit, terms * 2 * tiles * a["B"] ** 2 * a["d"])]
     if call.name == "metric_product_kernel":
-        modules, rows, k = a["Z"].shape
+        _, modules, k, rows = a["TERMS"].shape
         return [(unit, (3 if a["PRECISE"] else 1) * 2 * modules * rows**2 * k)]
     if call.name == "whitened_kernel":
         return [("fp64", 4 * a["places"] * len(a["G"]) * a["R"] ** 3)]
@@ -185,10 +187,11 @@ def reread(call: Call) -> int:
         tiles = a["places"] * len(a["X"])
         return 2 * tiles * a["B"] * a["d"] * a["X"].itemsize - size(a["X"])
     if call.name == "metric_product_kernel":
-        modules, rows, k = a["Z"].shape
-        gamma = (2 if a["PRECISE"] else 1) * 2 * modules * rows**2
-        z = 4 * modules * rows * k  # walked twice by every row tile, and once more
-        return (ceil(k / a["BN"]) - 1) * gamma + 2 * ceil(rows / a["BM"]) * z
+        down, across = ceil(a["rows"] / a["BM"]), ceil(a["k"] / a["BN"])
+        gamma = (1 + a["PRECISE"]) * size(a["GAMMA"][0])
+        return (across - 1) * gamma + (down - 1) * size(a["TERMS"])
+    if call.name == "metric_round_kernel":
+        return size(a["Z"])
     if call.name == "core_kernel":
         return (ceil(a["rows"] / a["BM"]) - 1) * (size(a["U"]) + size(a["V"]))
     return 0

@@ -1,10 +1,12 @@
 """Products in the metric Γ of coordinates, Γ held as pairs of fp16 numbers (`whitened`).
 
-    product    Γ z, z rounded to 11 or 22 bits of each column's largest entry, and that z
+    round      z to 11 or 22 bits of each column's largest entry, in units of its power of two
+    product    Γ z of that, beside z as it was rounded
     energy     Σ_ij d_i d_j (Γ_U)_ij (Γ_V)_ij
 
-Products of fp16 numbers are exact in fp32, sums promoted. A program of `product` walks its columns
-of z twice: their largest entries come first. No atomics: the same input gives the same bits.
+Products of fp16 numbers are exact in fp32, sums promoted. Rounding is a launch of its own: every
+row tile of a product reads z again, so it is narrow by then. No atomics: the same input gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -21,12 +23,47 @@ from .whitened import UNIT, halves
 
 __all__ = ["launch_metric_energy", "launch_metric_product"]
 
-ROWS, STEP = 64, 64
+ROWS, STEP, COLUMNS = 64, 64, 16
+
+
+@triton.jit
+def metric_round_kernel(
+    Z, TERMS, UNITS, Y, rows, k, low, zl, zn, zk,
+    PRECISE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(k, BN)
+    i_l = (tl.program_id(0) // across).to(tl.int64)
+    o_k = (tl.program_id(0) % across).to(tl.int64) * BN + tl.arange(0, BN)
+    m_k = o_k < k
+    Z += i_l * zl
+    TERMS += i_l * rows * k
+    Y += i_l * 2 * rows * k
+    b_peak = tl.zeros((BN,), tl.float32)
+    for c in range(0, rows, BC):
+        o_c = c + tl.arange(0, BC)
+        b_Z = load_tile(Z, o_c.to(tl.int64), o_c < rows, o_k, m_k, zn, zk)
+        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_Z), 0))
+    b_e = row_exponent(b_peak[:, None], 1)
+    b_up = single_power(b_e)
+    b_down = single_power(-b_e)[None, :]
+    tl.store(UNITS + i_l * k + o_k, b_up, mask=m_k)
+    for c in range(0, rows, BC):
+        o_c = c + tl.arange(0, BC)
+        m_Z = (o_c < rows)[:, None] & m_k[None, :]
+        b_Z = load_tile(Z, o_c.to(tl.int64), o_c < rows, o_k, m_k, zn, zk)
+        b_high, b_low = halves(b_Z * b_down)
+        b_Z = b_high.to(tl.float32)
+        o_Z = o_k[None, :] * rows + o_c[:, None]
+        tl.store(TERMS + o_Z, b_high, mask=m_Z)
+        if PRECISE:
+            b_Z += b_low.to(tl.float32) * UNIT
+            tl.store(TERMS + low + o_Z, b_low, mask=m_Z)
+        tl.store(Y + o_k[None, :] * 2 * rows + o_c[:, None], b_Z * b_up[None, :], mask=m_Z)
 
 
 @triton.jit
 def metric_product_kernel(
-    GAMMA, Z, Y, rows, k, low, gl, zl, zn, zk,
+    GAMMA, TERMS, UNITS, Y, rows, k, low, gl, low_z,
     MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -39,40 +76,31 @@ def metric_product_kernel(
     m_m = o_m < rows
     m_k = o_k < k
     GAMMA += i_l * gl
-    Z += i_l * zl
+    TERMS += i_l * rows * k
     Y += i_l * 2 * rows * k
-    b_peak = tl.zeros((BN,), tl.float32)
-    for c in range(0, rows, BC):
-        o_c = c + tl.arange(0, BC)
-        b_Z = load_tile(Z, o_c.to(tl.int64), o_c < rows, o_k, m_k, zn, zk)
-        b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_Z), 0))
-    b_e = row_exponent(b_peak[:, None], 1)
-    b_up = single_power(b_e)[None, :]
-    b_down = single_power(-b_e)[None, :]
     b_Y = tl.zeros((BM, BN), tl.float32)
     b_part = tl.zeros((BM, BN), tl.float32)
-    b_rest = tl.zeros((BM, BN), tl.float32)
+    if PRECISE:
+        b_rest = tl.zeros((BM, BN), tl.float32)
     for c in range(0, rows, BC):
         o_c = c + tl.arange(0, BC)
         m_c = o_c < rows
         o_c = o_c.to(tl.int64)
-        b_high, b_low = halves(load_tile(Z, o_c, m_c, o_k, m_k, zn, zk) * b_down)
         b_G = load_tile(GAMMA, o_m, m_m, o_c, m_c, rows, 1)
-        b_part = product(b_G, b_high, b_part, MODE)
+        b_Z = load_tile(TERMS, o_c, m_c, o_k, m_k, 1, rows)
+        b_part = product(b_G, b_Z, b_part, MODE)
         b_Y, b_part = promoted(b_Y, b_part, c + BC, MODE, EVERY)
         if PRECISE:
+            b_low = load_tile(TERMS + low_z, o_c, m_c, o_k, m_k, 1, rows)
             b_rest = product(b_G, b_low, b_rest, MODE)
-            b_G = load_tile(GAMMA + low, o_m, m_m, o_c, m_c, rows, 1)
-            b_rest = product(b_G, b_high, b_rest, MODE)
-    b_Y = (b_Y + b_part + b_rest * UNIT) * b_up
-    b_high, b_low = halves(load_tile(Z, o_m, m_m, o_k, m_k, zn, zk) * b_down)
-    b_Z = b_high.to(tl.float32)
+            b_low = load_tile(GAMMA + low, o_m, m_m, o_c, m_c, rows, 1)
+            b_rest = product(b_low, b_Z, b_rest, MODE)
+    b_Y += b_part
     if PRECISE:
-        b_Z += b_low.to(tl.float32) * UNIT
-    o_Y = o_k[None, :] * 2 * rows + o_m[:, None]
-    m_Y = m_m[:, None] & m_k[None, :]
-    tl.store(Y + o_Y, b_Z * b_up, mask=m_Y)
-    tl.store(Y + rows + o_Y, b_Y, mask=m_Y)
+        b_Y += b_rest * UNIT
+    b_Y *= tl.load(UNITS + i_l * k + o_k, mask=m_k, other=0.0)[None, :]
+    o_Y = o_k[None, :] * 2 * rows + rows + o_m[:, None]
+    tl.store(Y + o_Y, b_Y, mask=m_m[:, None] & m_k[None, :])
 
 
 def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -> torch.Tensor:
@@ -90,15 +118,22 @@ def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -
     Tensor (L, 2N, k) fp32, a view of (L, k, 2N) memory
     """
     modules, rows, k = z.shape
-    y = torch.empty(modules, k, 2 * rows, dtype=torch.float32, device=z.device).mT
-    columns = min(max(16, triton.next_power_of_2(k)), 128)
-    tiles = triton.cdiv(rows, ROWS) * triton.cdiv(k, columns)
+    device = z.device
+    y = torch.empty(modules, k, 2 * rows, dtype=torch.float32, device=device).mT
+    terms = torch.empty(1 + precise, modules, k, rows, dtype=torch.float16, device=device)
+    units = torch.empty(modules, k, dtype=torch.float32, device=device)
     launch(
-        metric_product_kernel, (tiles * modules,), gamma, z, y, rows, k,
-        gamma.stride(0), gamma.stride(1), *z.stride(),
-        MODE=product_mode(gamma, gamma), EVERY=PROMOTED, PRECISE=precise,
-        BM=ROWS, BN=columns, BC=STEP // (1 + precise),
-        num_warps=4 if columns < 64 else 8, num_stages=2,
+        metric_round_kernel, (triton.cdiv(k, COLUMNS) * modules,), z, terms, units, y, rows, k,
+        terms.stride(0), *z.stride(), PRECISE=precise, BN=COLUMNS, BC=STEP, num_warps=4,
+    )  # fmt: skip
+    columns = min(max(16, triton.next_power_of_2(k)), 128)
+    height = 2 * ROWS if rows >= 8 * ROWS and not precise else ROWS
+    tiles = triton.cdiv(rows, height) * triton.cdiv(k, columns)
+    launch(
+        metric_product_kernel, (tiles * modules,), gamma, terms, units, y, rows, k,
+        gamma.stride(0), gamma.stride(1), terms.stride(0),
+        MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise,
+        BM=height, BN=columns, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
     )  # fmt: skip
     return y
 
