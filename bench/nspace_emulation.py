@@ -23,7 +23,6 @@ from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
 from glora_ops import algorithm, reference
-from glora_ops.linalg.orthonormal import SHORTEST
 from glora_ops.solvers import fixed_nspace
 
 Pair = tuple[Tensor, Tensor]
@@ -96,13 +95,19 @@ class TensorCores(CpuVocabulary):
             return super().product(x, y)
         return summed(x.double(), y.double(), self.promoted).float()
 
-    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         """From the other triangle, as the kernel takes it: only where z is rounded are they one."""
-        return super().inverse_cholesky(g.mT, drop, shortest)
+        return super().inverse_cholesky(g.mT, drop)
 
-    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
-        both = super().metric_product(gamma, z, precise)
-        return both if self.rounded else torch.cat([z, both[..., z.shape[-2] :, :]], -2)
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
+        both = super().metric_product(gamma, z, precise, unit)
+        if self.rounded:
+            return both
+        peak = z.abs().amax(-2, keepdim=True)
+        z = z / torch.exp2(torch.frexp(peak).exponent) if unit else z
+        return torch.cat([z, both[..., z.shape[-2] :, :]], -2)
 
 
 # --- populations -----------------------------------------------------------------------------

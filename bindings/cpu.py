@@ -10,7 +10,6 @@ from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
-from glora_ops.linalg.orthonormal import SHORTEST
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.runtime import scratch
 from glora_ops.runtime.threads import all_threads, keep_freed
@@ -197,7 +196,9 @@ class CpuVocabulary:
             parts.append(_pair(gamma))
         return torch.cat(parts, 1)
 
-    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
         scale = torch.exp2(torch.frexp(z.abs().amax(-2, keepdim=True)).exponent.float())
         hi, lo = _pair(z / scale).float()
         first, second = gamma.float()
@@ -205,7 +206,8 @@ class CpuVocabulary:
         if precise:
             image = image + 2.0**-BITS * (self.product(first, lo) + self.product(second, hi))
             hi = hi + 2.0**-BITS * lo
-        return torch.cat([hi * scale, image * scale], -2)
+        both = torch.cat([hi, image], -2)
+        return both if unit else both * scale
 
     def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
         whole = [hi + 2.0**-BITS * lo for hi, lo in (left.double(), right.double())]
@@ -237,8 +239,8 @@ class CpuVocabulary:
         scaled = [fill(x * root[..., None, :], rank) for x in (u, w)]
         return scaled[0].contiguous(), scaled[1].mT.contiguous()
 
-    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
-        return orthonormal.inverse_cholesky(g, drop, shortest)
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        return orthonormal.inverse_cholesky(g, drop)
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
 from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
-from glora_ops.linalg.orthonormal import SHORTEST
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import working
 
@@ -76,8 +75,10 @@ class CudaVocabulary:
     def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
         return launch_whitened(list(grams), list(turns), ragged.marks, ragged.max_rank)
 
-    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
-        return launch_metric_product(gamma, z, precise)
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
+        return launch_metric_product(gamma, z, precise, unit)
 
     def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
         return launch_metric_energy(left, right, d)
@@ -127,10 +128,10 @@ class CudaVocabulary:
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return launch_inner(y, z)
 
-    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         if g.shape[-1] > triangular.MAX_COLUMNS:
-            return orthonormal.inverse_cholesky(g, drop, shortest)
-        return triangular.launch_triangular(g, drop, shortest)
+            return orthonormal.inverse_cholesky(g, drop)
+        return triangular.launch_triangular(g, drop)
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)

@@ -29,7 +29,7 @@ ROWS, STEP, COLUMNS = 64, 64, 16
 @triton.jit
 def metric_round_kernel(
     Z, TERMS, UNITS, Y, rows, k, low, zl, zn, zk,
-    PRECISE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PRECISE: tl.constexpr, SCALED: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(k, BN)
     i_l = (tl.program_id(0) // across).to(tl.int64)
@@ -58,13 +58,15 @@ def metric_round_kernel(
         if PRECISE:
             b_Z += b_low.to(tl.float32) * UNIT
             tl.store(TERMS + low + o_Z, b_low, mask=m_Z)
-        tl.store(Y + o_k[None, :] * 2 * rows + o_c[:, None], b_Z * b_up[None, :], mask=m_Z)
+        if SCALED:
+            b_Z *= b_up[None, :]
+        tl.store(Y + o_k[None, :] * 2 * rows + o_c[:, None], b_Z, mask=m_Z)
 
 
 @triton.jit
 def metric_product_kernel(
     GAMMA, TERMS, UNITS, Y, rows, k, low, gl, low_z,
-    MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr,
+    MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, SCALED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(k, BN)
@@ -98,12 +100,15 @@ def metric_product_kernel(
     b_Y += b_part
     if PRECISE:
         b_Y += b_rest * UNIT
-    b_Y *= tl.load(UNITS + i_l * k + o_k, mask=m_k, other=0.0)[None, :]
+    if SCALED:
+        b_Y *= tl.load(UNITS + i_l * k + o_k, mask=m_k, other=0.0)[None, :]
     o_Y = o_k[None, :] * 2 * rows + rows + o_m[:, None]
     tl.store(Y + o_Y, b_Y, mask=m_m[:, None] & m_k[None, :])
 
 
-def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -> torch.Tensor:
+def launch_metric_product(
+    gamma: torch.Tensor, z: torch.Tensor, precise: bool = False, unit: bool = False
+) -> torch.Tensor:
     """z as it was rounded, and Γ z below it.
 
     Parameters
@@ -112,6 +117,8 @@ def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -
     z : Tensor (L, N, k) fp32, any strides; (k, N) memory is the fast one
     precise : bool
         22 bits of z and both terms of Γ, but for the product of both lower ones.
+    unit : bool
+        Leave both in units of each column's power of two: largest entries of z from ½ to 1.
 
     Returns
     -------
@@ -124,7 +131,8 @@ def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -
     units = torch.empty(modules, k, dtype=torch.float32, device=device)
     launch(
         metric_round_kernel, (triton.cdiv(k, COLUMNS) * modules,), z, terms, units, y, rows, k,
-        terms.stride(0), *z.stride(), PRECISE=precise, BN=COLUMNS, BC=STEP, num_warps=4,
+        terms.stride(0), *z.stride(), PRECISE=precise, SCALED=not unit, BN=COLUMNS, BC=STEP,
+        num_warps=4,
     )  # fmt: skip
     columns = min(max(16, triton.next_power_of_2(k)), 128)
     height = 2 * ROWS if rows >= 8 * ROWS and not precise else ROWS
@@ -132,7 +140,7 @@ def launch_metric_product(gamma: torch.Tensor, z: torch.Tensor, precise: bool) -
     launch(
         metric_product_kernel, (tiles * modules,), gamma, terms, units, y, rows, k,
         gamma.stride(0), gamma.stride(1), terms.stride(0),
-        MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise,
+        MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise, SCALED=not unit,
         BM=height, BN=columns, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
     )  # fmt: skip
     return y

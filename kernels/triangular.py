@@ -11,8 +11,8 @@ Only w is found column by column, at step j with p its pivot:
     row  r_k = X_jk / p,   X_ik −= X_ij r_k  (i ≠ j, k > j),   X_jk = −r_k,   column j /= √p.
 
 A pivot below `drop` makes column j zero and leaves the others alone: dependent directions vanish
-instead of becoming noise. So do columns far shorter than the longest. X_{·J} changes threads
-through W, in global memory; products are fp64, n/16 of them; nothing synchronises with the host.
+instead of becoming noise. So do columns 10⁻¹² times the longest. X_{·J} changes threads through W,
+in global memory; products are fp64, n/16 of them; nothing synchronises with the host.
 """
 
 from __future__ import annotations
@@ -50,16 +50,14 @@ def factor(b_X, drop, P: tl.constexpr):
 
 
 @triton.jit
-def unit(b_s, shortest):
+def unit(b_s):
     """1/√s, zero for columns that count as zero."""
-    alive = b_s > tl.max(b_s, 0) * shortest
+    alive = b_s > tl.max(b_s, 0) * 1e-24
     return tl.where(alive, 1 / tl.sqrt(tl.where(alive, b_s, 1.0)), 0.0)
 
 
 @triton.jit
-def triangular_kernel(
-    G, W, n, drop, shortest, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
+def triangular_kernel(G, W, n, drop, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     G += i * n * n
     W += i * n * n
@@ -68,7 +66,7 @@ def triangular_kernel(
     m_X = (o[:, None] < n) & (o[None, :] < n)
     o_X = o[:, None] * n + o[None, :]
     b_X = tl.load(G + o_X, mask=m_X, other=0.0)
-    b_s = unit(tl.load(G + o * (n + 1), mask=o < n, other=0.0), shortest)
+    b_s = unit(tl.load(G + o * (n + 1), mask=o < n, other=0.0))
     b_X = b_s[:, None] * b_X * b_s[None, :]
     for start in range(0, n, P):
         end = start + P
@@ -99,7 +97,7 @@ def triangular_kernel(
         tl.store(W + o_C, b_s[:, None] * tl.where((o < end)[:, None], b_L, 0.0), mask=m_C)
 
 
-def launch_triangular(g: torch.Tensor, drop: float, shortest: float = 1e-24) -> torch.Tensor:
+def launch_triangular(g: torch.Tensor, drop: float) -> torch.Tensor:
     """W from Gram matrices.
 
     Parameters
@@ -107,8 +105,6 @@ def launch_triangular(g: torch.Tensor, drop: float, shortest: float = 1e-24) -> 
     g : Tensor (..., n, n) fp64, positive semidefinite, n ≤ `MAX_COLUMNS`
     drop : float
         Squared length, of unit columns, below which what is left of a column counts as zero.
-    shortest : float
-        Squared length, over that of the longest, below which a column does.
 
     Returns
     -------
@@ -121,7 +117,7 @@ def launch_triangular(g: torch.Tensor, drop: float, shortest: float = 1e-24) -> 
     # From a dot's layout to memory's a block of 128 crosses twice the shared memory of an AMD chip.
     dot = block < 128 or not target_of(g).startswith("gfx")
     launch(
-        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, shortest,
-        BN=block, P=PANEL, DOT=dot, num_warps=WARPS[block], num_stages=1,
+        triangular_kernel, (g.numel() // (n * n),), g, w, n, drop, BN=block, P=PANEL, DOT=dot,
+        num_warps=WARPS[block], num_stages=1,
     )  # fmt: skip
     return w

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
-from glora_ops.linalg.orthonormal import SHORTEST
+from glora_ops import algorithm
 from glora_ops.linalg.ragged import Ragged
 
-__all__ = ["PLAIN", "TorchVocabulary"]
+__all__ = ["TorchVocabulary", "plain_aggregate"]
 
 
 class TorchVocabulary(CpuVocabulary):
@@ -39,17 +42,18 @@ class TorchVocabulary(CpuVocabulary):
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         return y.double().mT @ z.double()
 
-    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
-        q = q if scale is None else q * scale[..., None]
-        return q @ q.mT
-
-    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
-        unit, norm2 = torch.eye(g.shape[-1]).to(g), g.diagonal(dim1=-2, dim2=-1)
-        alive = norm2 > shortest * norm2.amax(-1, keepdim=True)
-        scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
-        g = scale[..., :, None] * g * scale[..., None, :]
-        r, _ = torch.linalg.cholesky_ex(g + drop * unit, upper=True)
-        return scale[..., :, None] * torch.linalg.solve_triangular(r, unit.expand_as(r), upper=True)
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
+        unit = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+        size = g.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
+        r, _ = torch.linalg.cholesky_ex(g + drop * size * unit, upper=True)
+        return torch.linalg.solve_triangular(r, unit.expand_as(r), upper=True)
 
 
-PLAIN = torch.no_grad()(Ops(TorchVocabulary(), fixed_steps=True).aggregate)
+OPS = Ops(TorchVocabulary(), fixed_steps=True)
+
+
+@torch.no_grad()
+def plain_aggregate(*arguments: Any, **settings: Any) -> tuple[Tensor, ...]:
+    """`aggregate` on tall blocks: N-space needs a Gram–Schmidt that libraries do not have."""
+    with patch.object(algorithm, "fixed_in_nspace", lambda *_: False):
+        return tuple(OPS.aggregate(*arguments, **settings))

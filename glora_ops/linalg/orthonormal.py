@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary
 
-__all__ = ["DEPENDENT", "SHORTEST", "cholesky_qr", "inverse_cholesky", "straightened"]
+__all__ = ["cholesky_qr", "inverse_cholesky", "straightened"]
 
 # What is left of a column's squared length below which it depends on earlier ones: 1e-6 of it.
 DEPENDENT = 1e-12
-# Squared length of a column over that of the longest below which it counts as zero.
-SHORTEST = 1e-24
 
 
 def cholesky_qr(v: Vocabulary, y: Tensor, passes: int = 1) -> Tensor:
@@ -37,7 +32,7 @@ def straightened(v: Vocabulary, y: Tensor) -> Tensor:
     return torch.nn.functional.pad(q, (0, y.shape[-1] - q.shape[-1]))
 
 
-def inverse_cholesky(g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
+def inverse_cholesky(g: Tensor, drop: float) -> Tensor:
     """W (…, n, n) upper triangular with Wᵀ g W = 1, column by column: R⁻¹ of g = RᵀR, rank-safe.
 
     Parameters
@@ -45,12 +40,11 @@ def inverse_cholesky(g: Tensor, drop: float, shortest: float = SHORTEST) -> Tens
     g : Tensor (…, n, n) fp64
         Positive semidefinite.
     drop : float
-        What is left of a column's squared length, as a fraction, below which it counts as zero.
-    shortest : float
-        A column's squared length over that of the longest below which it does.
+        What is left of a column's squared length, as a fraction, below which it counts as zero;
+        so does a column 1e-12 times the longest.
     """
     norm2 = g.diagonal(dim1=-2, dim2=-1)
-    alive = norm2 > shortest * norm2.amax(-1, keepdim=True)
+    alive = norm2 > 1e-24 * norm2.amax(-1, keepdim=True)
     scale = torch.where(alive, norm2, 1.0).rsqrt() * alive
     x = scale[..., :, None] * g * scale[..., None, :]
     for j in range(g.shape[-1]):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from .orthonormal import SHORTEST
 from .ragged import Ragged
 
 if TYPE_CHECKING:
@@ -70,11 +69,14 @@ class Vocabulary(Protocol):
         on the columns of its T_i (L, N, r) that hold anything.
         """
 
-    def metric_product(self, gamma: Tensor, z: Tensor, precise: bool) -> Tensor:
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
         """(L, 2N, k): z (L, N, k) as it enters the product, and below it Γ z, in fp32.
 
         Its entries are rounded to 11 bits of each column's largest one, and Γ to its first term;
-        where it is precise to 22 bits, and Γ to both terms.
+        where it is precise to 22 bits, and Γ to both terms. With `unit` both come in units of
+        that entry's power of two: largest entries from ½ to 1.
         """
 
     def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class Vocabulary(Protocol):
     def readout(self, u: Tensor, w: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """u diag(root) and (w diag(root))ᵀ, contiguous, cut or filled with zeros to `rank`."""
 
-    def inverse_cholesky(self, g: Tensor, drop: float, shortest: float = SHORTEST) -> Tensor:
+    def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         """Upper triangular W with y W orthonormal for g = yᵀy, as `orthonormal` has it."""
 
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:

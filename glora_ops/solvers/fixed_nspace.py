@@ -125,10 +125,11 @@ class FixedNSpaceSolver(TallSolver):
         """z orthonormal in the metric, Γ z, and the W of z W; twice where it is precise.
 
         z is rounded as the product takes it before zᵀ Γ z is made: both are then of one block.
+        W is for columns in units of their largest entry, short ones being no less real.
         """
-        v, both = self.v, self.v.metric_product(gamma, z, precise)
+        v, both = self.v, self.v.metric_product(gamma, z, precise, unit=True)
         for _ in range(2 if precise else 1):
-            w = v.inverse_cholesky(v.inner(*both.chunk(2, -2)), DEPENDENT, 0.0)
+            w = v.inverse_cholesky(v.inner(*both.chunk(2, -2)), DEPENDENT)
             both = v.combine(both, w)
             if precise:
                 both = v.metric_product(gamma, both.chunk(2, -2)[0], True)
@@ -141,8 +142,9 @@ class FixedNSpaceSolver(TallSolver):
         """Plain steps, then T_degree(2 M/b − 1) by its recurrence, b the smallest pivot."""
         z, image, w = self._orthonormal(gamma, z)
         for _ in range(plain):
-            z, image, w = self._orthonormal(gamma, operator(image))
-        twice = (2 / _lower_end(w)).to(z.dtype)
+            moved = operator(image)
+            z, image, w = self._orthonormal(gamma, moved)
+        twice = (2 / _lower_end(moved, w)).to(z.dtype)
         before, z = z, twice * operator(image) - z
         for _ in range(degree - 1):
             before, z = z, 2 * (twice * operator(self._image(gamma, z)) - z) - before
@@ -264,12 +266,14 @@ def _symmetric(g: Tensor) -> Tensor:
     return (g + g.mT) / 2
 
 
-def _lower_end(w: Tensor) -> Tensor:
+def _lower_end(moved: Tensor, w: Tensor) -> Tensor:
     """(L, 1, 1): b, the smallest pivot of a column that is there, and not far below the largest.
 
-    Pivots are what is left of the columns' lengths, 1/w_jj of Gram–Schmidt's W.
+    Pivots are what is left of the columns' lengths: 1/w_jj of Gram–Schmidt's W, which is for
+    columns in units of their largest entry.
     """
-    diagonal = _diagonal(w)
-    least = torch.where(diagonal > 0, diagonal, torch.inf).amin(-1)
-    end = torch.maximum(1 / positive(diagonal.amax(-1)), LOWEST / least)
+    there, unit = _diagonal(w), torch.frexp(moved.abs().amax(-2)).exponent
+    pivots = (there > 0) * torch.exp2(unit.double()) / positive(there)
+    least = torch.where(pivots > 0, pivots, torch.inf).amin(-1)
+    end = torch.maximum(least, LOWEST * pivots.amax(-1))
     return torch.where(least.isfinite(), end, 1.0)[..., None, None]
