@@ -168,7 +168,7 @@ def products(call: Call) -> list[tuple[str, int]]:
         _, modules, k, rows = a["TERMS"].shape
         return [(unit, (3 if a["PRECISE"] else 1) * 2 * modules * rows**2 * k)]
     if call.name == "whitened_kernel":
-        return [("fp64", 4 * a["places"] * len(a["G"]) * a["R"] ** 3)]
+        return [("fp64", 4 * call.grid[0] * call.grid[1] * a["R"] ** 2 * a["BN"])]
     return []
 
 

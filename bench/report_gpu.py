@@ -79,11 +79,11 @@ def section(folder: Path) -> list[str]:
         "**Products with few columns are bound by L2**: every tile reads its operands again. Small "
         "problems of a 7B, a quarter to a half of the time before, are a tenth to a quarter; of "
         "one module they are most of it. What is left is the iteration in the long space itself, "
-        "7½ + 4q reads of the factors and tall blocks orthonormalised after every half step: it "
-        "belongs into N-space where N allows it. Where launches decide (1024²), torch's small "
-        "operations for votes, certificates and statistics outnumber the kernels by more than two "
-        "to one. The default, adaptive mode looks at values and cannot be counted so; beyond the "
-        "exact solver's N it goes module by module and synchronises.",
+        "7½ + 4q reads of the factors and tall blocks orthonormalised after every half step; up to "
+        "N = 1024 (384 in fp32) it is in N-space, four reads. Where launches decide (1024²), "
+        "torch's small operations for votes, certificates and statistics outnumber the kernels by "
+        "more than two to one. The default, adaptive mode looks at values and cannot be counted "
+        "so; beyond the exact solver's N it goes module by module and synchronises.",
         "Goals on a device, replayed, q = 1, bf16: "
         + "; ".join(f"{case} ≤ {ms:g} ms" for case, ms in report.GOALS.items())
         + "; three times faster than plain torch of the same mathematics.",

@@ -21,7 +21,12 @@ from .precision import PROMOTED, product_mode
 from .slices import row_exponent, single_power
 from .whitened import UNIT, halves
 
-__all__ = ["launch_metric_energy", "launch_metric_product"]
+__all__ = [
+    "launch_metric_energy",
+    "launch_metric_product",
+    "launch_metric_round",
+    "launch_metric_terms",
+]
 
 ROWS, STEP, COLUMNS = 64, 64, 16
 
@@ -106,6 +111,47 @@ def metric_product_kernel(
     tl.store(Y + o_Y, b_Y, mask=m_m[:, None] & m_k[None, :])
 
 
+def launch_metric_round(
+    z: torch.Tensor, precise: bool, unit: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z in terms of 11 bits, and the upper half of what `launch_metric_product` returns.
+
+    Returns
+    -------
+    terms : Tensor (1 or 2, L, k, N) fp16, in units of each column's power of two
+    units : Tensor (L, k) fp32
+    y : Tensor (L, 2N, k) fp32, a view of (L, k, 2N) memory
+    """
+    modules, rows, k = z.shape
+    device = z.device
+    y = torch.empty(modules, k, 2 * rows, dtype=torch.float32, device=device).mT
+    terms = torch.empty(1 + precise, modules, k, rows, dtype=torch.float16, device=device)
+    units = torch.empty(modules, k, dtype=torch.float32, device=device)
+    launch(
+        metric_round_kernel, (triton.cdiv(k, COLUMNS) * modules,), z, terms, units, y, rows, k,
+        terms.stride(0), *z.stride(), PRECISE=precise, SCALED=not unit, BN=COLUMNS, BC=STEP,
+        num_warps=4,
+    )  # fmt: skip
+    return terms, units, y
+
+
+def launch_metric_terms(
+    gamma: torch.Tensor, terms: torch.Tensor, units: torch.Tensor, y: torch.Tensor, unit: bool
+) -> None:
+    """Γ z into the lower half of y, z as `launch_metric_round` gives it."""
+    count, modules, k, rows = terms.shape
+    precise = count == 2
+    columns = min(max(16, triton.next_power_of_2(k)), 128)
+    height = 2 * ROWS if rows >= 8 * ROWS and not precise else ROWS
+    tiles = triton.cdiv(rows, height) * triton.cdiv(k, columns)
+    launch(
+        metric_product_kernel, (tiles * modules,), gamma, terms, units, y, rows, k,
+        gamma.stride(0), gamma.stride(1), terms.stride(0),
+        MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise, SCALED=not unit,
+        BM=height, BN=columns, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
+    )  # fmt: skip
+
+
 def launch_metric_product(
     gamma: torch.Tensor, z: torch.Tensor, precise: bool = False, unit: bool = False
 ) -> torch.Tensor:
@@ -124,25 +170,8 @@ def launch_metric_product(
     -------
     Tensor (L, 2N, k) fp32, a view of (L, k, 2N) memory
     """
-    modules, rows, k = z.shape
-    device = z.device
-    y = torch.empty(modules, k, 2 * rows, dtype=torch.float32, device=device).mT
-    terms = torch.empty(1 + precise, modules, k, rows, dtype=torch.float16, device=device)
-    units = torch.empty(modules, k, dtype=torch.float32, device=device)
-    launch(
-        metric_round_kernel, (triton.cdiv(k, COLUMNS) * modules,), z, terms, units, y, rows, k,
-        terms.stride(0), *z.stride(), PRECISE=precise, SCALED=not unit, BN=COLUMNS, BC=STEP,
-        num_warps=4,
-    )  # fmt: skip
-    columns = min(max(16, triton.next_power_of_2(k)), 128)
-    height = 2 * ROWS if rows >= 8 * ROWS and not precise else ROWS
-    tiles = triton.cdiv(rows, height) * triton.cdiv(k, columns)
-    launch(
-        metric_product_kernel, (tiles * modules,), gamma, terms, units, y, rows, k,
-        gamma.stride(0), gamma.stride(1), terms.stride(0),
-        MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise, SCALED=not unit,
-        BM=height, BN=columns, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
-    )  # fmt: skip
+    terms, units, y = launch_metric_round(z, precise, unit)
+    launch_metric_terms(gamma, terms, units, y, unit)
     return y
 
 

@@ -18,6 +18,8 @@ from .overlaps import lower_place
 
 __all__ = ["UNIT", "halves", "launch_whitened"]
 
+# Columns of a program: scalar products, where there are no fp64 units, hold whole rows of them.
+COLUMNS = 16
 # Of the second number of a pair: the first has 11 bits.
 UNIT = tl.constexpr(2.0**-11)
 
@@ -31,36 +33,41 @@ def halves(b_X):
 
 
 @triton.jit
-def turn(T, first, last, rank, R: tl.constexpr):
-    """T_i [R, R] of a client's rows, zero beyond them."""
+def turn(T, first, last, rank, o_k, R: tl.constexpr):
+    """Columns o_k of a client's T_i [R, ·], zero beyond its rows."""
     o = tl.arange(0, R)
-    here = first + o < last
-    o_T = (first + o)[:, None] * rank + o[None, :]
-    return tl.load(T + o_T, mask=here[:, None] & here[None, :], other=0.0)
+    o_T = (first + o)[:, None] * rank + o_k[None, :]
+    here = (first + o < last)[:, None] & (first + o_k < last)[None, :]
+    return tl.load(T + o_T, mask=here, other=0.0)
 
 
 @triton.jit
-def whitened_kernel(G, T, Y, offsets, places, rows, rank, ys, R: tl.constexpr):
+def whitened_kernel(
+    G, T, Y, offsets, places, rows, rank, ys, R: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
     i, j = lower_place(tl.program_id(0) % places)
     i_l = (tl.program_id(0) // places).to(tl.int64)
     first_i, last_i = tl.load(offsets + i), tl.load(offsets + i + 1)
     first_j, last_j = tl.load(offsets + j), tl.load(offsets + j + 1)
     o = tl.arange(0, R)
+    o_k = tl.program_id(1) * BN + tl.arange(0, BN)  # this program's columns, in client j
     o_i = first_i + o
-    o_j = first_j + o
+    o_j = first_j + o_k
     m_Y = (o_i < last_i)[:, None] & (o_j < last_j)[None, :]
     G += i_l * rows * rows
     Y += i_l * rows * rows
     T += i_l * rows * rank
-    b_T = turn(T, first_i, last_i, rank, R)
+    b_T = turn(T, first_j, last_j, rank, o_k, R)
     if i == j:
         there = tl.sum((b_T != 0).to(tl.int32), 0) > 0
-        b_Y = tl.where((o[:, None] == o[None, :]) & there[None, :], 1.0, 0.0).to(tl.float64)
+        b_Y = tl.where((o[:, None] == o_k[None, :]) & there[None, :], 1.0, 0.0).to(tl.float64)
     else:
-        b_G = wide(tl.load(G + o_i[:, None] * rows + o_j[None, :], mask=m_Y, other=0.0))
-        b_Y = tl.dot(tl.trans(b_T), b_G, input_precision="ieee", out_dtype=tl.float64)
-        b_T = turn(T, first_j, last_j, rank, R)
-        b_Y = tl.dot(b_Y, b_T, input_precision="ieee", out_dtype=tl.float64)
+        o_G = o_i[:, None] * rows + (first_j + o)[None, :]
+        m_G = (o_i < last_i)[:, None] & (first_j + o < last_j)[None, :]
+        b_G = wide(tl.load(G + o_G, mask=m_G, other=0.0))
+        b_Y = tl.dot(b_G, b_T, input_precision="ieee", out_dtype=tl.float64)
+        b_I = tl.trans(turn(T, first_i, last_i, rank, o, R))
+        b_Y = tl.dot(b_I, b_Y, input_precision="ieee", out_dtype=tl.float64)
         b_Y = tl.minimum(tl.maximum(b_Y, -1.0), 1.0)
     b_high, b_low = halves(b_Y)
     o_Y = o_i[:, None] * rows + o_j[None, :]
@@ -97,7 +104,8 @@ def launch_whitened(
     places = clients * (clients + 1) // 2
     for gram, t, part in zip(grams, turns, y.chunk(sides, 1), strict=True):
         launch(
-            whitened_kernel, (places * modules,), gram, t.contiguous(), part, offsets, places,
-            rows, t.shape[-1], part.stride(0), R=block, num_warps={16: 1, 32: 4, 64: 8}[block],
+            whitened_kernel, (places * modules, triton.cdiv(max_rank, COLUMNS)), gram,
+            t.contiguous(), part, offsets, places, rows, t.shape[-1], part.stride(0), R=block,
+            BN=COLUMNS, num_warps={16: 1, 32: 4, 64: 8}[block],
         )  # fmt: skip
     return y

@@ -198,26 +198,34 @@ def overlaps_fp32() -> None:
     overlaps(384, torch.float32)
 
 
-def metric(columns: int, precise: bool) -> None:
-    from glora_ops.kernels.metric import launch_metric_product
+def metric(columns: int, terms: int) -> None:
+    from glora_ops.kernels.metric import launch_metric_terms
 
-    gamma = meta(2, MODULES, 1024, 1024, dtype=torch.float16)
-    launch_metric_product(gamma, meta(MODULES, columns, 1024).mT, precise)
+    gamma, units = meta(2, MODULES, 1024, 1024, dtype=torch.float16), meta(MODULES, columns)
+    z = meta(terms, MODULES, columns, 1024, dtype=torch.float16)
+    launch_metric_terms(gamma, z, units, meta(MODULES, columns, 2048).mT, False)
+
+
+@case()
+def metric_round() -> None:
+    from glora_ops.kernels.metric import launch_metric_round
+
+    launch_metric_round(meta(MODULES, COLUMNS, 1024).mT, True, False)
 
 
 @case(tensor_cores="HGMMA|HMMA")
 def metric_one_term() -> None:
-    metric(COLUMNS, False)
+    metric(COLUMNS, 1)
 
 
 @case(tensor_cores="HGMMA|HMMA")
 def metric_two_terms() -> None:
-    metric(COLUMNS, True)
+    metric(COLUMNS, 2)
 
 
 @case(tensor_cores="HGMMA|HMMA")
 def metric_two_terms_narrow() -> None:
-    metric(32, True)
+    metric(32, 2)
 
 
 @case()
@@ -240,7 +248,6 @@ def whitened_rank_16() -> None:
     whitened(16)
 
 
-# Three blocks of 64 × 64 doubles, without fp64 units as operands of scalar products.
-@case(wide_loads=False, tensor_cores="DMMA", without_doubles="", stack={"sm_89": 2500})
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
 def whitened_rank_64() -> None:
     whitened(64)
