@@ -56,6 +56,8 @@ def test_the_recipe_keeps_the_bound_and_no_guard_is_idle(guard: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
+        Case("shared"),
+        Case("frozen"),
         Case("ties", clients=40),
         Case("graded", clients=10, ranks=(4, 8, 16, 32, 64), rank=32),
         Case("disjoint", rank=1),
@@ -69,9 +71,14 @@ def test_the_recipe_keeps_the_bound_and_no_guard_is_idle(guard: str) -> None:
     ids=str,
 )
 def test_the_recipe_on_hard_cases(case: Case) -> None:
-    """Within 8 × (a) and 1e-3 of what the reference captures; ties have no one right answer."""
+    """Within 8 × (a) and the solver contract, at one step; ties have no one right answer.
+
+    Shared clients stored in bf16 miss one line of it, an error of 1.01 × the reference's and
+    1e-3 of ‖W̄‖: docs/solvers.md says why.
+    """
     found = judge(case, 0, {"recipe": RECIPES["recipe"]})["recipe"]
     assert found.captured <= 1e-3
+    assert found.excess <= (2e-3 if case.kind == "shared" else 1e-3)
     assert found.over_bound <= 8 or found.flagged
 
 
