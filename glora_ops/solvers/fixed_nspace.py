@@ -101,11 +101,15 @@ class FixedNSpaceSolver(TallSolver):
         return left, right
 
     @cached_property
+    def _one(self) -> Tensor:
+        """(L, N) fp64: coordinates are not scaled on their way into T_i."""
+        return torch.ones_like(self.clients.sigma)
+
+    @cached_property
     def _signs(self) -> tuple[Tensor, Tensor]:
         """(L, N, k): Qᵀ Ω of both sides in coordinates."""
-        one = torch.ones_like(self.clients.sigma)
         left, right = (
-            self.v.fold(t, one, self.ragged, x).to(self.dtype)
+            self.v.fold(t, self._one, self.ragged, x).to(self.dtype)
             for t, x in zip(self.clients.t, self._first[1], strict=True)
         )
         return left, right
@@ -144,7 +148,7 @@ class FixedNSpaceSolver(TallSolver):
         for _ in range(plain):
             moved = operator(image)
             z, image, w = self._orthonormal(gamma, moved)
-        twice = (2 / _lower_end(moved, w)).to(z.dtype)
+        twice = 2 * _inverse_end(moved, w)
         before, z = z, twice * operator(image) - z
         for _ in range(degree - 1):
             before, z = z, 2 * (twice * operator(self._image(gamma, z)) - z) - before
@@ -248,8 +252,7 @@ class FixedNSpaceSolver(TallSolver):
     def _lifted(self, side: int, z: Tensor) -> Tensor:
         """(L, d, R): Q z."""
         v, rows, t = self.v, (self.b, self.a)[side], self.clients.t[side]
-        coordinates = v.unfold(t, torch.ones_like(t[..., 0]), self.ragged, z.double())
-        return v.lift(rows, coordinates)
+        return v.lift(rows, v.unfold(t, self._one, self.ragged, z))
 
 
 def _placed(known: Tensor, vote: Tensor, spare: Tensor) -> Tensor:
@@ -266,14 +269,14 @@ def _symmetric(g: Tensor) -> Tensor:
     return (g + g.mT) / 2
 
 
-def _lower_end(moved: Tensor, w: Tensor) -> Tensor:
-    """(L, 1, 1): b, the smallest pivot of a column that is there, and not far below the largest.
+def _inverse_end(moved: Tensor, w: Tensor) -> Tensor:
+    """(L, 1, 1): 1/b, b the smallest pivot of a column that is there, not far below the largest.
 
     Pivots are what is left of the columns' lengths: 1/w_jj of Gram–Schmidt's W, which is for
-    columns in units of their largest entry.
+    columns in units of their largest entry, and zero where there is none.
     """
-    there, unit = _diagonal(w), torch.frexp(moved.abs().amax(-2)).exponent
-    pivots = (there > 0) * torch.exp2(unit.double()) / positive(there)
-    least = torch.where(pivots > 0, pivots, torch.inf).amin(-1)
-    end = torch.maximum(least, LOWEST * pivots.amax(-1))
-    return torch.where(least.isfinite(), end, 1.0)[..., None, None]
+    exponent = torch.frexp(moved.abs().amax(-2)).exponent
+    inverse = _diagonal(w) * torch.exp2(-exponent.double())
+    least = torch.where(inverse > 0, inverse, torch.inf).amin(-1)
+    end = torch.minimum(inverse.amax(-1), least / LOWEST)
+    return end.to(moved.dtype)[..., None, None]
