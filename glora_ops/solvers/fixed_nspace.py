@@ -242,7 +242,8 @@ class FixedNSpaceSolver(TallSolver):
         """
         v, lifted = self.v, [self._lifted(i, z) for i, z in enumerate(sides)]
         turns = [v.inverse_cholesky(v.inner(y, y), DEPENDENT) for y in lifted]
-        core, *reach = v.core(self.b, self.a, *lifted, self.coefficients(p))
+        coef = self.coefficients(p)
+        core, *reach = v.core(self.b, self.a, lifted[0], lifted[1], coef)
         x, s, y = v.svd(v.product(v.product(turns[0].mT, core), turns[1]))
         turns = [v.product(turn, by) for turn, by in zip(turns, (x, y), strict=True)]
         left, right = map(v.combine, lifted, turns)
