@@ -1,22 +1,24 @@
-"""The fixed steps' error beside the reference's, for docs/ops.md: a table, no clock.
+"""The fixed steps' error beside the reference's, for docs/solvers.md: a table, no clock.
 
 python bench/fixed_steps_quality.py
 """
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from populations import KINDS, Case, population
 
-from glora_ops import reference
+from glora_ops import algorithm, reference
 
 STEPS = (0, 1, 2, 4)
 
 
 def errors(kind: str, basis: str) -> list[float]:
-    """‖Ŵ − W̄‖/‖W̄‖ of the reference, then of fixed steps after each of `STEPS`."""
+    """‖Ŵ − W̄‖/‖W̄‖ of the reference, in N-space, then on tall blocks after each of `STEPS`."""
     p = population(Case(512, 384, 32, (8,), 16, kind))
     offsets = 8 * torch.arange(33)
     mean = p.b.double().mT @ (p.coef * p.a.double())
@@ -28,8 +30,9 @@ def errors(kind: str, basis: str) -> list[float]:
     )
     out = [float((torch.from_numpy(exact.w_hat) - mean).norm() / mean.norm())]
     ops = Ops(CpuVocabulary(), fixed_steps=True)
-    for steps in STEPS:
-        with torch.no_grad():
+    for nspace, steps in ((True, 1), *((False, steps) for steps in STEPS)):
+        chosen = patch.object(algorithm, "fixed_in_nspace", lambda *_, here=nspace: here)
+        with torch.no_grad(), chosen:
             u, s, v, *_ = ops.aggregate(
                 p.b, p.a, offsets, p.weights, p.scaling, 16, basis, power_iters=steps
             )

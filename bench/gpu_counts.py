@@ -35,9 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OUT = Path(__file__).resolve().parent / "results" / "gpu" / "counts.json"
-# An H200: memory as a copy was measured there to move it; L2 and products with few columns as
-# assumed, below any datasheet; fp64 by the datasheet. Bytes and flops a second.
-RATES = {"bytes": 4.3e12, "l2": 5.5e12, "bf16": 400e12, "tf32": 200e12, "fp64": 67e12}
+# An H200: memory as a copy was measured there to move it; L2, products with few columns and square
+# ones as assumed, below any datasheet; fp64 by the datasheet. Bytes and flops a second.
+RATES = {
+    "bytes": 4.3e12, "l2": 5.5e12, "bf16": 400e12, "square": 550e12, "tf32": 200e12, "fp64": 67e12
+}  # fmt: skip
 PROCESSORS, CLOCK, ISSUED = 132, 1.9e9, 4
 # Seconds the host needs for a launch and for a torch operation.
 HOST = {"kernel": 30e-6, "torch": 6e-6}
@@ -102,8 +104,13 @@ class Counts(TorchDispatchMode):
         self.bound[longest] += floors[longest]
 
     def launched(self, call: Call) -> bool:
-        tensors = [x for x in call.arguments.values() if isinstance(x, Tensor)]
-        self.add(call.name, moved(tensors), products(call), reread(call), instructions(call))
+        tensors = {name: x for name, x in call.arguments.items() if isinstance(x, Tensor)}
+        if call.name == "metric_product_kernel":
+            tensors["Y"] = tensors["Y"][..., ::2, :]  # below z, which is there
+            if not call.arguments["PRECISE"]:
+                tensors["GAMMA"] = tensors["GAMMA"][0]  # the first of two terms
+        moves = moved(list(tensors.values()))
+        self.add(call.name, moves, products(call), reread(call), instructions(call))
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,6 +166,15 @@ def products(call: Call) -> list[tuple[str, int]]:
             (unit, terms * 2 * a["rows"] * long * modules),
             ("fp64", 2 * a["rows"] * a["k_u"] * a["k_v"] * modules),
         ]
+    if call.name == "overlaps_kernel":
+        tiles = a["places"] * len(a["X"])
+        unit = "square" if unit == "bf16" else unit
+        return [(unit, terms * 2 * tiles * a["B"] ** 2 * a["d"])]
+    if call.name == "metric_product_kernel":
+        _, modules, k, rows = a["TERMS"].shape
+        return [(unit, (3 if a["PRECISE"] else 1) * 2 * modules * rows**2 * k)]
+    if call.name == "whitened_kernel":
+        return [("fp64", 4 * call.grid[0] * call.grid[1] * a["R"] ** 2 * a["BN"])]
     return []
 
 
@@ -176,6 +192,15 @@ def reread(call: Call) -> int:
     if call.name == "sketch_kernel":
         programs = ceil(a["clients"] / a["CLIENTS"]) * len(a["X0"])
         return (programs - 1) * sum(size(a[f"W{side}"]) for side in range(2))
+    if call.name == "overlaps_kernel":
+        tiles = a["places"] * len(a["X"])
+        return 2 * tiles * a["B"] * a["d"] * a["X"].itemsize - size(a["X"])
+    if call.name == "metric_product_kernel":
+        down, across = ceil(a["rows"] / a["BM"]), ceil(a["k"] / a["BN"])
+        gamma = (1 + a["PRECISE"]) * size(a["GAMMA"][0])
+        return (across - 1) * gamma + (down - 1) * size(a["TERMS"])
+    if call.name == "metric_round_kernel":
+        return size(a["Z"])
     if call.name == "core_kernel":
         return (ceil(a["rows"] / a["BM"]) - 1) * (size(a["U"]) + size(a["V"]))
     return 0

@@ -76,14 +76,13 @@ def section(folder: Path) -> list[str]:
         "clients of rank 16, the anchor included. Lower bounds and a ranking, no prediction.",
         counted(counts),
         "**Products with few columns are bound by L2**: every tile reads its operands again. Small "
-        "problems of a 7B, a quarter to a half of the time before, are a sixth to two fifths; of "
-        "one module they are most of it. What is left is the iteration in the long space, "
-        "3 + 4q reads of the factors (5 for q = 0), each a product of three terms: by count this "
-        "route misses the goals of the 7B at q = 1. It belongs into N-space where N allows it. "
-        "Where launches decide (1024²), torch's small "
-        "operations for votes, certificates and statistics outnumber the kernels by five "
-        "to one. The default, adaptive mode looks at values and cannot be counted so; beyond the "
-        "exact solver's N it goes module by module and synchronises.",
+        "problems of a 7B, a quarter to a half of the time before, are a sixth to three fifths; of "
+        "one module they are most of it. What is left is the iteration in the long space, 3 + 4q "
+        "reads of the factors (5 for q = 0); up to N = 1024 (384 in fp32) it is in N-space, four "
+        "reads. Where launches decide (1024²), torch's small operations for votes, certificates "
+        "and statistics outnumber the kernels by three to one and more. The default, adaptive "
+        "mode looks at values and cannot be counted so; beyond the exact solver's N it goes module "
+        "by module and synchronises.",
         "Goals on a device, replayed, q = 1, bf16: "
         + "; ".join(f"{case} ≤ {ms:g} ms" for case, ms in run_report.GOALS.items())
         + "; 7B, K = 100 ≤ 50 ms where the contract's quality is reached, flat spectra apart; "

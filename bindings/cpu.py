@@ -25,6 +25,8 @@ SAFE_LENGTH = {torch.float32: 2.0**30, torch.float64: 2.0**100}
 FAR = 2**13
 # Elements converted to fp64 at a time: 1 MiB, so that they are still in cache when multiplied.
 CHUNK = 2**17
+# Bits of an fp16 number.
+BITS = 11
 # Multiply-adds, or bytes to be read, from which more than one thread pays.
 LARGE = 2**22
 
@@ -92,6 +94,12 @@ def _linear(x: Tensor, w: Tensor) -> Tensor:
         x, w = x.expand(modules, -1, -1), w.expand(modules, -1, -1)
         parts = [ONEDNN(x[l], w[l])[None] for l in range(modules)]
         return parts[0] if modules == 1 else torch.cat(parts)
+
+
+def _pair(x: Tensor) -> Tensor:
+    """(2, …) fp16: x as hi + 2^−BITS lo."""
+    hi = x.half()
+    return torch.stack([hi, ((x - hi) * 2.0**BITS).half()])
 
 
 def _turned(rows: Tensor, ragged: Ragged, turn: Tensor) -> Tensor:
@@ -176,14 +184,45 @@ class CpuVocabulary:
     def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         return _turned(rows, ragged, ragged.pad(t).mT.to(rows.dtype))
 
-    def overlaps(self, q: Tensor) -> Tensor:
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
         modules, n, _ = q.shape
+        q = q if scale is None else q * scale[..., None]
         out = q.new_empty(modules, n, n)
         for rows in torch.arange(n).tensor_split(min(STRIPS, -(-n // STRIP))):
             top, end = int(rows[0]), int(rows[-1]) + 1
             out[:, top:, top:end] = _linear(q[:, top:], q[:, top:end])
             out[:, top:end, end:] = out[:, end:, top:end].mT  # the rest is a mirror
         return out
+
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        parts = []
+        for gram, t in zip(grams, turns, strict=True):
+            one = torch.ones_like(t[..., 0])
+            half = self.fold(t, one, ragged, gram.double())
+            gamma = self.fold(t, one, ragged, half.mT)
+            there = ragged.unpad((ragged.pad(t) != 0).any(-2)[..., None])[..., 0]
+            own = ragged.owner[:, None] == ragged.owner
+            gamma = torch.where(own, torch.diag_embed(there.double()), gamma.clamp(-1, 1))
+            parts.append(_pair(gamma))
+        return torch.cat(parts, 1)
+
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
+        scale = torch.exp2(torch.frexp(z.abs().amax(-2, keepdim=True)).exponent.float())
+        hi, lo = _pair(z / scale).float()
+        first, second = gamma.float()
+        image = self.product(first, hi)
+        if precise:
+            image = image + 2.0**-BITS * (self.product(first, lo) + self.product(second, hi))
+            hi = hi + 2.0**-BITS * lo
+        both = torch.cat([hi, image], -2)
+        return both if unit else both * scale
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        whole = [hi + 2.0**-BITS * lo for hi, lo in (left.double(), right.double())]
+        d = d.double()
+        return (d[..., :, None] * whole[0] * whole[1] * d[..., None, :]).sum((-2, -1))
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]

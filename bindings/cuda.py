@@ -13,6 +13,8 @@ import torch
 from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
 from glora_ops.kernels.eigh import launch_eigh
 from glora_ops.kernels.fold import fold_each, launch_fold
+from glora_ops.kernels.metric import launch_metric_energy, launch_metric_product
+from glora_ops.kernels.overlaps import launch_overlaps
 from glora_ops.kernels.product import (
     accumulate_each,
     inner_each,
@@ -23,6 +25,7 @@ from glora_ops.kernels.product import (
 )
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
+from glora_ops.kernels.whitened import launch_whitened
 from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
@@ -133,8 +136,19 @@ class CudaVocabulary:
         x = rows.to(working(rows.dtype))
         return ragged.unpad(ragged.pad(t).mT.to(x.dtype) @ ragged.pad(x))
 
-    def overlaps(self, q: Tensor) -> Tensor:
-        return launch_times(q, q.mT).to(q.dtype)
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
+        return launch_overlaps(q, scale)
+
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        return launch_whitened(list(grams), list(turns), ragged.marks, ragged.max_rank)
+
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
+        return launch_metric_product(gamma, z, precise, unit)
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        return launch_metric_energy(left, right, d)
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]

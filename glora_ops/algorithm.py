@@ -22,6 +22,8 @@ from .linalg.ragged import Ragged
 from .linalg.random_signs import sign_matrix
 from .linalg.vocabulary import Vocabulary
 from .solvers.base import Factors, Settings, Solver, Triplets, fill
+from .solvers.fixed_nspace import FixedNSpaceSolver
+from .solvers.fixed_nspace import fits as fixed_in_nspace
 from .solvers.fixed_steps import FixedStepSolver
 from .solvers.nspace_exact import ExactSolver, exact_limit, principal_of_rows
 from .solvers.nspace_iterative import IterativeSolver, consensus_limit, update_limit
@@ -46,7 +48,9 @@ def choose(v: Vocabulary, factors: Factors, s: Settings, fixed: bool = False) ->
     """The solver for so many rows; each limit says why it stands where it does."""
     rows, d_out, d_in = factors.b.shape[-2], factors.b.shape[-1], factors.a.shape[-1]
     if fixed:
-        return FixedStepSolver(v, factors, s)
+        return (FixedNSpaceSolver if fixed_in_nspace(factors, s) else FixedStepSolver)(
+            v, factors, s
+        )
     if rows <= exact_limit(s.rank):
         return ExactSolver(v, factors, s)
     limit = update_limit if s.basis == "update" else consensus_limit

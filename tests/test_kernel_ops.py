@@ -35,7 +35,16 @@ class Quick(CudaVocabulary):
 
 
 # torch's own, beside the kernels of a captured `aggregate`: the README's.
-OPERATIONS = {"consensus": 290, "projector": 233, "update": 183}
+OPERATIONS = {
+    "tall": {"consensus": 290, "projector": 233, "update": 183},
+    "N-space": {"consensus": 389, "projector": 276, "update": 240},
+}
+KERNELS = {
+    "tall": {"consensus": 57, "projector": 39, "update": 38},
+    "N-space": {"consensus": 126, "projector": 67, "update": 77},
+}
+# Clients of rank 16 that each solver of fixed steps takes.
+CLIENTS = {"tall": (70, 100), "N-space": (8, 16)}
 OPS, WHOLE = Ops(Quick(), fixed_steps=True), Ops(CudaVocabulary(), fixed_steps=True)
 CPU = Ops(CpuVocabulary(), fixed_steps=True)
 HARD = [
@@ -211,26 +220,28 @@ def launches(modules: int, ranks: list[int], basis: str, rank: int = 64) -> list
     return names
 
 
+@pytest.mark.parametrize("route", CLIENTS)
 @pytest.mark.parametrize("basis", BASES)
-def test_launches_do_not_depend_on_modules_or_clients(basis):
+def test_launches_do_not_depend_on_modules_or_clients(basis, route):
     """The anchor included; the counts are the README's."""
+    few, many = CLIENTS[route]
     counts = {
         tuple(launches(modules, [16] * clients, basis))
-        for modules, clients in ((1, 8), (32, 8), (1, 100), (32, 100))
+        for modules, clients in ((1, few), (32, few), (1, many), (32, many))
     }
     assert len(counts) == 1
     (names,) = counts
-    assert len(names) == {"consensus": 57, "projector": 39, "update": 38}[basis]
-    ragged = launches(4, [4, 16, 64] * 30, basis)
+    assert len(names) == KERNELS[route][basis]
+    ragged = launches(4, [4, 16, 64] * (30 if route == "tall" else 3), basis)
     assert sorted(ragged) == sorted([*names, *["canonical_kernel"] * 2])
 
 
 @pytest.mark.parametrize(("steps", "reads"), [(0, 5), (1, 7), (2, 11)])
 def test_a_consensus_reads_the_factors_3_and_4q_times(steps, reads):
     """Gram matrices and first products; 1½ + 2q for the anchor, ½ + 2 max(q, 1) for both bases."""
-    b, a = (torch.empty(1, 128, d, dtype=torch.bfloat16, device="meta") for d in (4096, 11008))
+    b, a = (torch.empty(1, 1120, d, dtype=torch.bfloat16, device="meta") for d in (4096, 11008))
     stacks = {x.untyped_storage()._cdata for x in (b, a)}
-    one, found = torch.ones(8), []
+    one, found = torch.ones(70), []
 
     def record(call: Call) -> bool:
         operands = [x for k, x in call.arguments.items() if k in ("X0", "X1")]
@@ -239,20 +250,21 @@ def test_a_consensus_reads_the_factors_3_and_4q_times(steps, reads):
         return False
 
     with torch.no_grad(), observed(record):
-        WHOLE.aggregate(b, a, 16 * torch.arange(9), one, one, 64, power_iters=steps)
+        WHOLE.aggregate(b, a, 16 * torch.arange(71), one, one, 64, power_iters=steps)
     assert len(found) == 2 * reads
 
 
+@pytest.mark.parametrize("route", CLIENTS)
 @pytest.mark.parametrize("basis", BASES)
-def test_neither_do_the_operations_between_them(basis):
+def test_neither_do_the_operations_between_them(basis, route):
     """No library eigenproblem or factorisation, which no graph can record; sums of splits apart.
 
     No library product either: with another workspace in a graph it may sum in another order.
 
     A long contraction of few modules is cut so that it fills the device; its parts are one sum.
     """
-    found = []
-    for modules, clients in ((1, 8), (64, 8), (64, 100)):
+    found, (few, many) = [], CLIENTS[route]
+    for modules, clients in ((1, few), (64, few), (64, many)):
         launches(modules, [16] * clients, basis)  # plans are made once
         with Between() as between:
             launches(modules, [16] * clients, basis)
@@ -260,8 +272,8 @@ def test_neither_do_the_operations_between_them(basis):
         assert not [n for n in between.names if "mm" in n or "matmul" in n]
         found.append(len(between.names))
     cut, *others = found
-    assert others == [OPERATIONS[basis]] * 2
-    assert cut <= OPERATIONS[basis] + len(launches(1, [16] * 8, basis))
+    assert others == [OPERATIONS[route][basis]] * 2
+    assert cut <= OPERATIONS[route][basis] + len(launches(1, [16] * few, basis))
 
 
 def test_projector_ops_are_one_fused_accumulation_and_its_randomized_svd(monkeypatch):
@@ -354,3 +366,54 @@ def test_the_gram_route_makes_as_few():
             OPS.aggregate(b, a, 2 * torch.arange(clients + 1), one, one, 3)
         seen.add(len(names))
     assert len(seen) == 1
+
+
+# --- fixed steps in N-space ----------------------------------------------------------------------
+
+
+def many_clients(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Two modules with more rows (14) than a block of 2 + 2 columns, ragged, one client empty."""
+    rng, marks = torch.Generator().manual_seed(1), torch.tensor([0, 4, 6, 6, 11, 14])
+    b, a = (
+        torch.randn(2, 14, d, generator=rng)
+        + torch.randn(2, 14, 3, generator=rng) @ torch.randn(2, 3, d, generator=rng)
+        for d in (24, 19)
+    )
+    return b.to(dtype).to(DEVICE), a.to(dtype).to(DEVICE), marks
+
+
+@pytest.mark.parametrize(
+    ("basis", "dtype", "ops"),
+    [
+        ("consensus", torch.float32, WHOLE),
+        ("consensus", torch.bfloat16, OPS),
+        ("projector", torch.float16, OPS),
+        ("update", torch.float32, OPS),
+    ],
+)
+def test_n_space_in_these_words_is_the_cpus(basis, dtype, ops):
+    """No stray NaN, nothing left unwritten; the first with small problems by the kernels too."""
+    b, a, marks = many_clients(dtype)
+    w, s = torch.full((5,), 0.2), torch.tensor([1.0, 1, 1, -2, 0.5])
+    settings = {"basis": basis, "oversample": 2, "power_iters": 1}
+    calls: list[Call] = []
+    with poisoned(), torch.no_grad(), observed(lambda call: calls.append(call) or True):
+        got = ops.aggregate(b, a, marks, w.to(DEVICE), s.to(DEVICE), 2, **settings)
+    assert "metric_product_kernel" in {call.name for call in calls}
+    want = CPU.aggregate(b.cpu(), a.cpu(), marks, w, s, 2, **settings)
+    assert norm(update(got) - update(want)) < 1e-4 * norm(update(want))
+    for x, y in zip(got[3:], want[3:], strict=True):
+        assert torch.allclose(x.cpu(), y, rtol=1e-2, atol=1e-4)
+
+
+def test_n_space_in_a_gauge_of_large_powers_of_two_changes_no_bit():
+    """2⁻⁸⁰ … 2⁸⁰: squares of rows stay in range although nothing else is scaled."""
+    b, a, marks = many_clients()
+    one, power = torch.ones(5, device=DEVICE), torch.linspace(-80, 80, 14, device=DEVICE)
+    power = power.round().double()[:, None].exp2()
+    far = (b * power).float(), (a / power).float()
+    with torch.no_grad():
+        plain = OPS.aggregate(b, a, marks, one, one, 2, oversample=2, power_iters=1)
+        gauged = OPS.aggregate(*far, marks, one, one, 2, oversample=2, power_iters=1)
+    for x, y in zip(plain, gauged, strict=True):
+        assert torch.equal(x, y)

@@ -21,7 +21,7 @@ from glora_ops.kernels.launching import Call, observed
 from torch import Tensor
 
 from gpu.device import LLAMA_7B, Stacks, clients, replayed, server_step, timed
-from gpu.plain import PLAIN
+from gpu.plain import plain_aggregate
 from gpu.step import Step, main
 
 STEPS, CLIENT_RANK = 1, 16
@@ -113,12 +113,14 @@ def glora(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
 
 
 def plain(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
-    return lambda: [PLAIN(*p.arguments, *settings_of(step, case), power_iters=STEPS) for p in parts]
+    return lambda: [
+        plain_aggregate(*p.arguments, *settings_of(step, case), power_iters=STEPS) for p in parts
+    ]
 
 
 def compiled(step: Step, case: Case, parts: list[Stacks]) -> Callable[[], Any]:
     op, settings = (
-        torch.compile(PLAIN, dynamic=False, disable=step.rehearse),
+        torch.compile(plain_aggregate, dynamic=False, disable=step.rehearse),
         settings_of(step, case),
     )
     return lambda: [op(*p.arguments, *settings, power_iters=STEPS) for p in parts]

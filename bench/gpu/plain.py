@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
 from glora_ops.bindings.cpu import CpuVocabulary
 from glora_ops.bindings.ops import Ops
 from torch import Tensor
 
+from glora_ops import algorithm
 from glora_ops.linalg.ragged import Ragged
 
-__all__ = ["PLAIN", "TorchVocabulary"]
+__all__ = ["TorchVocabulary", "plain_aggregate"]
 
 
 class TorchVocabulary(CpuVocabulary):
@@ -46,4 +50,11 @@ class TorchVocabulary(CpuVocabulary):
         return torch.linalg.solve_triangular(r, unit.expand_as(r), upper=True)
 
 
-PLAIN = torch.no_grad()(Ops(TorchVocabulary(), fixed_steps=True).aggregate)
+OPS = Ops(TorchVocabulary(), fixed_steps=True)
+
+
+@torch.no_grad()
+def plain_aggregate(*arguments: Any, **settings: Any) -> tuple[Tensor, ...]:
+    """`aggregate` on tall blocks: N-space needs a Gram–Schmidt that libraries do not have."""
+    with patch.object(algorithm, "fixed_in_nspace", lambda *_: False):
+        return tuple(OPS.aggregate(*arguments, **settings))

@@ -59,7 +59,8 @@ class Words:
     def __iter__(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """(word, error over its bound)."""
         for name in ("gram", "times", "sketch", "lift", "combine", "inner", "fold", "core",
-                     "readout", "canonical", "inverse_cholesky", "eigh", "svd"):  # fmt: skip
+                     "readout", "canonical", "inverse_cholesky", "eigh", "svd", "overlaps",
+                     "whitened", "metric"):  # fmt: skip
             yield name, getattr(self, name)
 
     def gram(self) -> float:
@@ -132,6 +133,30 @@ class Words:
     def svd(self) -> float:
         x, s, y = (o.cpu() for o in self.v.svd(self.on(self.small)))
         return relative((x * s[..., None, :]) @ y.mT, self.small) / 1e-12
+
+    def overlaps(self) -> float:
+        got = self.v.overlaps(self.on(self.x, self.dtype))
+        return product_error(got, self.x, self.x.mT)
+
+    def whitened(self) -> float:
+        grams, turns = [x.float() @ x.float().mT for x in (self.x, self.y)], 2 * [self.t / 100]
+        want = CpuVocabulary().whitened(grams, self.here, turns)
+        got = self.v.whitened([*map(self.on, grams)], self.there, [*map(self.on, turns)])
+        return relative(got[0], want[0].double()) / 1e-3
+
+    def metric(self) -> float:
+        gram = self.x.float() @ self.x.float().mT
+        gamma = CpuVocabulary().whitened([gram, gram], self.here, 2 * [self.t / 100])
+        z, d = self.z.float(), self.z[..., 0].float()
+        z, d = torch.cat([z, z]), torch.cat([d, d])
+        worst = 0.0
+        for precise in (False, True):
+            got = self.v.metric_product(self.on(gamma), self.on(z), precise)
+            want = CpuVocabulary().metric_product(gamma, z, precise)
+            worst = max(worst, relative(got, want.double()) / 1e-6)
+        got = self.v.metric_energy(self.on(gamma), self.on(gamma), self.on(d))
+        want = CpuVocabulary().metric_energy(gamma, gamma, d)
+        return max(worst, relative(got, want) / 1e-5)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -62,8 +62,31 @@ class Vocabulary(Protocol):
     def turned(self, rows: Tensor, ragged: Ragged, t: Tensor) -> Tensor:
         """(L, N, d): T_iᵀ x_i of every client in the working precision; t (L, N, r)."""
 
-    def overlaps(self, q: Tensor) -> Tensor:
-        """(L, N, N): q qᵀ in the working precision."""
+    def overlaps(self, q: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(L, N, N): q qᵀ in the working precision.
+
+        Rows are multiplied by `scale` (L, N) fp32 first, powers of two; not those of fp64.
+        """
+
+    def whitened(self, grams: Sequence[Tensor], ragged: Ragged, turns: Sequence[Tensor]) -> Tensor:
+        """(2, S·L, N, N) fp16: T_iᵀ G_ij T_j of S grams (L, N, N) as pairs, one after the other.
+
+        A pair is hi + 2⁻¹¹ lo, of a number between -1 and 1. A client's own block is the identity
+        on the columns of its T_i (L, N, r) that hold anything.
+        """
+
+    def metric_product(
+        self, gamma: Tensor, z: Tensor, precise: bool = False, unit: bool = False
+    ) -> Tensor:
+        """(L, 2N, k): z (L, N, k) as it enters the product, and below it Γ z, in fp32.
+
+        Its entries are rounded to 11 bits of each column's largest one, and Γ to its first term;
+        where it is precise to 22 bits, and Γ to both terms. With `unit` both come in units of
+        that entry's power of two: largest entries from ½ to 1.
+        """
+
+    def metric_energy(self, left: Tensor, right: Tensor, d: Tensor) -> Tensor:
+        """(L,) fp64: Σ_ij d_i d_j (Γ_U)_ij (Γ_V)_ij of two pairs (2, L, N, N), for d (L, N)."""
 
     def sketch(
         self, stacks: Sequence[Tensor], ragged: Ragged, omegas: Sequence[Tensor]

@@ -189,3 +189,84 @@ def readout() -> None:
 
     u, v = (meta(MODULES, 64, d).mT for d in (WIDTH, 11008))
     launch_readout(u, v, meta(MODULES, 64), 16)
+
+
+def overlaps(rows: int, dtype: torch.dtype) -> None:
+    from glora_ops.kernels.overlaps import launch_overlaps
+
+    launch_overlaps(meta(MODULES, rows, WIDTH, dtype=dtype), meta(MODULES, rows))
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def overlaps_bf16() -> None:
+    overlaps(1024, HALF)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def overlaps_few_bf16() -> None:
+    overlaps(160, HALF)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def overlaps_fp16() -> None:
+    overlaps(1024, torch.float16)
+
+
+@case(tensor_cores="HGMMA|HMMA", tf32=True)
+def overlaps_fp32() -> None:
+    overlaps(384, torch.float32)
+
+
+def metric(columns: int, terms: int) -> None:
+    from glora_ops.kernels.metric import launch_metric_terms
+
+    gamma, units = meta(2, MODULES, 1024, 1024, dtype=torch.float16), meta(MODULES, columns)
+    z = meta(terms, MODULES, columns, 1024, dtype=torch.float16)
+    launch_metric_terms(gamma, z, units, meta(MODULES, columns, 2048).mT, False)
+
+
+@case()
+def metric_round() -> None:
+    from glora_ops.kernels.metric import launch_metric_round
+
+    launch_metric_round(meta(MODULES, COLUMNS, 1024).mT, True, False)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def metric_one_term() -> None:
+    metric(COLUMNS, 1)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def metric_two_terms() -> None:
+    metric(COLUMNS, 2)
+
+
+@case(tensor_cores="HGMMA|HMMA")
+def metric_two_terms_narrow() -> None:
+    metric(32, 2)
+
+
+@case()
+def metric_energy() -> None:
+    from glora_ops.kernels.metric import launch_metric_energy
+
+    left, right = meta(2, 2 * MODULES, 1024, 1024, dtype=torch.float16).chunk(2, 1)
+    launch_metric_energy(left, right, meta(MODULES, 1024))
+
+
+def whitened(rank: int) -> None:
+    from glora_ops.kernels.whitened import launch_whitened
+
+    gram, t = meta(MODULES, 1024, 1024), meta(MODULES, 1024, rank, dtype=torch.float64)
+    launch_whitened([gram], [t], meta(1024 // rank + 1, dtype=torch.int64), rank)
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
+def whitened_rank_16() -> None:
+    whitened(16)
+
+
+@case(wide_loads=False, tensor_cores="DMMA", without_doubles="")
+def whitened_rank_64() -> None:
+    whitened(64)
