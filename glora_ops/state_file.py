@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,21 +117,22 @@ def encode(
     return tensors, {MARK: text}
 
 
-def check_saveable(clients: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `GloraError` where a state of these clients could certainly not be saved.
+def check_saveable(count: int, clients: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `GloraError` where a state of so many clients could certainly not be saved.
 
     Parameters
     ----------
-    clients : sequence of mapping
+    count : int
+    clients : iterable of mapping
         What a record says of each; of a path the last part only, which stands in any file.
     """
-    if len(clients) <= FEW:
+    if count <= FEW:
         return
     from .state_schema import MAX_MANY
 
     size = sum(len(json.dumps(json.dumps(client))) for client in clients)
     for found, most, what in (
-        (len(clients), MAX_MANY, "clients"),
+        (count, MAX_MANY, "clients"),
         (size, MAX_HEADER_BYTES, "bytes of their record"),
     ):
         require(found <= most, "clients", f"{found} {what}", f"at most {most}, which a state holds",

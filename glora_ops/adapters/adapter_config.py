@@ -10,11 +10,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import Refusal, Refusals
-from .files import read_json_object
+from .files import parse_object
 from .patterns import GRAMMAR, PatternError, Patterns
 from .targets import Targets
 
@@ -26,7 +25,7 @@ __all__ = [
     "StoredTable",
     "is_alpha",
     "judge_settings",
-    "read_settings",
+    "parse_settings",
 ]
 
 CONFIG_NAME = "adapter_config.json"
@@ -122,8 +121,8 @@ class LoraSettings:
         return self.alphas[module] / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[Refusal]]:
-    """Read `adapter_config.json` in `folder`.
+def parse_settings(text: bytes, client: str) -> tuple[LoraSettings | None, list[Refusal]]:
+    """What an `adapter_config.json` says.
 
     Returns
     -------
@@ -131,14 +130,14 @@ def read_settings(folder: Path, client: str) -> tuple[LoraSettings | None, list[
     refusals : list of Refusal
         Everything in the configuration that glora refuses; may be non-empty beside settings.
     """
-    raw, problems = read_json_object(folder, CONFIG_NAME, client)
+    raw, problems = parse_object(text, CONFIG_NAME, client)
     return (None, problems) if raw is None else judge_settings(raw, client, CONFIG_NAME)
 
 
 def judge_settings(
     raw: dict[str, Any], client: str | None, file: str
 ) -> tuple[LoraSettings | None, list[Refusal]]:
-    """`read_settings` of a configuration that was found in `file`."""
+    """`parse_settings` of a configuration that was found in `file`."""
     problems = Refusals()
 
     def refuse(key: str, why: str, expected: str, remedy: str, found: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -19,7 +20,11 @@ from .read import TENSORS_NAME, Adapter
 
 __all__ = ["adapter_layout", "check_base_copies", "check_compatible", "incompatible"]
 
+END = 2**14  # bytes: of the last module's factor B, which starts as zeros and is trained
 MAX_MAPPED = 16  # entries of auto_mapping; PEFT writes two
+
+#: By name, the clients that have each kind and shape of it.
+Shapes = dict[str, list[tuple[list[int], Hashable]]]
 
 
 def check_compatible(adapters: Sequence[Adapter], base: str | None = None) -> list[Refusal]:
@@ -188,14 +193,12 @@ def _strangers(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
     Nothing says then that they adapt one model, and the mean would be of unrelated updates.
     """
     circles: list[list[int]] = []
-    for i, adapter in enumerate(adapters):
-        if adapter.base_model is None:
-            kin = [
-                circle
-                for circle in circles
-                if any(adapter.modules.keys() & adapters[j].modules for j in circle)
-            ]
-            joined = sorted([i, *(j for circle in kin for j in circle)])
+    for having in _layouts(adapters):
+        here = [i for i in having if adapters[i].base_model is None]
+        if here:
+            held = adapters[here[0]].modules.keys()
+            kin = [circle for circle in circles if any(held & adapters[j].modules for j in circle)]
+            joined = sorted([*here, *(j for circle in kin for j in circle)])
             circles = [*(circle for circle in circles if circle not in kin), joined]
     usual = max(circles, key=lambda circle: (len(circle), -circle[0]), default=[])
     for i in sorted(i for circle in circles if circle is not usual for i in circle):
@@ -237,36 +240,44 @@ def _other_tasks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
             )
 
 
-def _other_modules(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
-    shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+def _layouts(adapters: Sequence[Adapter]) -> list[list[int]]:
+    """Clients by their modules, which those of one layout share (`Layouts`)."""
+    alike: dict[int, list[int]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
-        for name, m in adapter.modules.items():
-            shapes[name].append((i, (m.kind, m.d_out, m.d_in, *m.kernel)))
+        alike[id(adapter.modules)].append(i)
+    return list(alike.values())
+
+
+def _other_modules(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
+    shapes: Shapes = defaultdict(list)
+    for having in _layouts(adapters):
+        for name, m in adapters[having[0]].modules.items():
+            shapes[name].append((having, (m.kind, m.d_out, m.d_in, *m.kernel)))
     return _unequal(
         adapters, shapes, "the module has another kind or shape", "kind, d_out, d_in (kernel) ="
     )
 
 
 def _other_dense(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
-    shapes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    shapes: Shapes = defaultdict(list)
     for i, adapter in enumerate(adapters):
         for name, tensor in adapter.dense.items():
             averaged = "numbers" if tensor.dtype.is_floating_point else str(tensor.dtype)
-            shapes[name].append((i, (tensor.shape, averaged)))
+            shapes[name].append(([i], (tensor.shape, averaged)))
     return _unequal(adapters, shapes, "the saved weight has another shape or kind", "")
 
 
 def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
     """Stacks of another number of experts; parameters of one module that PEFT nests unknown how."""
-    sizes: dict[str, list[tuple[int, Hashable]]] = defaultdict(list)
+    sizes: Shapes = defaultdict(list)
     short: dict[str, dict[str, int]] = defaultdict(dict)
-    for i, adapter in enumerate(adapters):
-        for m in adapter.modules.values():
+    for having in _layouts(adapters):
+        for m in adapters[having[0]].modules.values():
             if m.kind in PARAMETER_KINDS and m.expert[0] == 0:
                 path = m.parameter
-                sizes[path].append((i, m.expert[1]))
+                sizes[path].append((having, m.expert[1]))
                 holder, _, name = path.rpartition(".")
-                short[holder].setdefault(name, i)
+                short[holder].setdefault(name, having[0])
     yield from _unequal(adapters, sizes, "the stack has another number of experts", "experts =")
     for holder, names in short.items():
         if innermost_first(names) is None:
@@ -288,11 +299,13 @@ def _other_stacks(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
 def _other_experts(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]]:
     """Experts as modules of their own, as transformers 4 has them, beside stacks of experts."""
     forms: list[tuple[int, str, str]] = []
-    for i, adapter in enumerate(adapters):
-        for name, m in adapter.modules.items():
+    for having in _layouts(adapters):
+        for name, m in adapters[having[0]].modules.items():
             if m.kind == "expert" or re.search(r"(^|\.)experts\.[0-9]+\.", name):
-                forms.append((i, "a stack" if m.kind == "expert" else "modules one by one", name))
+                form = "a stack" if m.kind == "expert" else "modules one by one"
+                forms += [(i, form, name) for i in having]
                 break
+    forms.sort()
     usual = _usual([form for _, form, _ in forms] or [None])
     for i, form, name in forms:
         if form != usual:
@@ -358,26 +371,26 @@ def _tied_elsewhere(adapters: Sequence[Adapter]) -> Iterator[tuple[int, Refusal]
 
 def _unequal(
     adapters: Sequence[Adapter],
-    shapes: dict[str, list[tuple[int, Hashable]]],
+    shapes: Shapes,
     problem: str,
     what: str,
 ) -> Iterator[tuple[int, Refusal]]:
     for name, owners in shapes.items():
-        usual = _usual([shape for _, shape in owners])
-        for i, found in owners:
-            if found != usual:
-                yield (
-                    i,
-                    Refusal(
-                        problem,
-                        adapters[i].name,
-                        TENSORS_NAME,
-                        PREFIX + name,
-                        f"{what} {found}",
-                        f"{usual} like the other clients",
-                        "all clients must adapt the same base model",
-                    ),
-                )
+        usual = _usual([shape for having, shape in owners for _ in having])
+        others = ((i, found) for having, found in owners if found != usual for i in having)
+        for i, found in others:
+            yield (
+                i,
+                Refusal(
+                    problem,
+                    adapters[i].name,
+                    TENSORS_NAME,
+                    PREFIX + name,
+                    f"{what} {found}",
+                    f"{usual} like the other clients",
+                    "all clients must adapt the same base model",
+                ),
+            )
 
 
 def _duplicates(
@@ -405,29 +418,37 @@ def _duplicates(
                     ),
                 )
 
+    def among_alike(glance: Callable[[Adapter], Hashable]) -> Iterator[list[int]]:
+        """Those that a cheap glance cannot tell apart."""
+        alike = defaultdict(list)
+        for i in everyone:
+            alike[glance(adapters[i])].append(i)
+        return (among for among in alike.values() if len(among) > 1)
+
     weigh = "name it once and give it a larger weight"
-    yield from again(lambda a: a.path.resolve(), everyone, "the folder is given twice", weigh)
+    for among in among_alike(_identity):
+        yield from again(lambda a: a.path.resolve(), among, "the folder is given twice", weigh)
     yield from again(
         lambda a: a.name,
         everyone,
         "two clients have the same name",
         "give each its own, NAME=PATH: results and messages call clients by it",
     )
-    # Whole files are read only where size and both ends of the file agree already.
-    alike = defaultdict(list)
-    for i in everyone:
-        alike[_ends(adapters[i])].append(i)
-    for among in alike.values():
-        if len(among) > 1:
-            yield from again(_digest, among, "two clients sent the same bytes", weigh)
+    # Whole files are read only where size and end of the file agree already.
+    for among in among_alike(_end):
+        yield from again(_digest, among, "two clients sent the same bytes", weigh)
 
 
-def _ends(adapter: Adapter) -> Hashable:
+def _identity(adapter: Adapter) -> Hashable:
+    status = os.stat(adapter.path)
+    return status.st_dev, status.st_ino
+
+
+def _end(adapter: Adapter) -> Hashable:
     size = adapter.file.stat().st_size
-    with open_regular(adapter.file) as file:
-        head = file.read(2**16)
-        file.seek(max(0, size - 2**16))
-        return size, hashlib.sha256(head + file.read()).digest()
+    with open_regular(adapter.file, buffering=0) as file:
+        file.seek(max(0, size - END))
+        return size, hashlib.sha256(file.read(END)).digest()
 
 
 def _digest(adapter: Adapter) -> bytes:

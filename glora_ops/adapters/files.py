@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from typing import Any
 from ..errors import GloraError, Refusal
 from ..runtime.reading import parse_json_object, read_bytes
 
-__all__ = ["find_file", "only_adapter", "read_json_object", "unread_weights", "what_else"]
+__all__ = [
+    "find_file",
+    "only_adapter",
+    "parse_object",
+    "read_text",
+    "unread_weights",
+    "what_else",
+]
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
 #: Such files that hold no trained weights, or those of the adapter once more.
@@ -96,16 +104,17 @@ def unread_weights(folder: Path) -> tuple[str, ...]:
     Folders in the folder are looked into once, unless they are adapters or checkpoints themselves.
     """
     found = []
-    for path in islice(folder.iterdir(), _LOOKED_AT):
-        if path.is_file():
-            found += [path.name] * _is_weights(path.name)
-        elif not path.is_dir() or path.name.startswith((".", "checkpoint-", "global_step")):
-            continue
-        elif (path / "adapter_config.json").exists():
-            found.append(f"{path.name}/ (an adapter by itself)")
-        else:
-            inside = islice(path.iterdir(), _LOOKED_AT)
-            found += [f"{path.name}/{p.name}" for p in inside if _is_weights(p.name)]
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, _LOOKED_AT):
+            if entry.is_file():
+                found += [entry.name] * _is_weights(entry.name)
+            elif not entry.is_dir() or entry.name.startswith((".", "checkpoint-", "global_step")):
+                continue
+            elif os.path.exists(os.path.join(entry, "adapter_config.json")):
+                found.append(f"{entry.name}/ (an adapter by itself)")
+            else:
+                inside = islice(os.listdir(entry), _LOOKED_AT)
+                found += [f"{entry.name}/{name}" for name in inside if _is_weights(name)]
     if not found:
         return ()
     found.sort()
@@ -126,6 +135,8 @@ def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[R
     """
     path = folder / name
     try:
+        if stat.S_ISREG(os.lstat(path).st_mode):  # as nearly always: no link to be followed
+            return path, []
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a symlink loop, before Python 3.13
         return None, [
@@ -163,27 +174,34 @@ def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[R
     return target, []
 
 
-def read_json_object(
-    folder: Path, name: str, client: str
-) -> tuple[dict[str, Any] | None, list[Refusal]]:
-    """The JSON object in the file `name` of `folder`, or why it cannot be had."""
+def read_text(folder: Path, name: str, client: str) -> tuple[bytes | None, list[Refusal]]:
+    """What stands in the file `name` of `folder`, or why it cannot be had."""
     path, problems = find_file(folder, name, client)
     if path is None:
         return None, problems
     try:
-        return parse_json_object(read_bytes(path)), []
+        return read_bytes(path), []
     except GloraError as error:
         (refusal,) = error.refusals
-        found, expected = refusal.found, refusal.expected
+        return None, [_unreadable(name, client, refusal.found, refusal.expected)]
+
+
+def parse_object(
+    text: bytes, name: str, client: str
+) -> tuple[dict[str, Any] | None, list[Refusal]]:
+    """The JSON object in what `read_text` gave, or why there is none."""
+    try:
+        return parse_json_object(text), []
     except ValueError as error:
-        found, expected = str(error), "one JSON object with distinct keys"
-    return None, [
-        Refusal(
-            "the file is not readable JSON",
-            client=client,
-            file=name,
-            found=found,
-            expected=expected,
-            remedy="save the adapter again",
-        )
-    ]
+        return None, [_unreadable(name, client, str(error), "one JSON object with distinct keys")]
+
+
+def _unreadable(name: str, client: str, found: str, expected: str) -> Refusal:
+    return Refusal(
+        "the file is not readable JSON",
+        client=client,
+        file=name,
+        found=found,
+        expected=expected,
+        remedy="save the adapter again",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import defaultdict
@@ -15,8 +16,15 @@ from torch import Tensor
 
 from ..errors import Refusal, Refusals, Refused
 from ..values import extent, out_of_range
-from .adapter_config import LoraSettings, read_settings
-from .files import find_file, only_adapter, read_json_object, unread_weights, what_else
+from .adapter_config import CONFIG_NAME, LoraSettings, parse_settings
+from .files import (
+    find_file,
+    only_adapter,
+    parse_object,
+    read_text,
+    unread_weights,
+    what_else,
+)
 from .modules import DenseTensor, Module, Tensors, saved_by, sort_tensors
 from .one_file import read_one_file
 from .places import Place, find_places
@@ -41,28 +49,53 @@ EXAMPLES_NAME = "glora.json"
 MAX_BYTES = 16 * 2**30  # why: LoRA of rank 64 on all of a 70B model is a tenth of it in bf16
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a configuration makes of a header, and the configuration's SHA-256 (`config_digest`)."""
+
+    settings: LoraSettings
+    tensors: Tensors
+    config_sha256: str
+
+
 class Layouts:
     """What many clients have in common, kept once: headers, and what they and configurations say.
 
     Clients of one training script differ in numbers only; without this each costs a kilobyte and
-    the time of a look for every tensor.
+    the time of a look for every tensor. Threads may share it.
     """
 
     def __init__(self) -> None:
         self.headers: dict[bytes, Header] = {}
-        self._sorted: dict[tuple[int, str], tuple[LoraSettings, Tensors]] = {}
+        self._said: dict[tuple[int, str], Layout] = {}
+        self._written: dict[tuple[int, bytes], Layout] = {}
 
-    def sort(
-        self, header: Header, settings: LoraSettings, client: str
-    ) -> tuple[LoraSettings, Tensors, list[Refusal]]:
-        """`sort_tensors`, and the settings of the first client that had the same."""
-        key = id(header), json.dumps(settings.raw, sort_keys=True)
-        if key in self._sorted:
-            return *self._sorted[key], []
-        found, problems = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
-        if not problems:
-            self._sorted[key] = settings, found
-        return settings, found, problems
+    def find(
+        self, header: Header | None, config: bytes, client: str
+    ) -> tuple[Layout | None, list[Refusal]]:
+        """The layout of one of `headers` under the text of a configuration, or what is refused."""
+        text = hashlib.sha256(config).digest()
+        if header is not None and (id(header), text) in self._written:
+            return self._written[id(header), text], []
+        settings, problems = parse_settings(config, client)
+        if header is None or settings is None:
+            return None, problems
+        digest = config_digest(settings.raw)
+        layout = self._said.get((id(header), digest))
+        if layout is None:
+            found, more = sort_tensors(header.tensors, settings, client, TENSORS_NAME)
+            problems += more
+            layout = Layout(settings, found, digest)
+        if problems:
+            return None, problems
+        layout = self._said.setdefault((id(header), digest), layout)
+        self._written[id(header), text] = layout
+        return layout, []
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, whatever the order and spacing it was written in."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -95,6 +128,8 @@ class Adapter:
         As the configuration names them.
     config : mapping
         ``adapter_config.json`` as it stands, or what a file says of itself instead.
+    config_sha256 : str
+        Of its canonical JSON.
     remarks : tuple of str
         What whoever merges it should know.
     """
@@ -114,6 +149,7 @@ class Adapter:
     lora_dropout: float
     modules_to_save: tuple[str, ...]
     config: Mapping[str, Any]
+    config_sha256: str
     remarks: tuple[str, ...] = ()
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
@@ -209,7 +245,10 @@ def inspect_adapter(
     """
     (place,) = find_places([folder])
     path, client = place.path, place.name
+    layouts = Layouts() if layouts is None else layouts
     try:
+        if path.is_dir() and os.path.lexists(path / CONFIG_NAME):
+            return _inspect(path, client, max_bytes, layouts)
         if path.is_file():
             return _inspect_file(path, client, max_bytes)
         if path.is_dir():
@@ -217,7 +256,7 @@ def inspect_adapter(
         problem = what_else(path)
         if problem is not None:
             return None, [replace(problem, client=client)]
-        return _inspect(path, client, max_bytes, layouts or Layouts())
+        return _inspect(path, client, max_bytes, layouts)
     except OSError as error:
         return None, [
             Refusal(
@@ -259,6 +298,7 @@ def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | No
             lora_dropout=0.0,
             modules_to_save=(),
             config=read.config,
+            config_sha256=config_digest(read.config),
             remarks=(read.remark,),
         ),
         [],
@@ -268,31 +308,31 @@ def _inspect_file(path: Path, client: str, max_bytes: int) -> tuple[Adapter | No
 def _inspect(
     path: Path, client: str, max_bytes: int, layouts: Layouts
 ) -> tuple[Adapter | None, list[Refusal]]:
-    settings, problems = read_settings(path, client)
-    num_examples, more = _read_num_examples(path, client)
-    problems += more
+    config, problems = read_text(path, CONFIG_NAME, client)
+    num_examples, others = _read_num_examples(path, client)
     file, more = _find_tensors(path, client)
-    problems += more
-    if file is None:
+    others += more
+    found, header = (0, 0, 0), None
+    if file is not None:
+        found = signature(file.stat())
+        header, more = read_header(file, client, max_bytes=max_bytes, known=layouts.headers)
+        others += more
+    layout = None
+    if config is not None:
+        layout, problems = layouts.find(header, config, client)
+    problems += others
+    if problems or file is None or header is None or layout is None:
         return None, problems
-    found = signature(file.stat())
-    header, more = read_header(file, client, max_bytes=max_bytes, known=layouts.headers)
-    problems += more
-    if header is None or settings is None:
-        return None, problems
-    settings, sorted_tensors, more = layouts.sort(header, settings, client)
-    problems += more
-    if problems:
-        return None, problems
+    settings, tensors = layout.settings, layout.tensors
     return (
         Adapter(
             name=client,
             path=path,
             stored=Stored(file, client, header.tensors, found),
-            modules=sorted_tensors.modules,
-            dense=sorted_tensors.dense,
-            base_copies=sorted_tensors.base_copies,
-            tied=sorted_tensors.tied,
+            modules=tensors.modules,
+            dense=tensors.dense,
+            base_copies=tensors.base_copies,
+            tied=tensors.tied,
             num_examples=num_examples,
             base_model=settings.base_model,
             revision=settings.revision,
@@ -301,6 +341,7 @@ def _inspect(
             lora_dropout=settings.lora_dropout,
             modules_to_save=settings.modules_to_save,
             config=settings.raw,
+            config_sha256=layout.config_sha256,
             remarks=unread_weights(path),
         ),
         [],
@@ -416,7 +457,10 @@ def _find_tensors(path: Path, client: str) -> tuple[Path | None, list[Refusal]]:
 def _read_num_examples(path: Path, client: str) -> tuple[int | None, list[Refusal]]:
     if not os.path.lexists(path / EXAMPLES_NAME):
         return None, []
-    content, problems = read_json_object(path, EXAMPLES_NAME, client)
+    text, problems = read_text(path, EXAMPLES_NAME, client)
+    if text is None:
+        return None, problems
+    content, problems = parse_object(text, EXAMPLES_NAME, client)
     if content is None:
         return None, problems
     n = content.get("num_examples")

@@ -203,9 +203,7 @@ def read_header(
     if problems:
         return None, problems
     checked = Header(tensors, metadata)
-    if known is not None:
-        known[key] = checked
-    return checked, []
+    return checked if known is None else known.setdefault(key, checked), []
 
 
 def _tensor_info(entry: Any) -> TensorInfo | tuple[str, str, str]:

@@ -61,7 +61,7 @@ def look_again(job: Job) -> Inspected:
     arguments = job.about["arguments"]
     aligned, _ = align_names(list(readable.values()), arguments["base"])
     patterns = arguments.get("include", ()), arguments.get("exclude", ())
-    chosen = [select(adapter, *patterns) if any(patterns) else adapter for adapter in aligned]
+    chosen = select(aligned, *patterns) if any(patterns) else aligned
     readable = dict(zip(readable, chosen, strict=True))
     clients = {i: adapter for i, adapter in readable.items() if entries[i]["kept"]}
     _check_parts(job, list(clients.values()))

@@ -18,7 +18,6 @@ from ..merging.aggregate import (
     Inspected,
     Progress,
     aggregate_adapters,
-    config_digest,
     examined,
     inspect,
     with_equal_copies,
@@ -176,7 +175,7 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
         "mtime_ns": mtime,
         "inode": inode,
         "num_examples": adapter.num_examples,
-        "config_sha256": config_digest(adapter),
+        "config_sha256": adapter.config_sha256,
     }
 
 

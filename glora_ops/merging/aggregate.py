@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import warnings
 from collections import defaultdict
@@ -51,7 +50,6 @@ __all__ = [
     "Inspected",
     "Progress",
     "aggregate_adapters",
-    "config_digest",
     "described",
     "examine",
     "examined",
@@ -303,13 +301,14 @@ def inspect(
         clients = dict(zip(clients, aligned, strict=True))
         _note(refused, clients, problems + incompatible(aligned, base))
     if (include or exclude) and not common:
-        for i, adapter in clients.items():
-            clients[i] = select(adapter, include, exclude)
-            if not clients[i].modules:
+        chosen = select(list(clients.values()), include, exclude)
+        for (i, adapter), left in zip(clients.items(), chosen, strict=True):
+            if not left.modules:
                 refused[i].append(unselected(adapter, include, exclude))
+        clients = dict(zip(clients, chosen, strict=True))
     if dense == "refuse":
         _note(refused, clients, with_dense(list(clients.values())))
-    good = {i: adapter for i, adapter in clients.items() if not refused[i]}
+    good = {i: adapter for i, adapter in clients.items() if not refused.get(i)}
     if good and not common:
         voices, _ = _voices(good, weights)
         if weights is None or len(good) < len(places):  # otherwise they have been checked
@@ -319,10 +318,11 @@ def inspect(
     readable, clients = clients, _settle(clients, refused, on_bad_client, common)
     check_ranks(list(clients.values()), settings, readouts)
     check_saveable(
-        [
+        len(clients),
+        (
             _entry(adapter, False, "0" * 64, None) | {"path": adapter.path.name}
             for adapter in clients.values()
-        ]
+        ),
     )
     if planned is not None:
         planned(list(clients.values()))
@@ -429,22 +429,17 @@ def _entry(adapter: Adapter, named: bool, digest: str, weight: float | None) -> 
         "num_examples": adapter.num_examples,
         "bytes": adapter.stored.signature[0],
         "sha256": digest,
-        "config_sha256": config_digest(adapter),
+        "config_sha256": adapter.config_sha256,
         "ranks": sorted({m.rank for m in adapter.modules.values()}),
         "scalings": sorted({m.scaling for m in adapter.modules.values()}),
     }
-
-
-def config_digest(adapter: Adapter) -> str:
-    """SHA-256 of a client's configuration."""
-    return hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode()).hexdigest()
 
 
 def _changes(adapter: Adapter, digest: str, entry: Mapping[str, Any]) -> list[Refusal]:
     """In what a client differs from what was recorded of it."""
     compared: list[tuple[str, str, object]] = [
         (TENSORS_NAME, "sha256", digest),
-        (CONFIG_NAME, "config_sha256", config_digest(adapter)),
+        (CONFIG_NAME, "config_sha256", adapter.config_sha256),
     ]
     if entry["weights_from"] != "given":
         compared.append((EXAMPLES_NAME, "num_examples", adapter.num_examples))
@@ -481,7 +476,7 @@ def _settle(
     common: Sequence[Refusal],
 ) -> dict[int, Adapter]:
     """The clients nothing is held against; raises where the caller, or the lack of any, says so."""
-    good = {i: adapter for i, adapter in clients.items() if not refused[i]}
+    good = {i: adapter for i, adapter in clients.items() if not refused.get(i)}
     reasons = [*common, *(refusal for i in sorted(refused) for refusal in refused[i])]
     if not good:
         raise Refused([*reasons, *check_compatible([])])

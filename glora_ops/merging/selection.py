@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from ..adapters.modules import Module
 from ..adapters.read import Adapter
 from ..errors import Refusal, require
 
@@ -27,14 +28,29 @@ def is_chosen(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool
     return (not include or any_matches(include)) and not any_matches(exclude)
 
 
-def select(adapter: Adapter, include: Sequence[str], exclude: Sequence[str]) -> Adapter:
-    """The adapter with the modules that are taken; of a parameter's experts all or none."""
-    modules = {
-        name: m for name, m in adapter.modules.items() if is_chosen(m.parameter, include, exclude)
-    }
-    left_out = adapter.modules.keys() - modules.keys()
-    tied = {copy: one for copy, one in adapter.tied.items() if not {copy, one} & left_out}
-    return replace(adapter, modules=modules, tied=tied)
+def select(
+    adapters: Sequence[Adapter], include: Sequence[str], exclude: Sequence[str]
+) -> list[Adapter]:
+    """Adapters with the modules that are taken; of a parameter's experts all or none.
+
+    Those that shared a layout share what is left of it.
+    """
+    known: dict[tuple[int, int], tuple[dict[str, Module], dict[str, str]]] = {}
+    chosen = []
+    for adapter in adapters:
+        key = id(adapter.modules), id(adapter.tied)
+        if key not in known:
+            modules = {
+                name: m
+                for name, m in adapter.modules.items()
+                if is_chosen(m.parameter, include, exclude)
+            }
+            left_out = adapter.modules.keys() - modules.keys()
+            tied = {copy: one for copy, one in adapter.tied.items() if not {copy, one} & left_out}
+            known[key] = modules, tied
+        modules, tied = known[key]
+        chosen.append(replace(adapter, modules=modules, tied=tied))
+    return chosen
 
 
 def unselected(adapter: Adapter, include: Sequence[str], exclude: Sequence[str]) -> Refusal:
