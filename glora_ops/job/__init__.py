@@ -2,14 +2,15 @@
 
 A job is a folder. `plan` looks at the clients and writes down which modules are computed together;
 `work` computes some of these parts, each into a file of its own; `join` puts them together, to the
-bit what `aggregate_adapters` gives. Who starts the workers is the user's matter: parts that are
-there are not made again, so that any worker may be killed, repeated or doubled.
+bit what `aggregate_adapters` gives, which can do all three. Who starts the workers is the user's
+matter: parts that are there are not made again, so that any worker may be killed, repeated or
+doubled.
 """
 
 from .folder import read_job
 from .join import join
 from .plan import plan
-from .run import aggregate, submit, torchrun
+from .run import submit, torchrun
 from .status import Status, status
 from .work import Share, Worked, share, work
 
@@ -17,7 +18,6 @@ __all__ = [
     "Share",
     "Status",
     "Worked",
-    "aggregate",
     "join",
     "plan",
     "read_job",

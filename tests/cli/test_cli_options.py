@@ -239,8 +239,9 @@ def test_an_option_of_two_commands_is_worded_once() -> None:
 
     whole = options("glora aggregate")
     parts = options("glora job plan") | options("glora job work") | options("glora job join")
-    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--dry-run"}
-    for name in (parts.keys() & whole.keys()) - {"--out"}:
+    own = {"--captured", "--clip", "--plot", "--dry-run", "--engine", "--job"}
+    assert whole.keys() - parts.keys() == own
+    for name in (parts.keys() & whole.keys()) - {"--out", "--workers"}:
         assert parts[name] == whole[name]
 
 
