@@ -24,7 +24,7 @@ from .state import ModuleState, State
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .merging.aggregate import aggregate_adapters
+    from .job.launch import aggregate_adapters
     from .merging.apply import apply_adapter
     from .merging.update import update_adapters
 
@@ -50,9 +50,9 @@ __all__ = [
 
 #: What reads folders, by the module it lies in: loaded when wanted.
 _FOLDERS = {
-    "aggregate_adapters": "aggregate",
-    "apply_adapter": "apply",
-    "update_adapters": "update",
+    "aggregate_adapters": "job.launch",
+    "apply_adapter": "merging.apply",
+    "update_adapters": "merging.update",
 }
 
 
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> object:
     if name in _FOLDERS:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.merging.{_FOLDERS[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_FOLDERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

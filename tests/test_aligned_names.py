@@ -11,9 +11,8 @@ import pytest
 from adapter_folders import edit_tensors
 from peft_models import Base
 
-from glora_ops import State
+from glora_ops import State, aggregate_adapters
 from glora_ops.errors import Refused
-from glora_ops.merging.aggregate import aggregate_adapters
 
 OLD = {"model.language_model.layers": "model.layers", "model.visual.": "visual."}
 LISTED = {"r": 2, "target_modules": ["q_proj", "v_proj", "qkv"]}

@@ -15,10 +15,9 @@ from peft_models import Base
 from safetensors.torch import save_file
 from torch import nn
 
-from glora_ops import State
+from glora_ops import State, aggregate_adapters
 from glora_ops.adapters import inspect_adapter, read_adapter
 from glora_ops.errors import Refused
-from glora_ops.merging.aggregate import aggregate_adapters
 
 ATTENTION = ["q_proj", "v_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -29,12 +29,11 @@ from adapter_folders import (
 from state_files import as_format
 from torch import Tensor
 
-from glora_ops import aggregate, batches
+from glora_ops import aggregate, aggregate_adapters, batches
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.stored import Stored
 from glora_ops.batches import plan
 from glora_ops.errors import GloraError, GloraWarning, Refused
-from glora_ops.merging.aggregate import aggregate_adapters
 from glora_ops.merging.update import update_adapters
 from glora_ops.state import State
 

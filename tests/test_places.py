@@ -17,11 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glora_ops import State
+from glora_ops import State, aggregate_adapters
 from glora_ops.adapters import read_adapter
 from glora_ops.adapters.places import find_places
 from glora_ops.errors import Refused
-from glora_ops.merging.aggregate import aggregate_adapters
 from glora_ops.merging.update import update_adapters
 
 PLAIN = {"r": 2, "target_modules": ["q_proj"]}

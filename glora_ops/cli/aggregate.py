@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +33,9 @@ from .options import (
 )
 from .show import answering, print_json, progress
 from .weights import is_file, weights_file
+
+if TYPE_CHECKING:
+    from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
 
@@ -171,6 +176,31 @@ def aggregate(
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
+    engine: Annotated[
+        Literal["torchrun", "ray"] | None,
+        option(
+            "--engine", default="this process", example="--engine torchrun --workers 4",
+            help="What has workers compute, as parts of a job: torchrun on this machine, or Ray "
+            "where it runs, else on this machine. glora job does the same step by step.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        option(
+            "--workers", metavar="N", min=1, example="--engine ray --workers 16",
+            default="as many as this machine has processors, with --device cuda as GPUs",
+            help="With --engine: how many.",
+        ),
+    ] = None,
+    job: Annotated[
+        Path | None,
+        option(
+            "--job", metavar="JOB", default="OUT.job, removed once OUT is written",
+            example="--engine ray --job /srv/job",
+            help="With --engine: folder of the job, which all workers can reach. What is in it is "
+            "not computed again, so that the same command goes on after a kill.",
+        ),
+    ] = None,
     plot: Spectra = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -197,13 +227,19 @@ def aggregate(
         raise typer.BadParameter(
             "only means something with --robust clip or gate", param_hint="--clip"
         )
+    for name, value in (("--workers", workers), ("--job", job)):
+        if value is not None and engine is None:
+            raise typer.BadParameter("only means something with --engine", param_hint=name)
     readouts = ranks(readout)
+    kept = "" if engine is None else "finished parts are kept; the same command goes on"
 
     with (
-        answering(as_json, writes=True, quiet=quiet, threads=threads) as outcome,
+        answering(as_json, writes=True, kept=kept, quiet=quiet, threads=threads) as outcome,
         ExitStack() as held,
     ):
         from ..adapters.places import find_places
+        from ..job.launch import engine as on_engine
+        from ..job.launch import in_parts, remove
         from ..merging.aggregate import merge
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
@@ -215,6 +251,8 @@ def aggregate(
             places, given = read_client_list(client_list)
         inputs += [place.path for place in places]
         inputs += [weights] if weights is not None and is_file(weights) else []
+        place = Path(f"{os.path.realpath(out)}.job") if job is None else job
+        inputs += [] if engine is None else [place]
         folder = StateFolder(out, readouts, pad, dtype, seed, plot, overwrite, dry_run, began)
         folder.reserve(held, inputs, refusals)
         if weights is not None and is_file(weights):
@@ -229,7 +267,11 @@ def aggregate(
             # What warnings would say is in the state's notes and settings, and shown from there.
             with warnings.catch_warnings(), progress() as report:
                 warnings.simplefilter("ignore", GloraWarning)
-                state = merge(
+                make: Callable[..., State] = merge
+                if engine is not None:
+                    do = on_engine(engine, workers, device, threads)
+                    make = partial(in_parts, job=place, do=do)
+                state = make(
                     places, given, rank=rank_of_server, basis=basis, missing=missing, dense=dense,
                     normalise=normalise, on_bad_client=on_bad_client, base=base, seed=seed,
                     captured=DEFAULT_CAPTURED if captured is None else captured,
@@ -243,6 +285,8 @@ def aggregate(
         facts = folder.write(state)
         outcome.wrote(out)
         held.close()
+        if engine is not None and job is None:
+            remove(place)
         if as_json:
             print_json(facts)
         else:

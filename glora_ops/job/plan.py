@@ -11,13 +11,13 @@ from typing import Any
 
 from ..adapters.places import Place
 from ..adapters.read import MAX_BYTES, Adapter
+from ..api import aggregate
 from ..batches import BATCH_BYTES, DEVICE_BATCH_BYTES
 from ..batches import plan as batches_of
 from ..errors import Refusal, listing, require
 from ..merging.aggregate import (
     Inspected,
     Progress,
-    aggregate_adapters,
     examined,
     inspect,
     with_equal_copies,
@@ -33,7 +33,7 @@ CHECK_BYTES, CHECK_CLIENTS = 2**28, 256
 DEVICES = ("cpu", "cuda")
 #: Of `aggregate_adapters`, which a state records.
 _DEFAULTS = {
-    name: signature(aggregate_adapters).parameters[name].default
+    name: signature(aggregate).parameters[name].default
     for name in ("rank", "basis", "missing", "captured")
 }
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+from ..errors import unfit
+
 __all__ = ["RayExecutor"]
 
 T = TypeVar("T")
@@ -20,16 +22,26 @@ class RayExecutor(Executor):
         Of a running cluster; without one and without Ray initialised, Ray starts on this machine.
     retries : int
         How often a call is repeated that was lost with its worker; what it raises is raised here.
-    cpus : float
+    cpus, gpus : float
         That a call asks for.
+
+    Raises
+    ------
+    GloraError
+        Ray is not installed.
     """
 
-    def __init__(self, address: str | None = None, retries: int = 3, cpus: float = 1) -> None:
-        import ray
-
+    def __init__(
+        self, address: str | None = None, retries: int = 3, cpus: float = 1, gpus: float = 0
+    ) -> None:
+        try:
+            import ray
+        except ModuleNotFoundError:
+            raise unfit("Ray", "nothing of that name", "an installed Ray",
+                        "pip install 'glora[ray]'") from None  # fmt: skip
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
-        self._remote = ray.remote(num_cpus=cpus, max_retries=retries)
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         from ray.exceptions import RayTaskError

@@ -49,12 +49,12 @@ from .selection import check_patterns, select, unselected
 __all__ = [
     "Inspected",
     "Progress",
-    "aggregate_adapters",
     "described",
     "examine",
     "examined",
     "inspect",
     "merge",
+    "warn_of",
     "with_equal_copies",
 ]
 
@@ -63,83 +63,6 @@ Progress = Callable[[str, int, int], None]
 # Batches between which freed memory goes back to the system: after each, a tenth of the time went
 # into having it again (bench/test_folders.py), and it would be kept up to 64 MB a thread.
 RELEASE = 8
-
-
-def aggregate_adapters(
-    folders: Sequence[str | os.PathLike[str]],
-    weights: Sequence[float] | None = None,
-    *,
-    rank: int | str | None = None,
-    basis: str = "consensus",
-    missing: str = "zero",
-    dense: str = "mean",
-    on_bad_client: str = "refuse",
-    base: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    captured: float = 0.9,
-    max_file_bytes: int = MAX_BYTES,
-    progress: Progress | None = None,
-    **settings: Any,
-) -> State:
-    """Aggregate PEFT LoRA folders into one server state.
-
-    All headers are checked before any tensor is read, then all values before anything is computed;
-    each time every problem of every client is collected. Then factors are read module by module,
-    a few ahead of the computation, and dropped: memory is the state, the factors of `max_bytes`
-    (see `aggregate`) and the solver's own. So every file is read twice, the second time from the
-    system's cache where it has room; with ``rank="auto"`` once more for every rank tried.
-
-    Parameters
-    ----------
-    folders : sequence of path
-        One per client, each written by ``PeftModel.save_pretrained``; ``NAME=PATH`` names the
-        client, which is otherwise called by its folder (and the parents that tell it from others).
-    weights : sequence of float, optional
-        One per folder. By default the ``num_examples`` in the clients' ``glora.json`` if every
-        client has it, otherwise equal; ``settings["weights_from"]`` of the state says which.
-    rank, basis, missing, captured
-        As in `aggregate`.
-    dense : {"mean", "refuse"}
-        What to do with modules saved in full, such as classifier heads: their weighted mean over
-        the clients that have them, or refuse such clients.
-    on_bad_client : {"refuse", "skip"}
-        Raise, or go on without the client, with a warning and an entry in
-        ``settings["skipped"]``; the weights of the others stand.
-    base : str, optional
-        Vouches that all clients adapt the same base although its names differ, and names it.
-    include, exclude : sequence of str
-        Only modules whose path, or the end of it after a dot, matches a pattern of `include` (if
-        there are any) and none of `exclude`: ``["q_proj", "*.layers.0.*"]``. Weights saved in full
-        are not modules: `dense` decides on them.
-    max_file_bytes : int
-        Largest tensor file that is accepted from a client.
-    progress : callable, optional
-        Called as ``progress(step, done, total)``, step being "headers", "values", "modules" or
-        "dense".
-    **settings
-        Passed on to `aggregate`: robust, normalise, tau_rel, anchor, seed, device, …. With
-        `robust` all factors are read once more.
-
-    Returns
-    -------
-    State
-        Whose settings also hold ``weights_from``, ``skipped`` (the reasons), ``remarks`` (what was
-        found out about the clients' files) and ``dense_from`` (the clients that had a dense
-        tensor, where some had not), and whose ``record`` is what `update_adapters` needs.
-
-    Raises
-    ------
-    Refused
-        With every reason that was found.
-    GloraError
-        If an argument is none of the above.
-    """
-    return merge(
-        folders, weights, rank=rank, basis=basis, missing=missing, dense=dense,
-        on_bad_client=on_bad_client, base=base, include=include, exclude=exclude,
-        captured=captured, max_file_bytes=max_file_bytes, progress=progress, **settings,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -190,7 +113,7 @@ def merge(
     entries: Mapping[int, Mapping[str, Any]] | None = None,
     **how: Any,
 ) -> State:
-    """`aggregate_adapters`, listing what its caller refuses already, `known`, with the rest.
+    """`aggregate_adapters` in this process, listing what its caller refuses already, `known`, too.
 
     Not public: for the command line and `renew`, whose own refusals belong into the same list.
     `entries` are what an earlier state recorded of some of the clients, by place: a client that
@@ -202,8 +125,7 @@ def merge(
     )
     found, digests = examined(found, on_bad_client, tell, entries or {})
     skipped = found.skipped
-    if skipped:
-        warnings.warn(clean("left out:\n" + "\n".join(skipped)), SkippedClientWarning, stacklevel=3)
+    warn_of(skipped)
 
     adapters = list(found.clients.values())
     voices, _ = found.voices
@@ -228,6 +150,12 @@ def merge(
     release_freed()  # the stacks' memory, before anything else is made
     means = dense_means(adapters, dense_holders(adapters), heeded(state, voices), tell)
     return described(found, digests, state, means, skipped)
+
+
+def warn_of(skipped: Sequence[str]) -> None:
+    """Warn the caller of whoever calls `aggregate_adapters` of clients that were left out."""
+    if skipped:
+        warnings.warn(clean("left out:\n" + "\n".join(skipped)), SkippedClientWarning, stacklevel=4)
 
 
 def inspect(

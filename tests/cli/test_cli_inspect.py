@@ -9,9 +9,8 @@ import pytest
 import torch
 from commands import CLIENTS, UNION, edit_config, glora, glora_json
 
-from glora_ops import STATS, aggregate
+from glora_ops import STATS, aggregate, aggregate_adapters
 from glora_ops.adapters import read_adapter
-from glora_ops.merging.aggregate import aggregate_adapters
 
 
 def test_inspect_an_adapter(work: Path) -> None:

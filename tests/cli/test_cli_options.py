@@ -238,8 +238,9 @@ def test_an_option_of_two_commands_is_worded_once() -> None:
 
     whole = options("glora aggregate")
     parts = options("glora job plan") | options("glora job work") | options("glora job join")
-    assert whole.keys() - parts.keys() == {"--captured", "--clip", "--plot", "--robust"}
-    for name in (parts.keys() & whole.keys()) - {"--out", "--rank"}:
+    own = {"--captured", "--clip", "--plot", "--robust", "--engine", "--job"}
+    assert whole.keys() - parts.keys() == own
+    for name in (parts.keys() & whole.keys()) - {"--out", "--rank", "--workers"}:
         assert parts[name] == whole[name]
 
 

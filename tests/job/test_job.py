@@ -21,11 +21,10 @@ from job_clients import save_client, save_clients
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glora_ops import batches, job
+from glora_ops import aggregate_adapters, batches, job
 from glora_ops.cli import app
 from glora_ops.errors import GloraError, GloraWarning, Refused
 from glora_ops.job.parts import device_of
-from glora_ops.merging.aggregate import aggregate_adapters
 from glora_ops.state import State
 
 LIMIT = 20_000  # bytes: the twelve modules are then four parts and more
@@ -441,12 +440,12 @@ def test_an_executor_does_the_work_and_raises_what_a_worker_refuses(
     how: dict[str, Any] = {"max_bytes": LIMIT, "weights": [1, 2, 3, 4]}
     expected = saved(aggregate_adapters(clients, **how), tmp_path / "state.safetensors")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        state = job.aggregate(clients, tmp_path / "job", pool, 3, **how)
+        state = aggregate_adapters(clients, executor=pool, workers=3, **how)
         assert saved(state, tmp_path / "state.safetensors") == expected
         bad = clients[3] / "adapter_model.safetensors"
         save_file({k: x * float("inf") for k, x in load_file(bad).items()}, bad)
         with pytest.raises(Refused) as refused:
-            job.aggregate(clients, tmp_path / "again", pool, 2, **how)
+            aggregate_adapters(clients, executor=pool, job=tmp_path / "again", workers=2, **how)
     assert {refusal.client for refusal in refused.value.refusals} == {"c3"}
 
 

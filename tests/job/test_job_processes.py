@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from job_clients import save_client, save_clients
 
-from glora_ops import job
-from glora_ops.merging.aggregate import aggregate_adapters
+from glora_ops import aggregate_adapters, job
 
 LIMIT = 8_000
 DYING_WORKER = Path(__file__).parents[1] / "support" / "dying_worker.py"
@@ -24,6 +26,16 @@ def started(*arguments: object, **more: str) -> subprocess.Popen[str]:
         [sys.executable, *map(str, arguments)], env=os.environ | QUIET | more, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def until(found: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait for what a process that is running is to bring about."""
+    for _ in range(6000):
+        if found():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("nothing came of it in two minutes")
 
 
 def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_those_of_one_process(
@@ -114,3 +126,31 @@ def test_the_command_starts_workers_of_its_own(tmp_path: Path) -> None:
     said, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, said
     assert f"0 parts made, {len(planned.about['parts'])} there already" in said
+
+
+def test_an_engine_gives_the_folder_of_one_process_and_goes_on_after_its_driver_was_killed(
+    tmp_path: Path,
+) -> None:
+    """The second driver is handed what the first one's workers left, and clears the job away."""
+    clients = save_clients(tmp_path / "clients", 4, layers=4)
+    call = "from glora_ops.cli import app; app()"
+    out = tmp_path / "out"
+    command = ["-c", call, "aggregate", *clients, "-o", out, "--readout", 4]
+    engine = [*command, "--engine", "torchrun", "--workers", 2]
+    one = started(*command)
+    said, _ = one.communicate(timeout=300)
+    assert one.returncode == 0, said
+    expected = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    shutil.rmtree(out)
+    driver = started(*engine)
+    place = tmp_path / "out.job"
+    until(lambda: [*place.glob("parts/*.json")], driver)
+    driver.kill()
+    driver.wait()
+    assert not out.exists()
+    made = {p: p.stat().st_mtime_ns for p in place.glob("parts/*.json")}
+    again = started(*engine, "--job", place)
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == expected

@@ -14,10 +14,9 @@ import pytest
 from job_clients import save_clients
 from safetensors.torch import load_file, save_file
 
-from glora_ops import job
+from glora_ops import aggregate_adapters, job
 from glora_ops.errors import Refused
 from glora_ops.job.ray import RayExecutor
-from glora_ops.merging.aggregate import aggregate_adapters
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.cluster
@@ -72,5 +71,5 @@ def test_what_a_worker_refuses_is_raised_as_it_is(executor: RayExecutor, tmp_pat
     bad = clients[1] / "adapter_model.safetensors"
     save_file({k: x * float("nan") for k, x in load_file(bad).items()}, bad)
     with pytest.raises(Refused) as refused:
-        job.aggregate(clients, tmp_path / "job", executor, 2)
+        aggregate_adapters(clients, executor=executor, workers=2)
     assert {refusal.client for refusal in refused.value.refusals} == {"c1"}

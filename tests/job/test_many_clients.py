@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from job_clients import save_client
 
-from glora_ops import state_file
+from glora_ops import aggregate_adapters, state_file
 from glora_ops.adapters import safetensors_header
 from glora_ops.errors import GloraError, Refusal, Refused
-from glora_ops.merging.aggregate import aggregate_adapters, inspect
+from glora_ops.merging.aggregate import inspect
 
 
 def test_clients_of_one_layout_share_headers_and_modules(
