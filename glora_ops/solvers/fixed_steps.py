@@ -222,8 +222,9 @@ class FixedStepSolver(TallSolver):
         y = m.apply(self._orthonormal(m.folded(first, seen)))
         for _ in range(steps - 1):
             w = self._weights(y)
-            z = (v.each("product", x, w) for x in (v.each("times", self.rows, y), m.seen(y)))
-            y = m.apply(self._orthonormal(m.folded(*z)))
+            reached = v.each("product", v.each("times", self.rows, y), w)
+            seen = v.each("product", m.seen(y), w)
+            y = m.apply(self._orthonormal(m.folded(reached, seen)))
         y = self._orthonormal(y, passes=2)
         z = v.each("times", self.rows, y)
         images = m.folded(z, m.seen(y))
