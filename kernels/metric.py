@@ -28,7 +28,7 @@ __all__ = [
     "launch_metric_terms",
 ]
 
-ROWS, STEP, COLUMNS = 64, 64, 16
+ROWS, STEP, COLUMNS = 64, 64, 16  # a tile of Γ, and the least columns that tensor cores take
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def whole(GAMMA, low, o_G, m_G):
 @triton.jit
 def metric_energy_kernel(
     LEFT, RIGHT, D, E, rows, tiles, low_u, low_v, gl_u, gl_v, BM: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+):
     i_t = tl.program_id(0) % tiles
     i_l = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = i_t * BM + tl.arange(0, BM)

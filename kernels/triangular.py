@@ -61,7 +61,7 @@ def unit(b_s):
 @triton.jit
 def triangular_kernel(
     G, W, G1, W1, n, drop, BOTH: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
+):
     if BOTH:
         G, W = G1 if tl.program_id(1) else G, W1 if tl.program_id(1) else W
     i = tl.program_id(0).to(tl.int64)

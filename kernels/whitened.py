@@ -42,9 +42,7 @@ def turn(T, first, last, rank, o_k, R: tl.constexpr):
 
 
 @triton.jit
-def whitened_kernel(
-    G, T, Y, offsets, places, rows, rank, ys, R: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+def whitened_kernel(G, T, Y, offsets, places, rows, rank, ys, R: tl.constexpr, BN: tl.constexpr):
     i, j = lower_place(tl.program_id(0) % places)
     i_l = (tl.program_id(0) // places).to(tl.int64)
     first_i, last_i = tl.load(offsets + i), tl.load(offsets + i + 1)

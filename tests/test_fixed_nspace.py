@@ -137,8 +137,9 @@ def test_modules_of_a_batch_are_single_ones() -> None:
         batch = ops.aggregate(b, a, offsets, w, s, 6, power_iters=1)
         for l in (0, 1):
             warm = batch[0][l], batch[2][l]
-            one = ops.aggregate(b[l], a[l], offsets, w, s, 6, "consensus", 0.1, 1.0, 16, 1, 1e-3,
-                                *warm)  # fmt: skip
+            one = ops.aggregate(
+                b[l], a[l], offsets, w, s, 6, "consensus", 0.1, 1.0, 16, 1, 1e-3, *warm
+            )
             for x, y in zip(one, batch, strict=True):
                 assert torch.allclose(x, y[l], rtol=1e-4, atol=1e-5)
 
@@ -150,8 +151,9 @@ def test_the_norm_of_clients_that_cancel() -> None:
     rng = torch.Generator().manual_seed(0)
     noise = 1e-4 * torch.randn(case.d_out, 8, generator=rng, dtype=torch.float64)
     clients[0] = (clients[0][0] + noise, clients[0][1])
-    truth = reference.mean_update([(b.numpy(), a.numpy()) for b, a in clients], weights,
-                                  np.ones(len(clients)))  # fmt: skip
+    truth = reference.mean_update(
+        [(b.numpy(), a.numpy()) for b, a in clients], weights, np.ones(len(clients))
+    )
     stats = run(case, clients, weights)[5]
     assert stats[STATS.index("norm")] == pytest.approx(norm(truth), rel=0.3)
     exact, _ = build(Case("cancelling", dtype=FP32), 0)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,10 @@ def aggregate_adapters(
             return work(place, 0, 1, progress=progress)
         return submit(place, executor, workers or os.cpu_count() or 1)
 
-    with tempfile.TemporaryDirectory(prefix="glora-") if job is None else nullcontext() as made:
-        place = os.path.join(made, "job") if job is None else job
-        return in_parts(folders, weights, place, do, **how)
+    if job is not None:
+        return in_parts(folders, weights, job, do, **how)
+    with tempfile.TemporaryDirectory(prefix="glora-") as made:
+        return in_parts(folders, weights, Path(made) / "job", do, **how)
 
 
 def torchrun(

@@ -37,8 +37,9 @@ class RayExecutor(Executor):
         try:
             import ray
         except ModuleNotFoundError:
-            raise unfit("Ray", "nothing of that name", "an installed Ray",
-                        "pip install 'glora[ray]'") from None  # fmt: skip
+            raise unfit(
+                "Ray", "nothing of that name", "an installed Ray", "pip install 'glora[ray]'"
+            ) from None
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
         self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)
