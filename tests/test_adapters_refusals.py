@@ -307,8 +307,11 @@ def test_a_file_that_changes_is_noticed(client: Path) -> None:
         adapter.factors("first")
 
 
-def test_a_file_cut_short_while_it_is_read_is_noticed(client: Path) -> None:
+def test_a_file_cut_short_while_it_is_read_is_noticed(
+    client: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a mapping this would be a bus error, and the end of the process."""
+    monkeypatch.setattr("glora_ops.adapters.stored.PIECE", 64)
     adapter = read_adapter(client)
     pieces = adapter.stored.scan()
     next(pieces)

@@ -371,10 +371,9 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
         One per tensor: values that are not finite, their number and the place of the first; fp64
         factors whose squares leave fp64's range.
     """
-    extents: dict[str, list[Tensor]] = defaultdict(list)
-    for key, piece in adapter.stored.scan(digest):
-        if piece.is_floating_point() or piece.is_complex():
-            extents[key].append(extent(_real(piece)))
+    extents = _extents(adapter, digest)
+    if not all(len(names) == 1 or bool(x.isfinite().all()) for names, x in extents.items()):
+        extents = _extents(adapter, apart=True)  # which ones of those that came together?
     dense = {tensor.key for t in (adapter.dense, adapter.base_copies) for tensor in t.values()}
     problems = Refusals()
 
@@ -383,8 +382,7 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
             Refusal(problem, adapter.name, TENSORS_NAME, key, found, expected, _DIVERGED)
         )
 
-    for key, pieces in extents.items():
-        overall = extent(torch.stack(pieces))
+    for (key, *_), overall in extents.items():
         beyond = None if key in dense else out_of_range(overall.dtype, float(overall.abs().max()))
         if not bool(overall.isfinite().all()):
             refuse(
@@ -397,6 +395,17 @@ def check_values(adapter: Adapter, digest: Any = None) -> list[Refusal]:
             refuse(key, *beyond)
     problems += _untied(adapter)
     return problems
+
+
+def _extents(
+    adapter: Adapter, digest: Any = None, apart: bool = False
+) -> dict[tuple[str, ...], Tensor]:
+    """Smallest and largest value of tensors that `Stored.scan` gives together."""
+    found: dict[tuple[str, ...], list[Tensor]] = defaultdict(list)
+    for names, piece in adapter.stored.scan(digest, apart=apart):
+        if piece.is_floating_point() or piece.is_complex():
+            found[names].append(extent(_real(piece)))
+    return {names: extent(torch.stack(ends)) for names, ends in found.items()}
 
 
 _DIVERGED = "the training diverged: leave this client out"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,16 +91,26 @@ class Stored:
 
         Dimensions beyond the second count as part of it. Memory beside b and a: one piece.
         """
+        left, right = self.tensors[columns], self.tensors[rows]
+        begin, end = min(left.begin, right.begin), max(left.end, right.end)
+        side_by_side = end - begin == left.end - left.begin + right.end - right.begin
         with self._open() as file:
-            for first, piece in self._pieces(file, columns):
-                b[:, first : first + len(piece)] = piece.mT
-            info = self.tensors[rows]
-            if a.dtype == info.dtype:
-                file.seek(self.start + info.begin)
-                self._fill(file, a.view(-1).view(torch.uint8))
+            if side_by_side and end - begin <= PIECE and left.dtype == right.dtype:
+                both = _buffer(end - begin)  # as they are nearly always: one read for both
+                file.seek(self.start + begin)
+                self._fill(file, both)
+                for info, to in ((left, b.mT), (right, a)):
+                    values = both[info.begin - begin : info.end - begin].view(info.dtype)
+                    to.copy_(values.view(info.shape[0], -1))
             else:
-                for first, piece in self._pieces(file, rows):
-                    a[first : first + len(piece)] = piece
+                for at, piece in self._pieces(file, columns):
+                    b[:, at : at + len(piece)] = piece.mT
+                if a.dtype == right.dtype:
+                    file.seek(self.start + right.begin)
+                    self._fill(file, a.view(-1).view(torch.uint8))
+                else:
+                    for at, piece in self._pieces(file, rows):
+                        a[at : at + len(piece)] = piece
             self._check(file)
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
@@ -124,25 +135,38 @@ class Stored:
             self._kept[name] = kept
         return kept
 
-    def scan(self, digest: Any = None) -> Iterator[tuple[str, Tensor]]:
+    def scan(
+        self, digest: Any = None, *, apart: bool = False
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Every tensor in pieces of at most `PIECE` bytes, flat and in the file's order.
 
-        A piece is overwritten by the next. `digest`, of `hashlib`, is given the whole file.
+        Tensors of one dtype that follow each other come together, with the names of all of them,
+        unless `apart`; those of fp64 never do, because the range of each matters. A piece is
+        overwritten by the next. `digest`, of `hashlib`, is given the whole file.
         """
-        buffer = torch.empty(PIECE, dtype=torch.uint8)
-        with self._open() as file:
-            for at in range(0, self.start, PIECE):
-                header = buffer[: min(PIECE, self.start - at)]
-                self._fill(file, header)
+        buffer = torch.empty(min(PIECE, self.signature[0]), dtype=torch.uint8)
+
+        def pieces(begin: int, end: int) -> Iterator[Tensor]:
+            for at in range(begin, end, PIECE):
+                piece = buffer[: min(PIECE, end - at)]
+                self._fill(file, piece)
                 if digest is not None:
-                    digest.update(header.numpy())
-            for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
-                for at in range(info.begin, info.end, PIECE):
-                    piece = buffer[: min(PIECE, info.end - at)]
-                    self._fill(file, piece)
-                    if digest is not None:
-                        digest.update(piece.numpy())
-                    yield name, piece.view(info.dtype)
+                    digest.update(piece.numpy())
+                yield piece
+
+        def kind(item: tuple[str, TensorInfo]) -> Any:
+            alone = apart or item[1].dtype == torch.float64
+            return item[0] if alone else item[1].dtype
+
+        in_order = sorted(self.tensors.items(), key=lambda item: item[1].begin)
+        with self._open() as file:
+            for _ in pieces(0, self.start):
+                pass
+            for _, named in groupby(in_order, kind):
+                run = list(named)
+                names = tuple(name for name, _ in run)
+                for piece in pieces(run[0][1].begin, run[-1][1].end):
+                    yield names, piece.view(run[0][1].dtype)
             self._check(file)
 
     def _open(self) -> BinaryIO:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -63,6 +63,8 @@ Progress = Callable[[str, int, int], None]
 # Batches between which freed memory goes back to the system: after each, a tenth of the time went
 # into having it again (bench/test_folders.py), and it would be kept up to 64 MB a thread.
 RELEASE = 8
+# Bytes of files from which a thread's turn is worth its cost.
+HANDFUL = 2**22
 
 
 @dataclass(frozen=True)
@@ -267,15 +269,35 @@ def examined(
 ) -> tuple[Inspected, dict[int, str]]:
     """The clients whose values are in order too, and the SHA-256 of their files, by place."""
     digests: dict[int, str] = {}
+
+    def examine_all(places: Sequence[int]) -> list[tuple[str, list[Refusal]]]:
+        return [examine(found.clients[i]) for i in places]
+
     with workers(torch.get_num_threads()) as pool:
-        told = zip(found.clients.items(), pool.map(examine, found.clients.values()), strict=True)
-        for done, ((i, adapter), (digest, refusals)) in enumerate(told, start=1):
-            digests[i] = digest
-            found.refused[i].extend(refusals)
-            if i in entries and not refusals:
-                found.refused[i].extend(_changes(adapter, digest, entries[i]))
-            tell("values", done, len(found.clients))
+        runs = list(_runs(found.clients))
+        for places, told in zip(runs, pool.map(examine_all, runs), strict=True):
+            for i, (digest, refusals) in zip(places, told, strict=True):
+                digests[i] = digest
+                if i in entries and not refusals:
+                    refusals = _changes(found.clients[i], digest, entries[i])
+                if refusals:
+                    found.refused[i].extend(refusals)
+                tell("values", len(digests), len(found.clients))
     return with_equal_copies(found, on_bad_client), digests
+
+
+def _runs(clients: Mapping[int, Adapter]) -> Iterator[list[int]]:
+    """Clients that a thread looks at one after the other: small ones in handfuls."""
+    run: list[int] = []
+    size = 0
+    for i, adapter in clients.items():
+        run.append(i)
+        size += adapter.stored.signature[0]
+        if size >= HANDFUL:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
 
 
 def with_equal_copies(found: Inspected, on_bad_client: str) -> Inspected:
