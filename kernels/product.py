@@ -66,13 +66,19 @@ class ProductConfig:
         # terms or of fp64, 16 of three tf32 terms; three terms take twice as many warps.
         block_c = {"half": 64, "tf32x3": 16}.get(mode, 32)
         terms = mode in ("split w", "tf32x3")
-        return cls(block_m, block_n, block_c, 8 if terms and block_m == 64 else 4, 3)
+        return cls(
+            block_m,
+            block_n,
+            block_c,
+            8 if terms and block_m == 64 else 4,
+            2 if mode == "ieee" else 3,
+        )
 
 
 @triton.jit
 def product_side(
     X, W, Y, M, N, C, chunk, splits, modules, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
-    MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr,
+    MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(N, BN)
@@ -80,7 +86,7 @@ def product_side(
     tile = tl.program_id(0) % tiles
     i_s = (tl.program_id(0) // tiles % splits).to(tl.int64)
     i_l = (tl.program_id(0) // tiles // splits).to(tl.int64)
-    if i_l < modules:  # the other side may have more tiles
+    if not BOTH or i_l < modules:  # the other side may have more tiles
         o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
         o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
         m_m = o_m < M
@@ -110,12 +116,12 @@ def product_kernel(
     if BOTH and tl.program_id(1) > 0:
         product_side(
             X1, W1, Y1, M1, N1, C1, chunk1, splits1, modules1,
-            xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1, MODE, EVERY, ADD, BM, BN, BC,
+            xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1, MODE, EVERY, ADD, BOTH, BM, BN, BC,
         )  # fmt: skip
     else:
         product_side(
             X0, W0, Y0, M0, N0, C0, chunk0, splits0, modules0,
-            xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0, MODE, EVERY, ADD, BM, BN, BC,
+            xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0, MODE, EVERY, ADD, BOTH, BM, BN, BC,
         )  # fmt: skip
 
 
