@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from job_clients import save_client
+from safetensors.torch import load_file, save_file
 
 from glora_ops import aggregate_adapters, state_file
-from glora_ops.adapters import safetensors_header
+from glora_ops.adapters import read, safetensors_header
 from glora_ops.errors import GloraError, Refusal, Refused
 from glora_ops.merging.aggregate import inspect
 
@@ -34,6 +35,35 @@ def test_clients_of_one_layout_share_headers_and_modules(
     assert len({id(clients[i].config) for i in range(6)}) == 2
     for i, alone in enumerate(expected):
         assert clients[i] == alone
+
+
+def test_a_configuration_that_was_read_with_a_header_is_not_parsed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layouts among six clients: two configurations are parsed; a new one is, and refused."""
+    folders = [save_client(tmp_path / f"c{i}", i, 2 + i % 2) for i in range(6)]
+    parsed, parse = [], read.parse_settings
+    monkeypatch.setattr(
+        read, "parse_settings", lambda *config: parsed.append(config) or parse(*config)
+    )
+    inspect(folders, None)
+    assert len(parsed) == 2
+    config = folders[5] / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"DORA"'))
+    with pytest.raises(Refused, match="client 'c5'"):
+        inspect(folders, None)
+
+
+def test_a_bad_value_among_tensors_that_are_read_together_is_named(tmp_path: Path) -> None:
+    folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(2)]
+    file = folders[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[7]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(Refused) as refused:
+        aggregate_adapters(folders, rank=2)
+    assert [name in str(reason) for reason in refused.value.refusals] == [True]
 
 
 def test_a_layout_is_not_shared_by_clients_whose_configurations_say_otherwise(
