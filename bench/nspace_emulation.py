@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -269,7 +269,7 @@ def constant(name: str, value: float) -> AbstractContextManager[object]:
 class Recipe:
     """What is taken out of the solver or put in: its words, a change while it runs, q."""
 
-    words: CpuVocabulary = TensorCores()  # noqa: RUF009 (it holds no state)
+    words: CpuVocabulary = field(default_factory=TensorCores)
     change: Callable[[], AbstractContextManager[object]] = nullcontext
     steps: int = 1
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from protocol import RESULTS, SEEDS, Cell, Ledger, Runner, config_of, estimate, judged
+from protocol import RESULTS, Cell, Ledger, Runner, carry_out, config_of, judged
 from torch import nn
 
 from glora_ops.fl import register_task
@@ -95,18 +95,8 @@ def main() -> None:
     p.add_argument("--estimate", action="store_true", help="print it and stop")
     args = p.parse_args()
     runner = Unseen(Ledger(args.results), args.until)
-    todo = [(CELL, label) for label in ARMS]
-    print(estimate(runner, todo), flush=True)
-    if args.estimate:
-        return
     register_task("orientations", Orientations)
-    try:
-        for cell, label in todo:
-            lr, knobs = runner.rate(cell, label)
-            for seed in SEEDS:
-                runner.score(cell, label, seed, lr, knobs, "test")
-    except TimeoutError:
-        print(estimate(runner, todo), flush=True)
+    carry_out(runner, [(CELL, label) for label in ARMS], args.estimate)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,20 @@ def estimate(runner: Runner, todo: Iterable[tuple[Cell, str]]) -> str:
     )
 
 
+def carry_out(runner: Runner, todo: list[tuple[Cell, str]], only_estimate: bool) -> None:
+    """Sweep each arm in its cell and run it on the reported seeds, until the runner's time ends."""
+    print(estimate(runner, todo), flush=True)
+    if only_estimate:
+        return
+    try:
+        for cell, label in todo:
+            lr, knobs = runner.rate(cell, label)
+            for seed in SEEDS:
+                runner.score(cell, label, seed, lr, knobs, "test")
+    except TimeoutError:
+        print(estimate(runner, todo), flush=True)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--stage", type=int, choices=list(STAGES), default=1)
@@ -287,17 +301,7 @@ def main() -> None:
     p.add_argument("--estimate", action="store_true", help="print it and stop")
     args = p.parse_args()
     runner = Runner(Ledger(args.results), args.until)
-    todo = list(work(args.stage, args.ranks or RANKS))
-    print(estimate(runner, todo), flush=True)
-    if args.estimate:
-        return
-    try:
-        for cell, label in todo:
-            lr, knobs = runner.rate(cell, label)
-            for seed in SEEDS:
-                runner.score(cell, label, seed, lr, knobs, "test")
-    except TimeoutError:
-        print(estimate(runner, todo), flush=True)
+    carry_out(runner, list(work(args.stage, args.ranks or RANKS)), args.estimate)
 
 
 if __name__ == "__main__":
