@@ -36,7 +36,7 @@ LAYERS = [
     {"state"},
     {"batches"},
     {"api"},
-    {"merging"},
+    {"distributed", "merging"},
     {"job"},
     {"fl"},
     {"cli"},
