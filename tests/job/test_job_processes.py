@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from job_clients import save_client, save_clients
+from job_processes import WORKER, signalled, started, until, workers_of
 
 from glora_ops import aggregate_adapters, job
 from glora_ops.errors import Refused
@@ -20,40 +18,7 @@ from glora_ops.errors import Refused
 LIMIT = 8_000
 MODULE = 4_320  # bytes of the largest module of six clients: each is a part
 DYING_WORKER = Path(__file__).parents[1] / "support" / "dying_worker.py"
-LAUNCHER, WORKER = "torch.distributed.run", "glora_ops.job.worker"
-QUIET = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, and the system's counts")
-
-
-def started(*arguments: object, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=os.environ | QUIET | more, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def until(found: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
-    """Wait for what a process that is running is to bring about."""
-    for _ in range(6000):
-        if found():
-            return
-        assert process is None or process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError("nothing came of it in two minutes")
-
-
-def workers_of(place: Path) -> list[int]:
-    """Processes that torchrun started to work on a job."""
-    listed = subprocess.run(
-        ["ps", "-axwwo", "pid=,args="], capture_output=True, text=True, check=True
-    ).stdout
-    words = [line.split() for line in listed.splitlines()]
-    return [int(x[0]) for x in words if {WORKER, str(place)} < {*x} and LAUNCHER not in x]
-
-
-def signalled(pids: list[int], number: int) -> None:
-    for pid in pids:
-        os.kill(pid, number)
 
 
 def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_those_of_one_process(
