@@ -34,7 +34,7 @@ class Night:
         ]
         call = "from glora_ops.cli import app; app()"
         command = ["-c", call, "aggregate", *clients, "-o", self.out, "--readout", 8]
-        self.engine = [*command, "--engine", "torchrun", "--workers", 2, "--job", self.place]
+        self.command = [*command, "--workers", 2, "--job", self.place, "--engine"]
         self.ended(started(*command))
         self.expected = self.files()
 
@@ -72,7 +72,7 @@ def night(whole: Night) -> Night:
 def test_a_night_of_torchrun_whose_worker_is_killed_gives_the_bytes_of_one_process(
     night: Night,
 ) -> None:
-    driver = started(*night.engine)
+    driver = started(*night.command, "torchrun")
     until(lambda: len(night.made()) > 2, driver)
     first, *others = workers_of(night.place)
     os.kill(first, signal.SIGKILL)
@@ -91,16 +91,22 @@ MOMENTS: dict[str, Callable[[Night], object]] = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_after_its_driver_was_killed_the_same_command_goes_on(night: Night, moment: str) -> None:
-    driver = started(*night.engine)
+@pytest.mark.parametrize(
+    ("engine", "moment"), [*(("torchrun", moment) for moment in MOMENTS), ("ray", "begun")]
+)
+def test_after_its_driver_was_killed_the_same_command_goes_on(
+    night: Night, engine: str, moment: str
+) -> None:
+    if engine == "ray":
+        pytest.importorskip("ray")
+    driver = started(*night.command, engine)
     until(lambda: MOMENTS[moment](night), driver)
     driver.kill()
     driver.wait()
     until(lambda: not workers_of(night.place))
     assert not night.out.exists()
     before = night.made()
-    night.ended(started(*night.engine))
+    night.ended(started(*night.command, engine))
     night.is_repeated(before)
     assert not [*night.out.parent.glob(".*")]
 
