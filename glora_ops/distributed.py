@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from inspect import signature
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -116,11 +117,15 @@ def aggregate(
 
     Ranks believe each other, as those of any torch program do: what they say is pickled.
     """
-    ranks = Ranks.of(group, timeout)
+    ranks = Ranks.of(group)
     held: list[Source] = []
     out: list[Message] = []
     error: Exception | None = None
     try:
+        if timeout is not None:
+            seconds = number(timeout) or 0.0
+            require(seconds > 0, "timeout", f"{timeout!r:.80}", "seconds > 0, or None")
+            ranks = replace(ranks, timeout=timedelta(seconds=seconds))
         asked = _asked({"rank": rank, "gather": gather} | settings)
         my_clients = sequence("my_clients", my_clients, "a list of this rank's clients")
         here = names_of(names, len(my_clients))

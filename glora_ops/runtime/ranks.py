@@ -38,10 +38,10 @@ class Ranks:
     group: dist.ProcessGroup
     rank: int
     size: int
-    timeout: timedelta | None
+    timeout: timedelta | None = None
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None, timeout: float | None) -> Ranks:
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
         """The ranks of a group, by default of all processes; raises `GloraError` without one."""
         require(
             dist.is_available() and dist.is_initialized(), "group", "none", "a process group",
@@ -54,9 +54,7 @@ class Ranks:
         moves = dist.get_backend_config(group)
         require("cpu:" in moves, "group", f"one that moves {moves}", "one that moves cpu:gloo",
                 'init_process_group("cpu:gloo,cuda:nccl") has both')  # fmt: skip
-        require(timeout is None or timeout > 0, "timeout", timeout, "seconds > 0, or None")
-        limit = None if timeout is None else timedelta(seconds=timeout)
-        return cls(group, rank, dist.get_world_size(group), limit)
+        return cls(group, rank, dist.get_world_size(group))
 
     def exchange(
         self, doing: str, messages: Sequence[Message], error: Exception | None = None

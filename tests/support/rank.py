@@ -100,6 +100,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a name twice": ([{"names": [n]} for n in "aba"], "different names"),
     "weights": ([{"weights": [1, 2]}, {}, {}], "weights.*one number per client"),
     "no weight": ([{"weights": [0]}] * 3, "at least one above zero"),
+    "no time": ([{"timeout": 0}, {}, {}], "timeout.*seconds > 0"),
     "no list": ([{"clients": None}, {}, {}], "my_clients.*None"),
     "no clients": ([{"clients": []}] * 3, "at least one module on any rank"),
     "no memory": ([{}, {"fails": MemoryError("full")}, {}], "rank 1 failed.*MemoryError: full"),
