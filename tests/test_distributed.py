@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,24 @@ def test_without_a_group_that_can_move_factors_it_says_what_to_call() -> None:
         distributed.aggregate(rank.clients())
 
 
-def test_a_rank_alone_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(dist, "isend", None)
-        state = distributed.aggregate(rank.clients(), max_bytes=rank.BYTES)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_group_of_gpus_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(GloraError, match=r"moves cuda:nccl.*cpu:gloo,cuda:nccl"):
+        distributed.aggregate(rank.clients())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_rank_alone_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "isend", None)
+    state = distributed.aggregate(rank.clients(), max_bytes=rank.BYTES)
     assert state is not None
     assert [*state] == [*aggregate(rank.clients())]
