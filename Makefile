@@ -46,8 +46,8 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 crash: $(READY)  ## glora killed 240 times at arbitrary moments, and what is left; some minutes
 	$(BIN)/python tests/crash/kills.py
 
-test-cluster: $(READY)  ## jobs on Ray, a worker killed; a minute or two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/job
+test-cluster: $(READY)  ## jobs on Ray and torchrun, killed at every step; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/job tests/test_distributed.py
 
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment tests/fl

@@ -54,13 +54,17 @@ _FOLDERS = {
     "apply_adapter": "merging.apply",
     "update_adapters": "merging.update",
 }
+#: Modules that are loaded when wanted.
+_MODULES = ("distributed", "job")
 
 
 def __getattr__(name: str) -> object:
-    if name in _FOLDERS:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _FOLDERS:
         return getattr(import_module(f"{__name__}.{_FOLDERS[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

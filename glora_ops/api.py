@@ -22,10 +22,25 @@ from .state import UNNAMED, Factors, State
 from .state_report import notes
 from .values import value_faults
 
-__all__ = ["aggregate", "available"]
+__all__ = [
+    "KEPT",
+    "Client",
+    "aggregate",
+    "available",
+    "check_factors",
+    "names_of",
+    "place_of",
+    "scalings_of",
+    "sources_of",
+]
 
 Client = Factors | Mapping[str, Factors] | Source
 Progress = Callable[[int, int], None]
+#: Settings that a state holds beside the rank, in this order.
+KEPT = (
+    "basis", "missing", "normalise", "tau_rel", "anchor", "oversample", "power_iters", "tol",
+    "seed",
+)  # fmt: skip
 
 
 def aggregate(
@@ -148,7 +163,7 @@ def aggregate(
     clients = sequence("clients", clients, "a list with one (B, A), or one mapping, per client")
     count = len(clients)
     require(count >= 1, "clients", 0, "at least one client", "pass a list of (B, A) pairs")
-    names = _names(names, count)
+    names = names_of(names, count)
     settings = check_settings(
         {
             "rank": rank, "captured": captured, "basis": basis, "missing": missing,
@@ -166,16 +181,16 @@ def aggregate(
         "make it, or leave scratch out",
     )  # fmt: skip
     factor_weights = check_weights(weights, names, settings)
-    sources = _sources(clients, names)
+    sources = sources_of(clients, names)
     modules = list(dict.fromkeys(name for source in sources for name in source.modules))
     require(bool(modules), "clients", "clients without modules", "at least one module")
-    scale = _scalings(scalings, sources, names)
-    place = _device(sources, names) if device is None else available(device)
+    scale = scalings_of(scalings, sources, names)
+    place = place_of(sources, names) if device is None else available(device)
     # What can only be not finite is looked at in the stacks, which are in cache.
     later = place.type == "cpu" and not _holds_float64(sources)
-    _check_values(sources, names, not later)
+    check_factors(sources, names, not later)
     check_ranks(sources, settings)
-    judge_values = partial(_check_values, sources, names) if later else None
+    judge_values = partial(check_factors, sources, names) if later else None
 
     largest = max(pair.rank for source in sources for pair in source.modules.values())
     wanted, target, max_bytes = (settings.pop(k) for k in ("rank", "captured", "max_bytes"))
@@ -224,7 +239,7 @@ def _heeded(
     )
 
 
-def _names(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
+def names_of(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     if names is None:
         return tuple(f"client {i}" for i in range(count))
     names = sequence("names", names, f"one per client, {count}")
@@ -273,7 +288,7 @@ class _InMemory:
         return pair.b, pair.a
 
 
-def _sources(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
+def sources_of(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
     """Every client by module; what is neither tensor nor array is refused."""
     refusals = []
     out: list[Source] = []
@@ -306,7 +321,7 @@ def _sources(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
     return out
 
 
-def _device(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
+def place_of(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
     """Where all factors are; what is read when its turn comes is read to the CPU."""
     found: dict[torch.device, str] = {}
     for name, source in zip(names, sources, strict=True):
@@ -348,7 +363,7 @@ def _tensor(x: object) -> Tensor | None:
     return x if isinstance(x, Tensor) and x.dtype in FLOATS else None
 
 
-def _scalings(
+def scalings_of(
     scalings: Sequence[float | Mapping[str, float]] | None,
     sources: Sequence[Source],
     names: Sequence[str],
@@ -394,7 +409,7 @@ def _holds_float64(sources: Sequence[Source]) -> bool:
     return any(torch.float64 in (pair.b.dtype, pair.a.dtype) for pair in pairs)
 
 
-def _check_values(sources: Sequence[Source], names: Sequence[str], values: bool = True) -> None:
+def check_factors(sources: Sequence[Source], names: Sequence[str], values: bool = True) -> None:
     """Refuse, all at once, factors that are misshapen or hold a value that is not finite.
 
     Unless `values`, the latter only with the former.

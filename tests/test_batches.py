@@ -47,7 +47,7 @@ class Counting:
     """A client read module by module, that remembers what was read."""
 
     def __init__(self, held: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.modules = glora.api._sources([held], ["x"])[0].modules
+        self.modules = glora.api.sources_of([held], ["x"])[0].modules
         self.held, self.read = held, []
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,36 @@ def test_the_command_lines_of_the_first_page_run() -> None:
         assert Path(made).exists(), made
 
 
+@pytest.mark.filterwarnings("ignore::glora_ops.GloraWarning")
+def test_the_python_of_the_page_on_scale_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the only rank, which torchrun would tell it."""
+    monkeypatch.chdir(tmp_path)
+    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    (example,) = code("docs/scale.md", "python")
+    exec(example, {})
+    assert glora_ops.State.load("server.safetensors").weights[0] == 600 / 850
+
+
+@pytest.mark.usefixtures("clients")
+def test_the_job_of_the_nightly_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glora_ops.job.torchrun", lambda *_, **__: None)  # the command works itself
+    Path("clients").rename("adapters")
+    Path("jobs").mkdir()
+    asked = [words for words in commands("docs/merging_nightly.md") if words[0] == "job"]
+    assert [words[1] for words in asked] == ["plan", "work", "status", "join"]
+    for words in asked:
+        expanded = [
+            x for word in words for x in (sorted(glob.glob(word)) if "*" in word else [word])
+        ]
+        result = CliRunner().invoke(app, expanded)
+        assert result.exit_code == 0, result.output
+    assert Path("merged/2026-11-22/r16").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "lines"), [("README.md", 130), ("docs/ops.md", 110), ("docs/performance.md", 100)]
 )

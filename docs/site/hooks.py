@@ -120,12 +120,17 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
 def python() -> str:
     """Every public name, by mkdocstrings from its docstring."""
     import glora_ops
-    from glora_ops import fl, job
+    from glora_ops import distributed, fl, job
 
     parts = ["# Python", "`import glora_ops as glora`, which also registers `torch.ops.glora`."]
     parts += _public(glora_ops)
     parts.append("`from glora_ops import job`: [an aggregation in parts](../scale.md).")
     parts += _public(job)
+    parts.append(
+        "`from glora_ops import distributed`: [factors on the ranks of a process group]"
+        "(../scale.md#factors-on-the-ranks-of-a-process-group)."
+    )
+    parts += _public(distributed)
     parts.append("`from glora_ops import fl`, with the extra: [federated runs](../federated.md).")
     return "\n\n".join([*parts, *_public(fl)])
 

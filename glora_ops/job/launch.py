@@ -25,9 +25,11 @@ from .join import join
 from .plan import plan
 from .work import Worked, work
 
-__all__ = ["aggregate_adapters", "engine", "in_parts", "remove", "submit", "torchrun"]
+__all__ = ["ATTENDED", "aggregate_adapters", "engine", "in_parts", "remove", "submit", "torchrun"]
 
 Engine = Callable[[Path], object]
+#: To a worker: its standard input ends with whoever started it.
+ATTENDED = "--attended"
 RESTARTS = 3  # of all of torchrun's workers, once one was killed
 
 
@@ -196,21 +198,27 @@ def torchrun(
     """Have torchrun's local processes work on a job; raises `GloraError` where they fail.
 
     torchrun starts all of them again when one is killed, up to `restarts` times; what they had
-    done is kept. Each computes on `threads`; by default on OMP_NUM_THREADS, or where that is not
-    set on an equal share of the machine's.
+    done is kept. When this process ends, by SIGKILL too, so do they. Each computes on `threads`; by
+    default on OMP_NUM_THREADS, or where that is not set on an equal share of the machine's.
     """
     require(workers >= 1, "workers", workers, "at least one")
     shared = max(1, (os.cpu_count() or 1) // workers)
     environment = {"OMP_NUM_THREADS": str(shared)} | os.environ
     environment |= {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={workers}", f"--max-restarts={restarts}",
-            "-m", "glora_ops.job.worker", os.path.abspath(job),
-        ],
-        env=environment, check=False, stdout=sys.stderr,
-    )  # fmt: skip
+    # Workers stop where their input ends: with this process, however that ends.
+    heard, held = os.pipe()
+    try:
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc-per-node={workers}", f"--max-restarts={restarts}",
+                "-m", "glora_ops.job.worker", os.path.abspath(job), ATTENDED,
+            ],
+            env=environment, check=False, stdin=heard, stdout=sys.stderr,
+        )  # fmt: skip
+    finally:
+        os.close(heard)
+        os.close(held)
     if done.returncode:
         raise unfit(
             "torchrun",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..api import aggregate, available
+from ..api import KEPT, aggregate, available
 from ..arguments import check_settings, check_weights
 from ..batches import solve
 from ..errors import GloraError, require
@@ -32,11 +32,6 @@ from .folder import Job, refuse_link, write_sealed
 
 __all__ = ["device_of", "is_made", "load_part", "make_part"]
 
-#: Of `aggregate`, what a state's settings hold beside the rank, and in this order.
-_KEPT = (
-    "basis", "missing", "normalise", "tau_rel", "anchor", "oversample", "power_iters", "tol",
-    "seed",
-)  # fmt: skip
 _DEFAULTS = {name: p.default for name, p in signature(aggregate).parameters.items()}
 
 
@@ -58,7 +53,7 @@ def processor(device: torch.device) -> str:
 def settings_of(job: Job) -> dict[str, Any]:
     """The settings that the job's state has of `aggregate`."""
     given = job.about["arguments"]
-    kept = {name: given.get(name, _DEFAULTS[name]) for name in _KEPT}
+    kept = {name: given.get(name, _DEFAULTS[name]) for name in KEPT}
     return check_settings(kept) | {"rank": job.about["rank"]}
 
 

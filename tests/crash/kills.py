@@ -182,7 +182,7 @@ def hidden(root: Path) -> list[str]:
     return [str(p.relative_to(root)) for p in root.rglob(".*")]
 
 
-def jobs(template: Path) -> list[Job]:
+def jobs(template: Path, only: str | None) -> list[Job]:
     """The commands, on a template of the folder they start in; each run once unkilled."""
     for seed, name in enumerate(("ann", "bob", "cyd"), start=1):
         client(template / "clients" / name, seed, seed)
@@ -210,7 +210,8 @@ def jobs(template: Path) -> list[Job]:
         "fl run": ("fl run tiny.toml --seeds 1 -o runs --resume", "runs", rounds),
     }
     made = []
-    for name, (command, output, look) in commands.items():
+    for name in commands if only is None else [only]:
+        command, output, look = commands[name]
         with tempfile.TemporaryDirectory() as folder:
             root = shutil.copytree(template, Path(folder) / "root")
             old = look(root / output)
@@ -257,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="COMMAND", help="such as 'job join'")
     options = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(options.seed)
@@ -269,7 +271,7 @@ def main() -> None:
 
         base_weights()
         template = Path(folder) / "template"
-        made = jobs(template)
+        made = jobs(template, options.only)
         for i in range(options.kills):
             job = made[i % len(made)]
             number, what, left = killed(job, template, draw)

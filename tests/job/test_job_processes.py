@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from job_clients import save_client, save_clients
+from job_processes import WORKER, signalled, started, until, workers_of
 
 from glora_ops import aggregate_adapters, job
+from glora_ops.errors import Refused
 
 LIMIT = 8_000
+MODULE = 4_320  # bytes of the largest module of six clients: each is a part
 DYING_WORKER = Path(__file__).parents[1] / "support" / "dying_worker.py"
-QUIET = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "dumb"}
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, and the system's counts")
-
-
-def started(*arguments: object, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=os.environ | QUIET | more, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def until(found: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait for what a process that is running is to bring about."""
-    for _ in range(6000):
-        if found():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError("nothing came of it in two minutes")
 
 
 def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_those_of_one_process(
@@ -61,6 +44,54 @@ def test_a_worker_of_torchrun_that_is_killed_is_restarted_and_the_bytes_are_thos
     for state, name in ((expected, "one"), (job.join(tmp_path / "job"), "two")):
         state.save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_workers_of_a_driver_that_is_killed_stop_and_what_they_did_is_not_done_again(
+    tmp_path: Path,
+) -> None:
+    clients = save_clients(tmp_path / "clients", 6, layers=28)
+    planned = job.plan(clients, tmp_path / "job", max_bytes=MODULE)
+    assert len(planned.about["parts"]) == 112
+    call = "import sys; from glora_ops import job; job.torchrun(sys.argv[1], 2)"
+    driver = started("-c", call, tmp_path / "job")
+    until(lambda: [*tmp_path.glob("job/parts/*.json")], driver)
+    working = workers_of(tmp_path / "job")
+    assert len(working) == 2
+    signalled(working, signal.SIGSTOP)
+    driver.kill()
+    driver.wait()
+    signalled(working, signal.SIGCONT)
+    until(lambda: not workers_of(tmp_path / "job"))
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("job/parts/*.json")}
+    assert 0 < len(made) < 112
+    assert len(job.work(tmp_path / "job", 0, 1).found) == len(made)
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    for state, name in (
+        (aggregate_adapters(clients, max_bytes=MODULE), "one"),
+        (job.join(tmp_path / "job"), "two"),
+    ):
+        state.save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_client_that_changes_while_a_worker_computes_is_refused_by_name(tmp_path: Path) -> None:
+    """Between its check and its parts: the same length, another file."""
+    clients = save_clients(tmp_path / "clients", 6, layers=28)
+    job.plan(clients, tmp_path / "job", max_bytes=MODULE)
+    worker = started("-m", WORKER, tmp_path / "job")
+    until(lambda: [*tmp_path.glob("job/parts/*.json")], worker)
+    worker.send_signal(signal.SIGSTOP)
+    file = clients[3] / "adapter_model.safetensors"
+    shutil.copy(file, tmp_path / "copy")
+    os.replace(tmp_path / "copy", file)
+    worker.send_signal(signal.SIGCONT)
+    said, _ = worker.communicate(timeout=300)
+    assert worker.returncode == 1
+    assert said.startswith("refused: client 'c3', file 'adapter_model.safetensors'"), said
+    assert "changed" in said
+    assert job.status(tmp_path / "job").missing
+    with pytest.raises(Refused, match=r"client 'c3'.*planned"):
+        job.work(tmp_path / "job", 0, 1)
 
 
 def test_two_workers_of_one_index_are_harmless(tmp_path: Path) -> None:

@@ -12,17 +12,20 @@ SHAPES = {"q_proj": (24, 20), "v_proj": (12, 20), "o_proj": (20, 24), "down_proj
 
 
 def save_client(
-    folder: Path, seed: int, rank: int, layers: int = 3, head: bool = False, alpha: int = 8
-) -> Path:
+    folder: Path, seed: int, rank: int, layers: int = 3, head: bool = False, alpha: int = 8,
+    times: int = 1,
+) -> Path:  # fmt: skip
+    """One whose modules are so many times as large as `SHAPES`."""
     made = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(layers):
-        for name, (d_out, d_in) in SHAPES.items():
+        for name, shape in SHAPES.items():
+            d_out, d_in = (times * d for d in shape)
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{path}.lora_A.weight"] = torch.randn(rank, d_in, generator=made)
             tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, rank, generator=made)
     if head:
-        tensors["base_model.model.score.weight"] = torch.randn(3, 20, generator=made)
+        tensors["base_model.model.score.weight"] = torch.randn(3, 20 * times, generator=made)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
