@@ -31,7 +31,8 @@ from .state import Factors, ModuleState, State
 from .values import is_finite
 
 __all__ = [
-    "Batch", "Pair", "Reader", "Source", "check_ranks", "compare", "directions", "plan", "solve",
+    "Batch", "Held", "InMemory", "Pair", "Reader", "Source", "check_ranks", "compare",
+    "directions", "plan", "solve",
 ]  # fmt: skip
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: about a core's
@@ -76,6 +77,45 @@ class Reader(Source, Protocol):
     def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
         """Write Bᵀ (r, d_out) and A (r, d_in) into contiguous rows of a stack, in its dtypes."""
         ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A factor pair in memory."""
+
+    b: Tensor
+    a: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def b_dtype(self) -> torch.dtype:
+        return self.b.dtype
+
+    @property
+    def a_dtype(self) -> torch.dtype:
+        return self.a.dtype
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A client whose factors the caller holds."""
+
+    modules: dict[str, Held]
+
+    def factors(self, module: str) -> Factors:
+        pair = self.modules[module]
+        return pair.b, pair.a
 
 
 @dataclass(frozen=True)
@@ -383,8 +423,12 @@ def _stack(
         b = memory[: batch.b_bytes].view(batch.b_dtype).view(shape_b)
         a = memory[batch.piece - (batch.bytes - batch.b_bytes) :].view(batch.a_dtype).view(shape_a)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
+    rest = []
+    for l, name in enumerate(batch.modules):
+        if not _joined(sources, name, batch.rows, b[l], a[l]):
+            rest.append((l, name))
     for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
-        for l, name in enumerate(batch.modules):
+        for l, name in rest:
             pair = source.modules.get(name)
             end = start if pair is None else start + pair.rank
             if pair is not None:
@@ -395,6 +439,23 @@ def _stack(
     if judge is not None and not (is_finite(b) and is_finite(a)):
         judge()
     return [b, a, offsets]
+
+
+def _joined(
+    sources: Sequence[Source], name: str, rows: Sequence[int], b: Tensor, a: Tensor
+) -> bool:
+    """Stack a module in one call a side, if all its pairs are in memory as they are wanted."""
+    wanted, held = (b.dtype, a.dtype, b.device), []
+    for source, places in zip(sources, rows, strict=True):
+        pair = source.modules.get(name) if isinstance(source, InMemory) else None
+        if pair is None or pair.rank != places:
+            return False
+        if (pair.b.dtype, pair.a.dtype, pair.b.device) != wanted:
+            return False
+        held.append(pair)
+    torch.cat([pair.b.detach().mT for pair in held], out=b)
+    torch.cat([pair.a.detach() for pair in held], out=a)
+    return True
 
 
 def _read_into(source: Source, name: str, b: Tensor, a: Tensor) -> None:
