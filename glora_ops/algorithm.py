@@ -111,7 +111,8 @@ def anchor(
     norm = solver.clients.norm
     mean_norm = (votes * norm).sum(-1, keepdim=True)
     heard = votes * norm.sign()
-    voice = heard / positive(norm) + heard * (ANCHOR_EPSILON / positive(mean_norm))
+    loud = positive(mean_norm)
+    voice = torch.addcdiv(heard / positive(norm), heard, loud, value=ANCHOR_EPSILON)  # (6.1)
     lead = solver.triplets(voice, warm)
     size = voice * solver.clients.size
     floor = ROUNDING * size.sum(-1, keepdim=True)
@@ -123,8 +124,8 @@ def anchor(
 
 def _signed(u: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Zero columns where Ŵ has ended; otherwise the largest entry of each left vector positive."""
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.copysign(real[..., None, :].to(u.dtype), peak)
+    lowest, highest = torch.aminmax(u, dim=-2, keepdim=True)
+    sign = torch.copysign(real[..., None, :].to(u.dtype), lowest + highest)
     return u * sign, v * sign
 
 

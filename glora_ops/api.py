@@ -100,7 +100,7 @@ def aggregate(
         Last round's state: its bases start the randomized iteration.
     max_bytes : int, optional
         Bytes of stacked factors that are in memory at a time, at least those of the largest module
-        unless there is `scratch`. By default room for two of it, and for 4 MiB per thread. The
+        unless there is `scratch`. By default room for two of it, and for 8 MiB per thread. The
         solver's own 3(N + R + p)(d_out + d_in) numbers per module come on top, for as many batches
         of modules as there are threads.
     scratch : path, optional
@@ -138,7 +138,7 @@ def aggregate(
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
 
-    Modules of one shape and like ranks run together in batches of up to 4 MiB (`max_bytes`, if
+    Modules of one shape and like ranks run together in batches of up to 8 MiB (`max_bytes`, if
     that is less), each on one thread and as many at a time as `torch.get_num_threads` says. The
     result is the same to the last bit for any number of threads; only a model of one batch, such
     as a single module, runs on all threads and may differ in its last digits. On a GPU batches
