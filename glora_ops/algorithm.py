@@ -78,9 +78,9 @@ def aggregate(
         soft, voter = s.basis == "consensus", None
         noise = information_vote(votes, clients) if soft else torch.zeros_like(scale)
         if soft and s.anchor > 0:
-            lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.2)
+            lead, vote, floor = anchor(solver, votes, s, warm[1])  # (6.1), (6.3)
             voter, mean = (lead, vote), Cut.of_mean(lead.sigma, s.rank, floor)
-        found = solver.consensus(votes, voter, p, warm)  # (5.1), (6.3), (7.1)
+        found = solver.consensus(votes, voter, p, warm)  # (5.1), (6.2), (7.1)
         projectors, eig = Cut.of_projectors(found, s.rank, noise), found.values
     real = found.s > ROUNDING * torch.linalg.vector_norm(found.s, dim=-1, keepdim=True)
     present = found.norm > rounding
@@ -106,12 +106,13 @@ def anchor(
     """Leading triplets of W̃ with their votes η g_k, and the rounding among its σ̃.
 
     W̃ = Σ p_i ΔW_i (1/‖ΔW_i‖_F + ε/ρ̄) (6.1), g_k = σ̃_k²/(σ̃_k² + c²), c the largest of σ̃_R,
-    0.01 σ̃_1 and the storage noise of W̃ (6.2); none at all for rounding.
+    0.01 σ̃_1 and the storage noise of W̃ (6.3); none at all for rounding.
     """
     norm = solver.clients.norm
     mean_norm = (votes * norm).sum(-1, keepdim=True)
     heard = votes * norm.sign()
-    voice = heard / positive(norm) + heard * (ANCHOR_EPSILON / positive(mean_norm))
+    loud = positive(mean_norm)
+    voice = torch.addcdiv(heard / positive(norm), heard, loud, value=ANCHOR_EPSILON)  # (6.1)
     lead = solver.triplets(voice, warm)
     size = voice * solver.clients.size
     floor = ROUNDING * size.sum(-1, keepdim=True)
@@ -123,8 +124,8 @@ def anchor(
 
 def _signed(u: Tensor, v: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Zero columns where Ŵ has ended; otherwise the largest entry of each left vector positive."""
-    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
-    sign = torch.copysign(real[..., None, :].to(u.dtype), peak)
+    lowest, highest = torch.aminmax(u, dim=-2, keepdim=True)
+    sign = torch.copysign(real[..., None, :].to(u.dtype), lowest + highest)
     return u * sign, v * sign
 
 
@@ -163,7 +164,7 @@ def readout(
     pad: str,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in).
+    """B = U_{:r}√(S_r/s_out) (L, d_out, r) and A = √(S_r/s_out)V_{:r}ᵀ (L, r, d_in) (10.1).
 
     Beyond the effective rank B is zero, and A is zero or, with ``pad="trainable"``, seeded unit
     rows orthogonal to the others (as long as d_in has room), so that every pair has a gradient.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Source, check_ranks, compare, directions, solve
+from .batches import Held, InMemory, Source, check_ranks, compare, directions, solve
 from .bindings.ops import Aggregate
 from .errors import Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
@@ -116,7 +115,7 @@ def aggregate(
         Last round's state: its bases start the randomized iteration.
     max_bytes : int, optional
         Bytes of stacked factors that are in memory at a time, at least those of the largest module
-        unless there is `scratch`. By default room for two of it, and for 4 MiB per thread. The
+        unless there is `scratch`. By default room for two of it, and for 8 MiB per thread. The
         solver's own 3(N + R + p)(d_out + d_in) numbers per module come on top, for as many batches
         of modules as there are threads.
     scratch : path, optional
@@ -154,7 +153,7 @@ def aggregate(
     Equations: docs/mathematics.md, after arXiv 2605.06733. Cost per module: O(N d (R + p)) with
     N = Σ r_i; memory 3(N + R + p)(d_out + d_in) numbers. No d_out × d_in matrix exists.
 
-    Modules of one shape and like ranks run together in batches of up to 4 MiB (`max_bytes`, if
+    Modules of one shape and like ranks run together in batches of up to 8 MiB (`max_bytes`, if
     that is less), each on one thread and as many at a time as `torch.get_num_threads` says. The
     result is the same to the last bit for any number of threads; only a model of one batch, such
     as a single module, runs on all threads and may differ in its last digits. On a GPU batches
@@ -249,45 +248,6 @@ def names_of(names: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A factor pair in memory."""
-
-    b: Tensor
-    a: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        return self.b.shape[0]
-
-    @property
-    def d_in(self) -> int:
-        return self.a.shape[1]
-
-    @property
-    def b_dtype(self) -> torch.dtype:
-        return self.b.dtype
-
-    @property
-    def a_dtype(self) -> torch.dtype:
-        return self.a.dtype
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """A client whose factors the caller holds."""
-
-    modules: dict[str, _Held]
-
-    def factors(self, module: str) -> Factors:
-        pair = self.modules[module]
-        return pair.b, pair.a
-
-
 def sources_of(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
     """Every client by module; what is neither tensor nor array is refused."""
     refusals = []
@@ -296,7 +256,7 @@ def sources_of(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
         if isinstance(client, Source):
             out.append(client)
             continue
-        pairs: dict[str, _Held] = {}
+        pairs: dict[str, Held] = {}
         for module, pair in (client if isinstance(client, Mapping) else {UNNAMED: client}).items():
             whole = isinstance(pair, (tuple, list)) and len(pair) == 2
             b, a = (_tensor(x) for x in pair) if whole else (None, None)
@@ -314,8 +274,8 @@ def sources_of(clients: Sequence[Client], names: Sequence[str]) -> list[Source]:
                     )
                 )
             else:
-                pairs[module] = _Held(b, a)
-        out.append(_InMemory(pairs))
+                pairs[module] = Held(b, a)
+        out.append(InMemory(pairs))
     if refusals:
         raise Refused(refusals)
     return out
@@ -325,7 +285,7 @@ def place_of(sources: Sequence[Source], names: Sequence[str]) -> torch.device:
     """Where all factors are; what is read when its turn comes is read to the CPU."""
     found: dict[torch.device, str] = {}
     for name, source in zip(names, sources, strict=True):
-        if isinstance(source, _InMemory):
+        if isinstance(source, InMemory):
             pairs = source.modules.values()
             found |= {x.device: name for pair in pairs for x in (pair.b, pair.a)}
         else:
@@ -404,7 +364,7 @@ def scalings_of(
 
 
 def _holds_float64(sources: Sequence[Source]) -> bool:
-    held = (source for source in sources if isinstance(source, _InMemory))
+    held = (source for source in sources if isinstance(source, InMemory))
     pairs = (pair for source in held for pair in source.modules.values())
     return any(torch.float64 in (pair.b.dtype, pair.a.dtype) for pair in pairs)
 
@@ -416,39 +376,41 @@ def check_factors(sources: Sequence[Source], names: Sequence[str], values: bool 
     """
     refusals = []
     shapes: dict[str, tuple[str, int, int]] = {}
-    held: list[tuple[str, str, Tensor]] = []
+    held: list[tuple[str, str, Held]] = []
     for name, source in zip(names, sources, strict=True):
-        if not isinstance(source, _InMemory):
+        if not isinstance(source, InMemory):
             continue
         for module, pair in source.modules.items():
-            b, a = pair.b, pair.a
-            found = f"B {tuple(b.shape)} and A {tuple(a.shape)}"
-            if b.dim() != 2 or a.dim() != 2 or b.shape[1] != a.shape[0] or a.shape[0] < 1:
+            b, a = pair.b.shape, pair.a.shape
+            if len(b) != 2 or len(a) != 2 or b[1] != a[0] or a[0] < 1:
                 refusals.append(
                     Refusal(
                         "not a factor pair",
                         client=name,
                         tensor=module or None,
-                        found=found,
+                        found=f"B {tuple(b)} and A {tuple(a)}",
                         expected="B (d_out, r) and A (r, d_in) with one r ≥ 1",
                     )
                 )
                 continue
-            first, d_out, d_in = shapes.setdefault(module, (name, b.shape[0], a.shape[1]))
-            if (b.shape[0], a.shape[1]) != (d_out, d_in):
+            first, d_out, d_in = shapes.setdefault(module, (name, b[0], a[1]))
+            if (b[0], a[1]) != (d_out, d_in):
                 refusals.append(
                     Refusal(
                         "module has another shape",
                         client=name,
                         tensor=module or None,
-                        found=found,
+                        found=f"B {tuple(b)} and A {tuple(a)}",
                         expected=f"d_out {d_out} and d_in {d_in} as {first}'s",
                         remedy="aggregate adapters of one base model",
                     )
                 )
-            for side, x in (("B", b), ("A", a)):
-                held.append((name, f"{module}.{side}" if module else side, x.detach()))
-    looked_at = held if values or refusals else []
+            held.append((name, module, pair))
+    looked_at = [
+        (name, f"{module}.{side}" if module else side, x.detach())
+        for name, module, pair in (held if values or refusals else [])
+        for side, x in (("B", pair.b), ("A", pair.a))
+    ]
     faults = value_faults([x for *_, x in looked_at])
     for (name, tensor, _), fault in zip(looked_at, faults, strict=True):
         if fault is not None:

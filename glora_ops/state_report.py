@@ -117,11 +117,12 @@ def notes(state: State) -> list[Note]:
                 category=TieWarning,
             )
         )
-    if state.attainable > 0 and state.captured < LOW_RATIO * state.attainable:
+    captured, attainable = state.captured, state.attainable
+    if attainable > 0 and captured < LOW_RATIO * attainable:
         out.append(
             Note(
-                f"the state holds {state.captured:.3f} of the mean update's energy where rank "
-                f"{state.rank} could hold {state.attainable:.3f}: the {state.settings['basis']} "
+                f"the state holds {captured:.3f} of the mean update's energy where rank "
+                f"{state.rank} could hold {attainable:.3f}: the {state.settings['basis']} "
                 "basis serves directions that cancel or carry little; a larger rank or "
                 'basis "update" holds more',
                 category=LowEnergyWarning,

@@ -226,6 +226,21 @@ def test_the_job_of_the_nightly_page_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert Path("merged/2026-11-22/r16").exists()
 
 
+def test_every_equation_that_code_cites_has_its_number() -> None:
+    pages = [
+        (ROOT / "docs" / x).read_text(encoding="utf-8") for x in ("mathematics.md", "solvers.md")
+    ]
+    numbered = set(re.findall(r"(?:\\tag\{|\*\*\()(\d+\.\d+)", "".join(pages)))
+    cited = {
+        (number, str(file.relative_to(ROOT)))
+        for part in ("glora_ops", "bindings", "kernels")
+        for file in (ROOT / part).rglob("*.py")
+        for number in re.findall(r"(?<!\w)\((\d+\.\d+)\)", file.read_text(encoding="utf-8"))
+    }
+    assert {number for number, _ in cited} >= {"3.2", "4.1", "5.1", "6.1", "7.1", "12.1"}
+    assert not {(number, file) for number, file in cited if number not in numbered}
+
+
 @pytest.mark.parametrize(
     ("name", "lines"), [("README.md", 130), ("docs/ops.md", 110), ("docs/performance.md", 100)]
 )

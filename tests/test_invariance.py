@@ -73,7 +73,7 @@ def permuted(problem: Problem, seed: int) -> Problem:
 
 
 def heard(problem: Problem) -> int:
-    """Triplets of the anchor with a vote: σ̃ above 8·u32·S̃, and S̃ is the storage's (6.2).
+    """Triplets of the anchor with a vote: σ̃ above 8·u32·S̃, and S̃ is the storage's (6.3).
 
     Over-parametrised a thousand times, clients that nearly cancel lose votes that they have when
     stored well; there each answer is held to its own reference.

@@ -28,7 +28,7 @@ class Clients:
     size : Tensor (L, K)
         |s_i| Σ_j ‖b_j‖‖a_j‖ (3.1).
     noise, tau : Tensor (L, K)
-        Information limit ½·u_in·size, and τ_i (4.2).
+        Information limit ½·u_in·size, and τ_i (4.1).
     """
 
     ragged: Ragged

@@ -172,7 +172,7 @@ class Solver(Protocol):
         p: Tensor,
         warm: tuple[Tensor | None, Tensor | None],
     ) -> Found:
-        """Ŵ in the leading eigenspaces of the mean projectors (5.1) with the anchor's vote (6.3).
+        """Ŵ in the leading eigenspaces of the mean projectors (5.1) with the anchor's vote (6.2).
 
         Parameters
         ----------

@@ -26,8 +26,8 @@ __all__ = ["IterativeSolver", "consensus_limit", "update_limit"]
 RESOLVED = 1e-5
 # What is to come of a mean, over what is found, from which N-space is nearer than more steps.
 FLAT = 1e-2
-# Numbers of turned rows that are held at a time, 4 MiB: still in cache when they are multiplied.
-STRETCH = 2**20
+# Numbers of turned rows that are held at a time, 3 MiB: still in cache when they are multiplied.
+STRETCH = 3 * 2**18
 
 
 def consensus_limit(rank: int, d_out: int, d_in: int) -> int:
