@@ -286,7 +286,7 @@ class CpuVocabulary:
                         out[here[0], part].baddbmm_(left, right.mT)
         return out
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
         lam, vec = eigen.eigh(g)
         # LAPACK's columns would keep their strides in a flip, and MKL is slower on those.
         return lam.flip(-1).clamp_(min=0), vec.mT.flip(-2).mT

@@ -201,11 +201,11 @@ class CudaVocabulary:
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
             lam, vec = eigen.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
-        return launch_eigh(g)
+        return launch_eigh(g, precise)
 
     def eigenvalues(self, g: Tensor) -> Tensor:
         return self.eigh(g)[0]

@@ -112,7 +112,7 @@ def canonical_kernel(
     e = exponent(tl.max(diagonal(b_M, N), 0))
     tl.debug_barrier()
     cholesky(b_M * power(-e), T_V, stride, 1.0, n, N)
-    left_vectors(T_V, stride, SIGMA, n, N)
+    left_vectors(T_V, stride, SIGMA, n, N, 0, False)
     b_square = tl.load(SIGMA + o, mask=o < n, other=0.0) * power(e)
     kept = b_square > noise
     b_sigma = tl.where(kept, tl.sqrt(b_square), 0.0)

@@ -128,8 +128,11 @@ class Vocabulary(Protocol):
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices."""
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices.
+
+        Not precise, a device may take fp32: a Ritz problem of fp32 products knows no more.
+        """
 
     def eigenvalues(self, g: Tensor) -> Tensor:
         """The same without the vectors."""

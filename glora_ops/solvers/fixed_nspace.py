@@ -165,7 +165,8 @@ class FixedNSpaceSolver(TallSolver):
         z = self._iterated(left, d * self._signs[1], step, self.steps, ANCHOR_DEGREE)
         z, image, _ = self._orthonormal(left, z, precise=True)
         image = d * image
-        theta, vectors = v.eigh(_symmetric(v.inner(image, self._image(right, image, True))))
+        energy = v.inner(image, self._image(right, image, True))
+        theta, vectors = v.eigh(_symmetric(energy), precise=False)
         sigma = fill(theta.sqrt(), max(rank + 1, theta.shape[-1]))
         turn = fill(vectors, rank)
         head = sigma[..., None, :rank]
@@ -212,7 +213,7 @@ class FixedNSpaceSolver(TallSolver):
         z = _placed(torch.cat(known), torch.cat([vote, vote]), spare)
         z = self._iterated(self.gamma, z, step, self.steps, MEAN_DEGREE)
         z, image, _ = self._orthonormal(self.gamma, z, precise=True)
-        values, vectors = v.eigh(_symmetric(v.inner(image, step(image))))
+        values, vectors = v.eigh(_symmetric(v.inner(image, step(image))), precise=False)
         x, image = v.combine(z, vectors[..., :rank]), v.combine(image, vectors)
         d, energies = self._strength(p), []
         for seen, other in zip(image.chunk(2), reversed(self._metrics), strict=True):

@@ -70,3 +70,17 @@ def svd_128() -> None:
     from glora_ops.kernels.svd import launch_svd
 
     launch_svd(square(128))
+
+
+@case(wide_loads=False, stack=WIDE)
+def eigh_80_in_single() -> None:
+    from glora_ops.kernels.eigh import launch_eigh
+
+    launch_eigh(square(80), precise=False)
+
+
+@case(wide_loads=False, barriers=6)
+def eigh_64_in_single() -> None:
+    from glora_ops.kernels.eigh import launch_eigh
+
+    launch_eigh(square(64), precise=False)
