@@ -153,7 +153,7 @@ def launch_canonical_solve(
     if width > MAX_RANK:
         raise ValueError(f"rank: got {width}, expected at most {MAX_RANK}; use eigh beyond")
     gram_b, gram_a = gram_b.contiguous(), gram_a.contiguous()
-    t_u, t_v = torch.zeros_like(gram_b), torch.zeros_like(gram_a)
+    t_u, t_v = gram_b.new_zeros(2, *gram_b.shape)
     sigma, size = gram_b.new_zeros(gram_b.shape[:-1]), gram_b.new_zeros(modules, clients)
     narrow, block = 0, 16
     while narrow < width:
