@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .blocks import contract_two
 from .launching import launch
-from .precision import PRECISE, PROMOTED, precise_mode, product_mode
+from .precision import PRECISE, PROMOTED, precise_mode, product_mode, target_of
 
 __all__ = [
     "ProductConfig",
@@ -57,14 +57,16 @@ class ProductConfig:
     num_stages: int
 
     @classmethod
-    def for_shape(cls, m: int, n: int, mode: str) -> ProductConfig:
+    def for_shape(cls, m: int, n: int, mode: str, target: str) -> ProductConfig:
         """Wide enough for wgmma (M = 64) where there are rows; narrow where registers end.
 
         Columns come in powers of two: of 65 to 96 the last 16 or 32 are a second block, so that
         neither is x read twice nor are 128 multiplied.
         """
         block_m = 64 if m > 32 else 32 if m > 16 else 16
-        rest = (16 if n <= 80 else 32) if 64 < n <= 96 and mode not in PRECISE else 0
+        # sm_80 and sm_89 hold operands in registers, where tf32 terms leave no room for that.
+        full = mode in PRECISE or (mode == "tf32x3" and target.startswith("sm_8"))
+        rest = (16 if n <= 80 else 32) if 64 < n <= 96 and not full else 0
         if mode == "split w" and m >= TALL:  # each row tile reads w again, from L2
             return cls(128, 64 if n > 32 else 32 if n > 16 else 16, rest, 32, 8, 2)
         block_n = min(max(16, triton.next_power_of_2(n)), 32 if mode in PRECISE else 64)
@@ -182,8 +184,9 @@ def _launch(products: list[Product], mode: str, config: ProductConfig, add: bool
     )  # fmt: skip
 
 
-def _config(shapes: Sequence[tuple[int, int]], mode: str) -> ProductConfig:
-    return ProductConfig.for_shape(max(m for m, _ in shapes), max(n for _, n in shapes), mode)
+def _config(shapes: Sequence[tuple[int, int]], mode: str, target: str) -> ProductConfig:
+    m, n = (max(sizes) for sizes in zip(*shapes, strict=True))
+    return ProductConfig.for_shape(m, n, mode, target)
 
 
 def times_each(x: Sequence[Tensor], omega: Sequence[Tensor]) -> list[Tensor]:
@@ -219,7 +222,7 @@ def launch_inner(y: Tensor, z: Tensor) -> Tensor:
 def _contract(x: Sequence[Tensor], w: Sequence[Tensor], mode: str) -> list[Tensor]:
     """(L, m, n) fp64: x (L, m, c) w (L or 1, c, n), the long c cut so that the device is full."""
     shapes = [(a.shape[1], b.shape[-1]) for a, b in zip(x, w, strict=True)]
-    config = _config(shapes, mode)
+    config = _config(shapes, mode, target_of(x[0]))
     tiles = [config.tiles(*shape) for shape in shapes]
     programs = sum(len(a) * n for a, n in zip(x, tiles, strict=True))
     chunks = []
@@ -252,7 +255,8 @@ def accumulate_each(
     if z[0].dtype != dtype and reread > REREAD:
         z = [b.to(dtype) for b in z]
     mode = product_mode(x[0], y[0])  # an fp64 z becomes fp32 on its way
-    config = _config([(a.shape[-1], b.shape[-1]) for a, b in zip(x, z, strict=True)], mode)
+    shapes = [(a.shape[-1], b.shape[-1]) for a, b in zip(x, z, strict=True)]
+    config = _config(shapes, mode, target_of(x[0]))
     products = [Product(a.mT, b, c[None], a.shape[1]) for a, b, c in zip(x, z, y, strict=True)]
     _launch(products, mode, config, onto is not None)
     return y
