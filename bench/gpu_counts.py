@@ -157,10 +157,12 @@ def products(call: Call) -> list[tuple[str, int]]:
     terms, unit = ARITHMETIC.get(a.get("MODE", ""), (0, "bf16"))
     if call.name == "product_kernel":
         sizes = [
-            whole(a[f"M{i}"], a["BM"]) * whole(a[f"N{i}"], a["BN"] + a["BR"]) * a[f"C{i}"]
+            whole(a[f"M{i}"], a["BM"])
+            * whole(a[f"N{i}"], a["BN"] + a["BR"])
+            * a[f"C{i}"]
             * len(a[f"X{i}"])
             for i in range(sides(call))
-        ]  # fmt: skip
+        ]
         return [(unit, terms * 2 * sum(sizes))]
     if call.name == "sketch_kernel":
         found = []

@@ -13,7 +13,6 @@ import torch
 from glora_ops.kernels import canonical_solve, core, jacobi, sketch, triangular
 from glora_ops.kernels.eigh import launch_eigh
 from glora_ops.kernels.fold import fold_each, launch_fold
-from glora_ops.kernels.forms import launch_forms
 from glora_ops.kernels.metric import launch_metric_energy, launch_metric_product
 from glora_ops.kernels.overlaps import launch_overlaps
 from glora_ops.kernels.product import (
@@ -26,6 +25,7 @@ from glora_ops.kernels.product import (
 )
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
+from glora_ops.kernels.votes import launch_votes
 from glora_ops.kernels.whitened import launch_whitened
 from torch import Tensor
 
@@ -169,7 +169,7 @@ class CudaVocabulary:
         if ragged.max_rank > canonical_solve.MAX_RANK:
             return canonicalize(self.eigh, gram_b, gram_a, ragged, scaling, tau_rel, roundoff)
         forms = canonical_solve.launch_canonical_solve(gram_b, gram_a, ragged.ranks)
-        t, sigma, soft, hard, size, noise, tau, norm, loudest = launch_forms(
+        t, sigma, soft, hard, size, noise, tau, norm, loudest = launch_votes(
             forms, scaling, ragged.marks, ragged.rows, tau_rel, roundoff
         )
         clients = Clients(ragged, t[0], t[1], sigma, size, noise, tau)

@@ -33,9 +33,7 @@ __all__ = ["launch_eigh"]
 
 
 @triton.jit
-def eigh_kernel(
-    G, LAM, V, ROOM, n, N: tl.constexpr, TAIL: tl.constexpr, SINGLE: tl.constexpr
-):  # fmt: skip
+def eigh_kernel(G, LAM, V, ROOM, n, N: tl.constexpr, TAIL: tl.constexpr, SINGLE: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     G += i_b * n * n
     V += i_b * n * n

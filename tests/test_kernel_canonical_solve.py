@@ -279,7 +279,7 @@ def test_one_more_launch_makes_votes_and_sizes_of_clients() -> None:
             *(g.to(device) for g in grams), there, scaling.to(device), 0.1, 2.0**-11
         )
         known = {x: getattr(got, x).cpu() for x in KNOWN}
-    assert [call.name for call in calls] == ["canonical_kernel", "forms_kernel"]
+    assert [call.name for call in calls] == ["canonical_kernel", "votes_kernel"]
     want = CpuVocabulary().canonical(*grams, here, scaling, 0.1, 2.0**-11)
     for name, value in known.items():
         assert torch.allclose(value, getattr(want, name), rtol=1e-9, atol=1e-12), name

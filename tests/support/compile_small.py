@@ -89,10 +89,10 @@ def eigh_64_in_single() -> None:
 
 
 @case(wide_loads=False)
-def forms() -> None:
-    from glora_ops.kernels.forms import launch_forms
+def votes() -> None:
+    from glora_ops.kernels.votes import launch_votes
 
     for rank in (16, 64):
         t, sigma, size = (meta(2, 10, *x, dtype=torch.float64) for x in ((rank, rank), (rank,), ()))
         marks = meta(11, dtype=torch.int64)
-        launch_forms((t, t, sigma, size), size, marks, 10 * rank, 0.1, 2.0**-9)
+        launch_votes((t, t, sigma, size), size, marks, 10 * rank, 0.1, 2.0**-9)

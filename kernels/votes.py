@@ -17,11 +17,11 @@ import triton.language as tl
 
 from .launching import launch
 
-__all__ = ["launch_forms"]
+__all__ = ["launch_votes"]
 
 
 @triton.jit
-def forms_kernel(
+def votes_kernel(
     T_U, T_V, S, WHOLE, SCALING, offsets, T, SIGMA, SOFT, HARD, SIZE, NOISE, TAU, NORM, LOUDEST,
     clients, rows, stride, below, tau_rel: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def forms_kernel(
     tl.store(T + below + o_T, tl.where(s < 0, -b_T, b_T), mask=m_T)
 
 
-def launch_forms(
+def launch_votes(
     forms: tuple[torch.Tensor, ...],
     scaling: torch.Tensor,
     offsets: torch.Tensor,
@@ -86,7 +86,7 @@ def launch_forms(
     t, per_row = double(2, modules, rows, width), [double(modules, rows) for _ in range(3)]
     per_client = [double(modules, clients) for _ in range(5)]
     launch(
-        forms_kernel, (modules * clients,), *forms, scaling.contiguous(), offsets, t, *per_row,
+        votes_kernel, (modules * clients,), *forms, scaling.contiguous(), offsets, t, *per_row,
         *per_client, clients, rows, width, t.stride(0), tau_rel=tau_rel, HALF=0.5 * roundoff,
         N=max(16, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
