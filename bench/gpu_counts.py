@@ -1,25 +1,25 @@
 """What fixed steps move, multiply and wait for on a GPU, counted on tensors without values.
 
-    python bench/gpu_counts.py [--former]     # bench/results/gpu/counts.json; needs no GPU
+    python bench/gpu_counts.py     # bench/results/gpu/counts.json; needs no GPU
 
 The op runs on meta tensors; every kernel launch and every torch operation between them is seen.
 A launch takes the longest of
 
     memory         each operand once: views of one memory count once
     L2             what its tiles read again, at the rate of L2
-    products       a three-term product as the three dots it is
+    products       a three-term product as the three dots it is, of whole tiles: columns and rows
+                   that pad them are multiplied as well
     instructions   of small problems: those that its loops issue, four a cycle and processor, so
                    many programs at a time as its registers allow
 
 and launches add up, none overlaps. Replayed, a call takes that; called eagerly no less than the
-host needs to start everything. A lower bound and a ranking: nothing was run. `--former` counts the
-design of another checkout, once, to stand beside this one.
+host needs to start everything. A lower bound and a ranking: nothing was run. What stood there as
+the former design stays beside this one (counted when padding was not).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from math import ceil, prod
 from pathlib import Path
@@ -57,21 +57,23 @@ ARITHMETIC = {
     "tf32x3": (3, "tf32"),
     "double": (1, "fp64"),
 }
-# Instructions of the loops of small problems by block side: per column, and per round of Jacobi;
-# warps of a program, and programs that fit in a processor. Read off sm_90's machine code (Triton
-# 3.8.0). `triangular` by panels has a 16th of a panel's in every column.
+# Instructions of the loops of small problems by kernel and block, + the rows of a second block,
+# "single" where sweeps are in fp32: per column, and per round of Jacobi; warps of a program, and
+# programs that fit in a processor. Read off sm_90's machine code (Triton 3.8.0). `triangular` by
+# panels has a 16th of a panel's in every column.
 LOOPS = {
-    ("eigh_kernel", 32): (203, 201, 4, 5), ("eigh_kernel", 64): (238, 269, 8, 1),
-    ("eigh_kernel", 128): (431, 640, 16, 1), ("svd_kernel", 16): (222, 188, 1, 20),
-    ("svd_kernel", 64): (413, 273, 8, 1), ("svd_kernel", 128): (836, 641, 16, 1),
-    ("canonical_kernel", 16): (1114, 193, 1, 12),
-    ("triangular_kernel", 32): (174 + 27, 0, 2, 6), ("triangular_kernel", 64): (97 + 24, 0, 8, 2),
-    ("triangular_kernel", 128): (105 + 38, 0, 16, 1),
-    ("former triangular_kernel", 32): (791, 0, 2, 6),
-    ("former triangular_kernel", 64): (791, 0, 8, 2),
-    ("former triangular_kernel", 128): (1208, 0, 32, 1),
+    ("eigh_kernel", "32 single"): (205 + 35 + 51, 102, 4, 5),
+    ("eigh_kernel", "64 single"): (242 + 60 + 91, 143, 8, 1),
+    ("eigh_kernel", "128 + 16 single"): (547 + 229 + 369, 398, 8, 1),
+    ("eigh_kernel", "64"): (238, 268, 8, 1), ("eigh_kernel", "128 + 16"): (603, 749, 8, 1),
+    ("svd_kernel", "16"): (222, 191, 1, 20), ("svd_kernel", "64"): (413, 273, 8, 1),
+    ("svd_kernel", "128 + 64"): (831, 674, 16, 1), ("canonical_kernel", "16"): (1114, 193, 1, 12),
+    ("triangular_kernel", "16"): (261 + 88, 0, 1, 14),
+    ("triangular_kernel", "32"): (174 + 27, 0, 2, 6),
+    ("triangular_kernel", "64"): (97 + 24, 0, 8, 2),
+    ("triangular_kernel", "128"): (99 + 65, 0, 8, 1),
 }  # fmt: skip
-# Sweeps of Jacobi until nothing turns: 7 to 20 by the spectrum.
+# Sweeps of Jacobi until nothing turns: 7 to 20 by the spectrum in fp64, 6 to 9 in fp32.
 SWEEPS = 9
 
 
@@ -139,32 +141,43 @@ def moved(tensors: list[Tensor]) -> int:
     return sum(found.values())
 
 
+def whole(n: int, tile: int) -> int:
+    """Rows or columns of the tiles that hold n."""
+    return ceil(n / tile) * tile
+
+
 def sides(call: Call) -> int:
     """Of an aggregation, in one launch."""
     return 2 if call.arguments["BOTH"] else 1
 
 
 def products(call: Call) -> list[tuple[str, int]]:
-    """(unit, flops) of a launch's long products; r × r and k × k ones are left out."""
+    """(unit, flops) of a launch's long products, tiles whole; r × r and k × k ones are left out."""
     a = call.arguments
     terms, unit = ARITHMETIC.get(a.get("MODE", ""), (0, "bf16"))
     if call.name == "product_kernel":
-        sizes = [a[f"M{i}"] * a[f"N{i}"] * a[f"C{i}"] * len(a[f"X{i}"]) for i in range(sides(call))]
+        sizes = [
+            whole(a[f"M{i}"], a["BM"])
+            * whole(a[f"N{i}"], a["BN"] + a["BR"])
+            * a[f"C{i}"]
+            * len(a[f"X{i}"])
+            for i in range(sides(call))
+        ]
         return [(unit, terms * 2 * sum(sizes))]
     if call.name == "sketch_kernel":
         found = []
         for side in range(2):
             modules, rows, d = a[f"X{side}"].shape
             gram = ceil(a["clients"] / a["CLIENTS"]) * a["CLIENTS"] * a["R"] ** 2
-            found.append((unit, terms * 2 * rows * a[f"k{side}"] * d * modules))
+            slots = ceil(a["clients"] / a["CLIENTS"]) * a["CLIENTS"] * a["R"]
+            found.append((unit, terms * 2 * slots * a["BN"] * d * modules))
             found.append(("fp64", 2 * gram * d * modules))
         return found
     if call.name == "core_kernel":
-        long = a["d_out"] * a["k_u"] + a["d_in"] * a["k_v"]
-        modules = len(a["B"])
+        rows = whole(a["rows"], a["BM"]) * len(a["B"])
         return [
-            (unit, terms * 2 * a["rows"] * long * modules),
-            ("fp64", 2 * a["rows"] * a["k_u"] * a["k_v"] * modules),
+            (unit, terms * 2 * rows * (a["d_out"] + a["d_in"]) * a["BN"]),
+            ("fp64", 2 * rows * a["BN"] ** 2),
         ]
     if call.name == "overlaps_kernel":
         tiles = a["places"] * len(a["X"])
@@ -172,7 +185,8 @@ def products(call: Call) -> list[tuple[str, int]]:
         return [(unit, terms * 2 * tiles * a["B"] ** 2 * a["d"])]
     if call.name == "metric_product_kernel":
         _, modules, k, rows = a["TERMS"].shape
-        return [(unit, (3 if a["PRECISE"] else 1) * 2 * modules * rows**2 * k)]
+        tiles = whole(rows, a["BM"]) * whole(k, a["BN"] + a["BR"])
+        return [(unit, (3 if a["PRECISE"] else 1) * 2 * modules * rows * tiles)]
     if call.name == "whitened_kernel":
         return [("fp64", 4 * call.grid[0] * call.grid[1] * a["R"] ** 2 * a["BN"])]
     return []
@@ -185,7 +199,7 @@ def reread(call: Call) -> int:
         again = 0
         for i in range(sides(call)):
             m, n, c = a[f"M{i}"], a[f"N{i}"], a[f"C{i}"] * len(a[f"X{i}"])
-            down, across = ceil(m / a["BM"]), ceil(n / a["BN"])
+            down, across = ceil(m / a["BM"]), ceil(n / (a["BN"] + a["BR"]))
             again += (across - 1) * m * c * a[f"X{i}"].itemsize
             again += (down - 1) * n * c * a[f"W{i}"].itemsize
         return again
@@ -196,7 +210,7 @@ def reread(call: Call) -> int:
         tiles = a["places"] * len(a["X"])
         return 2 * tiles * a["B"] * a["d"] * a["X"].itemsize - size(a["X"])
     if call.name == "metric_product_kernel":
-        down, across = ceil(a["rows"] / a["BM"]), ceil(a["k"] / a["BN"])
+        down, across = ceil(a["rows"] / a["BM"]), ceil(a["k"] / (a["BN"] + a["BR"]))
         gamma = (1 + a["PRECISE"]) * size(a["GAMMA"][0])
         return (across - 1) * gamma + (down - 1) * size(a["TERMS"])
     if call.name == "metric_round_kernel":
@@ -209,12 +223,12 @@ def reread(call: Call) -> int:
 def instructions(call: Call) -> float:
     """Seconds in which a small problem's loops can issue their instructions."""
     a = call.arguments
-    block = a.get("N" if call.name != "triangular_kernel" else "BN")
-    former = call.name == "triangular_kernel" and "P" not in a
-    key = (f"former {call.name}" if former else call.name, block)
-    if key not in LOOPS:
+    if call.name not in {name for name, _ in LOOPS}:
         return 0.0
-    column, turn, warps, resident = LOOPS[key]
+    block = a["BN" if call.name == "triangular_kernel" else "N"]
+    tail = f" + {a['TAIL']}" if a.get("TAIL") else ""
+    single = " single" if a.get("SINGLE") else ""
+    column, turn, warps, resident = LOOPS[call.name, f"{block}{tail}{single}"]
     if call.name == "canonical_kernel":
         n, programs = block, len(a["RANKS"]) * a["G_B"].shape[0]
     else:
@@ -282,12 +296,10 @@ if __name__ == "__main__":
         for dtype in (torch.bfloat16, torch.float32)
         for steps in (1, 2)
     ]
-    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
-    former = found if "--former" in sys.argv else kept.get("former", [])
-    now = kept.get("rows", []) if "--former" in sys.argv else found
+    former = json.loads(OUT.read_text())["former"] if OUT.exists() else []
     OUT.parent.mkdir(exist_ok=True)
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    told = {"versions": versions, "rates": RATES, "former": former, "rows": now}
+    told = {"versions": versions, "rates": RATES, "former": former, "rows": found}
     OUT.write_text(json.dumps(told, indent=1) + "\n")
-    print(shown(former, now))
+    print(shown(former, found))
     print(f"written: {OUT}")

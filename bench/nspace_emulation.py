@@ -62,11 +62,61 @@ def thirds(x: Tensor) -> list[Tensor]:
     return out
 
 
+def factored(g: Tensor) -> Tensor:
+    """L of g = L Lᵀ (n, n) fp64, pivoted, as `jacobi.cholesky` has it."""
+    n, g = len(g), g.clone()
+    out, end = torch.zeros_like(g), n * 2.0**-53 * g.diagonal().max()
+    for k in range(n):
+        i = int(g.diagonal().argmax())
+        if not g[i, i] > end:
+            break
+        out[:, k] = g[i] * g[i, i].rsqrt()
+        g -= out[:, k, None] * out[:, k]
+        g[i], g[:, i] = 0, 0
+    return out
+
+
+def turned_until_orthogonal(w: Tensor) -> Tensor:
+    """One-sided Jacobi on w (n, n) in its own precision, the kernel's ring of pairs."""
+    half = (w.shape[1] + 1) // 2
+    p, q = w[:, :half], torch.nn.functional.pad(w[:, half:], (0, 2 * half - w.shape[1]))
+    for _ in range(40):
+        turned = 0
+        for _ in range(2 * half - 1):
+            pp, qq, pq = (p * p).sum(0), (q * q).sum(0), (p * q).sum(0)
+            turns = pq.abs() > 2.0**-19 * pp.sqrt() * qq.sqrt()
+            turned += int(turns.sum())
+            gap, pq = qq - pp, torch.where(turns, 2 * pq, 0.0)
+            far = torch.copysign((gap * gap + pq * pq).sqrt(), gap)
+            t = pq / torch.where(turns, gap + far, 1.0)
+            c = (1 + t * t).rsqrt()
+            p, q = c * p - c * t * q, c * t * p + c * q
+            p, q = (
+                torch.cat([p[:, :1], q[:, :1], p[:, 1:-1]], 1)[:, :half],
+                torch.cat([q[:, 1:], p[:, -1:]], 1),
+            )
+        if not turned:
+            break
+    return torch.cat([p, q], 1)
+
+
+def single_eigh(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenpairs (n, n) by sweeps in fp32, the vectors made orthonormal by Newton and Schulz."""
+    n, size = len(g), torch.exp2(torch.frexp(g.diagonal().max()).exponent.double())
+    w = turned_until_orthogonal(factored(g / size).float()).double()
+    length, order = w.square().sum(0).sort(descending=True, stable=True)
+    rank = int((length > 0).sum())
+    v = w[:, order[:rank]] / length[:rank].sqrt()
+    v = v @ (1.5 * torch.eye(rank, dtype=v.dtype) - 0.5 * v.mT @ v)
+    spare = torch.linalg.qr(torch.cat([v, torch.eye(n, dtype=v.dtype)], 1))[0][:, rank:n]
+    return length[:n] * size, torch.cat([v, spare], 1)
+
+
 class TensorCores(CpuVocabulary):
     """The CPU's words with the long products of a tensor core; Gram matrices stay fp64."""
 
-    def __init__(self, promoted: bool = True, rounded: bool = True) -> None:
-        self.promoted, self.rounded = promoted, rounded
+    def __init__(self, promoted: bool = True, rounded: bool = True, single: bool = True) -> None:
+        self.promoted, self.rounded, self.single = promoted, rounded, single
 
     def _split(self, x: Tensor, w: Tensor) -> Tensor:
         """Stored rows x (bf16, or fp32 as three terms) times an fp32 w as three bf16 terms."""
@@ -94,6 +144,12 @@ class TensorCores(CpuVocabulary):
         if x.dtype == torch.float64:
             return super().product(x, y)
         return summed(x.double(), y.double(), self.promoted).float()
+
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
+        if precise or not self.single:
+            return super().eigh(g)
+        lam, v = zip(*map(single_eigh, g), strict=True)
+        return torch.stack(lam), torch.stack(v)
 
     def inverse_cholesky(self, g: Tensor, drop: float) -> Tensor:
         """From the other triangle, as the kernel takes it: only where z is rounded are they one."""
@@ -280,6 +336,7 @@ RECIPES = {
     "q = 2": Recipe(steps=2),
     "not rounded first": Recipe(TensorCores(rounded=False)),
     "not promoted": Recipe(TensorCores(promoted=False)),
+    "eigh in fp64": Recipe(TensorCores(single=False)),
     "drop 1e-6": Recipe(change=lambda: constant("DEPENDENT", 1e-6)),
     "drop 1e-4": Recipe(change=lambda: constant("DEPENDENT", 1e-4)),
     "b ≥ 3e-3 θ₁": Recipe(change=lambda: constant("LOWEST", 3e-3)),

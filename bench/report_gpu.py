@@ -75,14 +75,14 @@ def section(folder: Path) -> list[str]:
         "less than the host's (30 µs a kernel, 6 µs a torch operation). R = 64 (16 at 1024²), "
         "clients of rank 16, the anchor included. Lower bounds and a ranking, no prediction.",
         counted(counts),
-        "**Products with few columns are bound by L2**: every tile reads its operands again. Small "
-        "problems of a 7B, a quarter to a half of the time before, are a sixth to three fifths; of "
-        "one module they are most of it. What is left is the iteration in the long space, 3 + 4q "
-        "reads of the factors (5 for q = 0); up to N = 1024 (384 in fp32) it is in N-space, four "
-        "reads. Where launches decide (1024²), torch's small operations for votes, certificates "
-        "and statistics outnumber the kernels by three to one and more. The default, adaptive "
-        "mode looks at values and cannot be counted so; beyond the exact solver's N it goes module "
-        "by module and synchronises.",
+        "**On tall blocks products decide**: R + p columns in three bf16 terms, 3 + 4q reads of "
+        "the factors (5 for q = 0). Up to N = 1024 (384 in fp32) the iteration is in N-space, four "
+        "reads, and small problems decide, as for one module. Where launches decide (1024²), "
+        "torch's small operations for votes, certificates and statistics outnumber the kernels by "
+        "two to one and more. What the former design had to multiply is counted without the "
+        "padding of its tiles. The default, adaptive mode looks at values and cannot be counted "
+        "so; beyond the exact solver's N it goes module by module and synchronises. "
+        "[docs/gpu.md](../../docs/gpu.md) says which goals are met and why others are not.",
         "Goals on a device, replayed, q = 1, bf16: "
         + "; ".join(f"{case} ≤ {ms:g} ms" for case, ms in run_report.GOALS.items())
         + "; 7B, K = 100 ≤ 50 ms where the contract's quality is reached, flat spectra apart; "

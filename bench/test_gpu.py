@@ -159,11 +159,11 @@ def test_schedule(benchmark, scheduled):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("problem", ["eigh", "svd", "torch eigh", "torch svd"])
+@pytest.mark.parametrize("problem", ["eigh", "eigh in fp32", "svd", "torch eigh", "torch svd"])
 @pytest.mark.parametrize("modules", [1, 224])
 @pytest.mark.parametrize("n", [32, 64, 80, 128])
 def test_small_problems(benchmark, n, modules, problem):
-    """Latency of the batched eigenproblem and SVD, fp64, beside the library's."""
+    """Latency of the batched eigenproblem and SVD, beside the library's in fp64."""
     from glora_ops.kernels.eigh import launch_eigh
     from glora_ops.kernels.svd import launch_svd
 
@@ -172,6 +172,7 @@ def test_small_problems(benchmark, n, modules, problem):
     g = x @ x.mT
     solve = {
         "eigh": lambda: launch_eigh(g),
+        "eigh in fp32": lambda: launch_eigh(g, precise=False),
         "svd": lambda: launch_svd(x),
         "torch eigh": lambda: torch.linalg.eigh(g),
         "torch svd": lambda: torch.linalg.svd(x),

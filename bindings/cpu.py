@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
-from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.client_forms import Clients, canonicalize
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.runtime import scratch
 from glora_ops.runtime.threads import all_threads, keep_freed
@@ -230,8 +230,11 @@ class CpuVocabulary:
         grams = [self.gram(rows, ragged) for rows in stacks]
         return grams, [self.times(x, w) for x, w in zip(stacks, omegas, strict=True)]
 
-    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
-        return canonical_forms(pair, self.eigh)
+    def canonical(
+        self, gram_b: Tensor, gram_a: Tensor, ragged: Ragged, scaling: Tensor, tau_rel: float,
+        roundoff: float,
+    ) -> Clients:  # fmt: skip
+        return canonicalize(self.eigh, gram_b, gram_a, ragged, scaling, tau_rel, roundoff)
 
     def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         blocks = torch.bmm(ragged.pad(t).flatten(0, 1).mT, ragged.pad(z).flatten(0, 1))
@@ -286,7 +289,7 @@ class CpuVocabulary:
                         out[here[0], part].baddbmm_(left, right.mT)
         return out
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
         lam, vec = eigen.eigh(g)
         # LAPACK's columns would keep their strides in a flip, and MKL is slower on those.
         return lam.flip(-1).clamp_(min=0), vec.mT.flip(-2).mT

@@ -25,11 +25,12 @@ from glora_ops.kernels.product import (
 )
 from glora_ops.kernels.readout import launch_readout
 from glora_ops.kernels.svd import launch_svd
+from glora_ops.kernels.votes import launch_votes
 from glora_ops.kernels.whitened import launch_whitened
 from torch import Tensor
 
 from glora_ops.linalg import eigen, orthonormal
-from glora_ops.linalg.canonical import Balanced, Forms, canonical_forms
+from glora_ops.linalg.client_forms import Clients, canonicalize
 from glora_ops.linalg.ragged import Ragged
 from glora_ops.linalg.vocabulary import working
 
@@ -161,13 +162,20 @@ class CudaVocabulary:
             list(stacks), ragged.marks, ragged.max_rank, [w[0] for w in omegas]
         )
 
-    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
+    def canonical(
+        self, gram_b: Tensor, gram_a: Tensor, ragged: Ragged, scaling: Tensor, tau_rel: float,
+        roundoff: float,
+    ) -> Clients:  # fmt: skip
         if ragged.max_rank > canonical_solve.MAX_RANK:
-            return canonical_forms(pair, self.eigh)
-        t_u, t_v, sigma, _ = canonical_solve.launch_canonical_solve(
-            pair.gram_b, pair.gram_a, ragged.ranks
+            return canonicalize(self.eigh, gram_b, gram_a, ragged, scaling, tau_rel, roundoff)
+        forms = canonical_solve.launch_canonical_solve(gram_b, gram_a, ragged.ranks)
+        t, sigma, soft, hard, size, noise, tau, norm, loudest = launch_votes(
+            forms, scaling, ragged.marks, ragged.rows, tau_rel, roundoff
         )
-        return Forms(pair.d[..., :, None] * t_u, pair.d_inverse[..., :, None] * t_v, sigma)
+        clients = Clients(ragged, t[0], t[1], sigma, size, noise, tau)
+        # The same launch has made what the others are asked for later.
+        vars(clients).update(t=t, soft=soft, hard=hard, norm=norm, loudest=loudest)
+        return clients
 
     def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         return launch_fold(t, scale, z, ragged.marks, ragged.max_rank, back=False)
@@ -201,11 +209,11 @@ class CudaVocabulary:
     def qr(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.qr(y)
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
         if g.shape[-1] > jacobi.MAX_SIZE:
             lam, vec = eigen.eigh(g)
             return lam.flip(-1).clamp_(min=0), vec.flip(-1)
-        return launch_eigh(g)
+        return launch_eigh(g, precise)
 
     def eigenvalues(self, g: Tensor) -> Tensor:
         return self.eigh(g)[0]

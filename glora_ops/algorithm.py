@@ -17,7 +17,6 @@ from .certificates import (
     of_clients,
 )
 from .linalg.canonical import factor_coordinates, positive, soft_votes
-from .linalg.client_forms import canonicalize
 from .linalg.ragged import Ragged
 from .linalg.random_signs import sign_matrix
 from .linalg.vocabulary import Vocabulary
@@ -32,7 +31,6 @@ from .solvers.tall import TallSolver, principal
 
 __all__ = [
     "aggregate",
-    "canonicalize",
     "choose",
     "client_stats",
     "factor_voters",

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .slices import add_products, cut, rescaled, row_exponent, value
 
-__all__ = ["contract", "gram", "leading_bits", "product", "zeros"]
+__all__ = ["contract", "contract_two", "gram", "leading_bits", "product", "zeros"]
 
 
 @triton.jit
@@ -78,6 +78,22 @@ def contract(
     BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """[BM, BN]: rows o_m of x times columns o_n of w, over the first `length` columns of x."""
+    b_Y, _ = contract_two(
+        X, W, o_m, m_m, o_n, m_n, o_n, m_n, length, xm, xc, wc, wn, MODE, EVERY, BM, BN, 0, BC
+    )
+    return b_Y
+
+
+@triton.jit
+def contract_two(
+    X, W, o_m, m_m, o_n, m_n, o_r, m_r, length, xm, xc, wc, wn,
+    MODE: tl.constexpr, EVERY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The same of columns o_n, and [BM, BR] of columns o_r, for which x is read once.
+
+    Without BR the second is of no use; "slices" take none.
+    """
     if MODE == "slices":
         b_Y = tl.zeros((BM, BN), tl.float32)
         b_low = tl.zeros((BM, BN), tl.float32)
@@ -93,17 +109,24 @@ def contract(
             b_Y, b_low = rescaled(b_Y, b_low, b_f[None, :], b_f_new[None, :])
             b_e, b_f = b_e_new, b_f_new
             b_Y, b_low = add_products(b_Y, b_low, cut(b_X, b_e[:, None]), cut(b_W, b_f[None, :]))
-        return value(b_Y, b_low, b_e[:, None], b_f[None, :])
+        b_Y = value(b_Y, b_low, b_e[:, None], b_f[None, :])
+        return b_Y, b_Y
     else:
         b_Y = zeros(BM, BN, MODE)
         b_part = zeros(BM, BN, MODE)
+        b_R = zeros(BM, BR if BR else 1, MODE)
+        b_rest = b_R
         for c in range(0, length, BC):
             o_c = c + tl.arange(0, BC)
             b_X = load_tile(X, o_m, m_m, o_c.to(tl.int64), o_c < length, xm, xc)
             b_W = load_tile(W, o_c.to(tl.int64), o_c < length, o_n, m_n, wc, wn)
             b_part = product(b_X, b_W, b_part, MODE)
             b_Y, b_part = promoted(b_Y, b_part, c + BC, MODE, EVERY)
-        return b_Y + b_part
+            if BR:
+                b_W = load_tile(W, o_c.to(tl.int64), o_c < length, o_r, m_r, wc, wn)
+                b_rest = product(b_X, b_W, b_rest, MODE)
+                b_R, b_rest = promoted(b_R, b_rest, c + BC, MODE, EVERY)
+        return b_Y + b_part, b_R + b_rest
 
 
 @triton.jit

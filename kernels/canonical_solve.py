@@ -112,7 +112,7 @@ def canonical_kernel(
     e = exponent(tl.max(diagonal(b_M, N), 0))
     tl.debug_barrier()
     cholesky(b_M * power(-e), T_V, stride, 1.0, n, N)
-    left_vectors(T_V, stride, SIGMA, n, N)
+    left_vectors(T_V, stride, SIGMA, n, N, 0, False)
     b_square = tl.load(SIGMA + o, mask=o < n, other=0.0) * power(e)
     kept = b_square > noise
     b_sigma = tl.where(kept, tl.sqrt(b_square), 0.0)
@@ -153,7 +153,7 @@ def launch_canonical_solve(
     if width > MAX_RANK:
         raise ValueError(f"rank: got {width}, expected at most {MAX_RANK}; use eigh beyond")
     gram_b, gram_a = gram_b.contiguous(), gram_a.contiguous()
-    t_u, t_v = torch.zeros_like(gram_b), torch.zeros_like(gram_a)
+    t_u, t_v = gram_b.new_zeros(2, *gram_b.shape)
     sigma, size = gram_b.new_zeros(gram_b.shape[:-1]), gram_b.new_zeros(modules, clients)
     narrow, block = 0, 16
     while narrow < width:

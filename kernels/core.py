@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .blocks import contract, precise
 from .launching import launch
-from .precision import PROMOTED, precise_mode, product_mode
+from .precision import PROMOTED, precise_mode, product_mode, target_of
 
 __all__ = ["MAX_RANK", "launch_core"]
 
@@ -77,7 +77,8 @@ def launch_core(
     modules, rows, _ = b.shape
     k_u, k_v = u.shape[-1], v.shape[-1]
     mode, small = product_mode(b, u), precise_mode(b)
-    height = ROWS if small == "double" else STEP  # slices sum no more rows than that
+    # Slices sum no more rows than that; on sm_100 more would go through tensor memory and spill.
+    height = ROWS if small == "double" and target_of(b) != "sm_100" else STEP
     blocks = triton.cdiv(rows, height)
     double = partial(torch.empty, dtype=torch.float64, device=b.device)
     z_u = double(modules, rows, k_u)

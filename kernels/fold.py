@@ -100,7 +100,7 @@ def fold_each(
     launch(
         fold_kernel, (clients * tiles * modules, triton.cdiv(k, COLUMNS), len(sides)),
         *sides[0], *sides[-1], offsets, clients, rows, rank, k, tiles, BOTH=len(sides) > 1,
-        MODE=precise_mode(z[0]), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=2,
+        MODE=precise_mode(z[0]), BACK=back, R=TILE, BN=COLUMNS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return y
 

@@ -8,8 +8,8 @@ graded from the start: 7–10 sweeps, 20 for clusters of width 1e-13 (numpy, n =
 7–36 on G itself. The error is that of a backward stable method, c·n·2⁻⁵³‖G‖ with c ≤ 5.
 
 Everything is fp64, on every target: forms of badly conditioned clients need it, and sums and
-rotations are plain FMA (no tensor cores, so no target fails). The rounds wait for one another,
-not for the arithmetic.
+rotations are plain FMA (no tensor cores, so no target fails). Only `eigh` may sweep in fp32, on a
+factor from fp64 whose columns it keeps relatively accurate; `straighten` then repairs the vectors.
 
 Layout: n columns as `pairs` = ⌈n/2⌉ pairs (P_j, Q_j) in two blocks [N, H], N = 2H ≥ n. A round
 rotates all pairs at once: dot products down the rows, one pair a lane. Then every column but P_0
@@ -40,25 +40,30 @@ SWEEPS = tl.constexpr(40)
 U64 = tl.constexpr(2.0**-53)  # unit roundoff of fp64
 # Squared cosine up to which two columns count as orthogonal: (2⁻⁴⁸)².
 ORTHOGONAL = tl.constexpr(2.0**-96)
+# The cosine in fp32; why: sums of 128 products leave 2⁻²⁰ of one.
+ALMOST = tl.constexpr(2.0**-19)
 
 
 @dataclass(frozen=True)
 class JacobiConfig:
-    """Block side (a power of two, at least 16) and warps of a program."""
+    """Block side (a power of two, at least 16), its rows beyond half of it, warps of a program."""
 
     block: int
+    tail: int
     num_warps: int
 
     @classmethod
     def for_size(cls, n: int) -> JacobiConfig:
         """16 doubles of each of two blocks a thread at most; one warp where it suffices.
 
-        One warp needs no barrier. Above 64 a program takes a whole processor's registers.
+        One warp needs no barrier. Above 64 a program takes a whole processor's registers, and
+        rows stand in two blocks: of 64, and of as many of 16, 32 or 64 as hold the others.
         """
         if not 1 <= n <= MAX_SIZE:
             raise ValueError(f"n: got {n}, expected 1 to {MAX_SIZE}; use torch.linalg beyond")
         block = max(16, triton.next_power_of_2(n))
-        return cls(block, {16: 1, 32: 4, 64: 8, 128: 16}[block])
+        tail = max(16, triton.next_power_of_2(n - 64)) if n > 64 else 0
+        return cls(block, tail, {16: 1, 32: 4, 64: 8, 128: 8 if tail == 16 else 16}[block])
 
 
 @triton.jit
@@ -169,56 +174,88 @@ def triangularise(b_S, W, stride, n, N: tl.constexpr):
 
 
 @triton.jit
-def rotate(b_P, b_Q, p, q):
-    """Make P_j ⟂ Q_j, turning by at most 45°; p, q are their squared lengths."""
-    w = tl.sum(b_P * b_Q, 0)
-    turns = w * w > p * q * ORTHOGONAL
+def angles(w, p, q):
+    """Cosine and sine, by at most 45°, that make columns with the product w orthogonal.
+
+    p, q are their squared lengths, and stand last among what is returned as they are then.
+    """
+    if w.dtype == tl.float32:  # squares of short columns are out of range
+        turns = tl.abs(w) > tl.sqrt(p) * tl.sqrt(q) * ALMOST
+    else:
+        turns = w * w > p * q * ORTHOGONAL
     gap = q - p
     w = tl.where(turns, 2 * w, 0.0)
     far = tl.sqrt(gap * gap + w * w)
     t = w / tl.where(turns, gap + tl.where(gap < 0, -far, far), 1.0)
     c = tl.rsqrt(1 + t * t)
-    s = c * t
+    if w.dtype == tl.float32:  # an approximation there
+        c *= 1.5 - 0.5 * (1 + t * t) * c * c
     gain = 0.5 * t * w
-    b_P, b_Q = c[None, :] * b_P - s[None, :] * b_Q, s[None, :] * b_P + c[None, :] * b_Q
-    return b_P, b_Q, tl.maximum(p - gain, 0.0), q + gain, turns
+    return c, c * t, turns, tl.maximum(p - gain, 0.0), q + gain
 
 
 @triton.jit
-def move(b_P, b_Q, p, q, last, N: tl.constexpr, H: tl.constexpr):
+def turned(b_P, b_Q, c, s):
+    return c[None, :] * b_P - s[None, :] * b_Q, s[None, :] * b_P + c[None, :] * b_Q
+
+
+@triton.jit
+def move(b_P, b_Q, last, M: tl.constexpr, H: tl.constexpr):
     """Every column but P_0 one place on round the ring; places beyond `last` stay."""
+    o = tl.broadcast_to(tl.arange(0, H)[None, :], [M, H])
+    before = tl.where(o <= last, tl.maximum(o - 1, 0), o)
+    after = tl.where(o < last, o + 1, o)
+    first = o == 0
+    b_next_P = tl.where(first, b_P, tl.gather(tl.where(first, b_Q, b_P), before, 1))
+    b_next_Q = tl.where((o == last) & (o > 0), b_P, tl.gather(b_Q, after, 1))
+    return b_next_P, b_next_Q
+
+
+@triton.jit
+def move_lengths(p, q, last, H: tl.constexpr):
+    """The same for a number a column."""
     o = tl.arange(0, H)
     before = tl.where(o <= last, tl.maximum(o - 1, 0), o)
     after = tl.where(o < last, o + 1, o)
     first = o == 0
-    turn = (o == last) & (o > 0)
     next_p = tl.where(first, p, tl.gather(tl.where(first, q, p), before, 0))
-    next_q = tl.where(turn, p, tl.gather(q, after, 0))
-    first, turn = first[None, :], turn[None, :]
-    before = tl.broadcast_to(before[None, :], [N, H])
-    after = tl.broadcast_to(after[None, :], [N, H])
-    b_next_P = tl.where(first, b_P, tl.gather(tl.where(first, b_Q, b_P), before, 1))
-    b_next_Q = tl.where(turn, b_P, tl.gather(b_Q, after, 1))
-    return b_next_P, b_next_Q, next_p, next_q
+    return next_p, tl.where((o == last) & (o > 0), p, tl.gather(q, after, 0))
 
 
 @triton.jit
-def orthogonalise(b_P, b_Q, n, N: tl.constexpr, H: tl.constexpr):
+def lengths(b_P, b_R, TAIL: tl.constexpr):
+    """Squared lengths of columns whose rows stand in one block, or in two."""
+    p = tl.sum(b_P * b_P, 0)
+    if TAIL:
+        p += tl.sum(b_R * b_R, 0)
+    return p
+
+
+@triton.jit
+def orthogonalise(b_P, b_Q, b_R, b_S, n, M: tl.constexpr, H: tl.constexpr, TAIL: tl.constexpr):
     """Sweeps of rotations until no pair turns; lengths are taken once a sweep and kept up."""
     pairs = (n + 1) // 2
     sweep = 0
     moving = n > 1
     while moving & (sweep < SWEEPS):
-        p = tl.sum(b_P * b_P, 0)
-        q = tl.sum(b_Q * b_Q, 0)
-        turned = tl.zeros([H], tl.int32)
+        p = lengths(b_P, b_R, TAIL)
+        q = lengths(b_Q, b_S, TAIL)
+        count = tl.zeros([H], tl.int32)
         for _ in range(2 * pairs - 1):
-            b_P, b_Q, p, q, turns = rotate(b_P, b_Q, p, q)
-            turned += turns.to(tl.int32)
-            b_P, b_Q, p, q = move(b_P, b_Q, p, q, pairs - 1, N, H)
-        moving = tl.sum(turned, 0) > 0
+            w = tl.sum(b_P * b_Q, 0)
+            if TAIL:
+                w += tl.sum(b_R * b_S, 0)
+            c, s, turns, p, q = angles(w, p, q)
+            count += turns.to(tl.int32)
+            b_P, b_Q = turned(b_P, b_Q, c, s)
+            b_P, b_Q = move(b_P, b_Q, pairs - 1, M, H)
+            if TAIL:
+                b_R, b_S = turned(b_R, b_S, c, s)
+                b_R, b_S = move(b_R, b_S, pairs - 1, TAIL, H)
+            p, q = move_lengths(p, q, pairs - 1, H)
+        moving = tl.sum(count, 0) > 0
         sweep += 1
-    return b_P, b_Q
+    return b_P, b_Q, b_R, b_S
 
 
 @triton.jit
@@ -229,14 +266,17 @@ def above(p, q, before):
 
 
 @triton.jit
-def left_vectors(W, stride, squares, n, N: tl.constexpr):
+def left_vectors(W, stride, squares, n, N: tl.constexpr, TAIL: tl.constexpr, SINGLE: tl.constexpr):
     """W [n, n] becomes its left singular vectors in descending order of σ.
 
     σ² goes to `squares` (n). Zero columns stay zero and come last; returned is the number of
-    others. Entries of W near one in size, so that squares neither over- nor underflow.
+    others. Entries of W near one in size, so that squares neither over- nor underflow. The last
+    TAIL rows are a block of their own. SINGLE: all sweeps are in fp32, and so is what is returned.
     """
     H: tl.constexpr = N // 2
-    o_n = tl.arange(0, N)
+    M: tl.constexpr = N // 2 if TAIL else N
+    o_n = tl.arange(0, M)
+    o_t = M + tl.arange(0, TAIL if TAIL else 1)
     o_h = tl.arange(0, H)
     half = (n + 1) // 2
     m_p = o_h < half
@@ -245,9 +285,21 @@ def left_vectors(W, stride, squares, n, N: tl.constexpr):
     m_n = o_n[:, None] < n
     b_P = tl.load(P, mask=m_n & m_p[None, :], other=0.0)
     b_Q = tl.load(P + half, mask=m_n & m_q[None, :], other=0.0)
-    b_P, b_Q = orthogonalise(b_P, b_Q, n, N, H)
-    p = tl.sum(b_P * b_P, 0)
-    q = tl.sum(b_Q * b_Q, 0)
+    R = W + o_t[:, None] * stride + o_h[None, :]
+    m_t = (o_t[:, None] < n) & (TAIL > 0)
+    b_R = tl.load(R, mask=m_t & m_p[None, :], other=0.0)
+    b_S = tl.load(R + half, mask=m_t & m_q[None, :], other=0.0)
+    if SINGLE:
+        b_A, b_B, b_C, b_D = orthogonalise(
+            b_P.to(tl.float32), b_Q.to(tl.float32), b_R.to(tl.float32), b_S.to(tl.float32),
+            n, M, H, TAIL,
+        )  # fmt: skip
+        b_P, b_Q = b_A.to(tl.float64), b_B.to(tl.float64)
+        b_R, b_S = b_C.to(tl.float64), b_D.to(tl.float64)
+    else:
+        b_P, b_Q, b_R, b_S = orthogonalise(b_P, b_Q, b_R, b_S, n, M, H, TAIL)
+    p = lengths(b_P, b_R, TAIL)
+    q = lengths(b_Q, b_S, TAIL)
     b_P *= inverse(tl.sqrt(p))[None, :]
     b_Q *= inverse(tl.sqrt(q))[None, :]
     # Padding stands below everything.
@@ -261,8 +313,25 @@ def left_vectors(W, stride, squares, n, N: tl.constexpr):
     tl.store(squares + o_q, q, mask=m_q)
     tl.store(W + o_n[:, None] * stride + o_p[None, :], b_P, mask=m_n & m_p[None, :])
     tl.store(W + o_n[:, None] * stride + o_q[None, :], b_Q, mask=m_n & m_q[None, :])
+    if TAIL:
+        b_R *= inverse(tl.sqrt(p))[None, :]
+        b_S *= inverse(tl.sqrt(q))[None, :]
+        tl.store(W + o_t[:, None] * stride + o_p[None, :], b_R, mask=m_t & m_p[None, :])
+        tl.store(W + o_t[:, None] * stride + o_q[None, :], b_S, mask=m_t & m_q[None, :])
     tl.debug_barrier()
     return tl.sum((p > 0).to(tl.int32), 0) + tl.sum((q > 0).to(tl.int32), 0)
+
+
+@triton.jit
+def straighten(V, H, stride, n, N: tl.constexpr):
+    """Nearly orthonormal columns made so: V (3 − VᵀV)/2, which squares what was missing.
+
+    Newton and Schulz; zero columns stay zero, and no column is preferred. H is room for n × n.
+    """
+    o = tl.arange(0, N)
+    b_H = multiply(V, 1, stride, V, stride, n, N)
+    store_block(H, tl.where(o[:, None] == o[None, :], 1.5, 0.0) - 0.5 * b_H, n, n, N)
+    store_block(V, multiply(V, stride, 1, H, n, n, N), stride, n, N)
 
 
 @triton.jit

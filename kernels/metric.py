@@ -69,46 +69,81 @@ def metric_round_kernel(
 
 
 @triton.jit
+def add_terms(
+    b_G, b_L, TERMS, b_Y, b_part, b_rest, o_c, m_c, o_k, m_k, rows, seen, low_z,
+    MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """Some rows of z more, of columns o_k: b_G and b_L are hi and lo of Γ."""
+    b_Z = load_tile(TERMS, o_c, m_c, o_k, m_k, 1, rows)
+    b_part = product(b_G, b_Z, b_part, MODE)
+    b_Y, b_part = promoted(b_Y, b_part, seen, MODE, EVERY)
+    if PRECISE:
+        b_low = load_tile(TERMS + low_z, o_c, m_c, o_k, m_k, 1, rows)
+        b_rest = product(b_G, b_low, b_rest, MODE)
+        b_rest = product(b_L, b_Z, b_rest, MODE)
+    return b_Y, b_part, b_rest
+
+
+@triton.jit
+def put_below(
+    Y, UNITS, b_Y, b_rest, o_m, m_m, o_k, m_k, rows,
+    PRECISE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    if PRECISE:
+        b_Y += b_rest * UNIT
+    if SCALED:
+        b_Y *= tl.load(UNITS + o_k, mask=m_k, other=0.0)[None, :]
+    o_Y = o_k[None, :] * 2 * rows + rows + o_m[:, None]
+    tl.store(Y + o_Y, b_Y, mask=m_m[:, None] & m_k[None, :])
+
+
+@triton.jit
 def metric_product_kernel(
     GAMMA, TERMS, UNITS, Y, rows, k, low, gl, low_z,
     MODE: tl.constexpr, EVERY: tl.constexpr, PRECISE: tl.constexpr, SCALED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(k, BN)
+    across = tl.cdiv(k, BN + BR)
     tiles = tl.cdiv(rows, BM) * across
     tile = tl.program_id(0) % tiles
     i_l = (tl.program_id(0) // tiles).to(tl.int64)
     o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
-    o_k = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
+    start = (tile % across).to(tl.int64) * (BN + BR)
+    o_k = start + tl.arange(0, BN)
+    o_r = start + BN + tl.arange(0, BR if BR else 1)
     m_m = o_m < rows
     m_k = o_k < k
+    m_r = o_r < k
     GAMMA += i_l * gl
     TERMS += i_l * rows * k
     Y += i_l * 2 * rows * k
     b_Y = tl.zeros((BM, BN), tl.float32)
     b_part = tl.zeros((BM, BN), tl.float32)
-    if PRECISE:
-        b_rest = tl.zeros((BM, BN), tl.float32)
+    b_rest = b_part
+    b_R = tl.zeros((BM, BR if BR else 1), tl.float32)
+    b_R_part = b_R
+    b_R_rest = b_R
     for c in range(0, rows, BC):
         o_c = c + tl.arange(0, BC)
         m_c = o_c < rows
         o_c = o_c.to(tl.int64)
         b_G = load_tile(GAMMA, o_m, m_m, o_c, m_c, rows, 1)
-        b_Z = load_tile(TERMS, o_c, m_c, o_k, m_k, 1, rows)
-        b_part = product(b_G, b_Z, b_part, MODE)
-        b_Y, b_part = promoted(b_Y, b_part, c + BC, MODE, EVERY)
+        b_L = b_G
         if PRECISE:
-            b_low = load_tile(TERMS + low_z, o_c, m_c, o_k, m_k, 1, rows)
-            b_rest = product(b_G, b_low, b_rest, MODE)
-            b_low = load_tile(GAMMA + low, o_m, m_m, o_c, m_c, rows, 1)
-            b_rest = product(b_low, b_Z, b_rest, MODE)
-    b_Y += b_part
-    if PRECISE:
-        b_Y += b_rest * UNIT
-    if SCALED:
-        b_Y *= tl.load(UNITS + i_l * k + o_k, mask=m_k, other=0.0)[None, :]
-    o_Y = o_k[None, :] * 2 * rows + rows + o_m[:, None]
-    tl.store(Y + o_Y, b_Y, mask=m_m[:, None] & m_k[None, :])
+            b_L = load_tile(GAMMA + low, o_m, m_m, o_c, m_c, rows, 1)
+        b_Y, b_part, b_rest = add_terms(
+            b_G, b_L, TERMS, b_Y, b_part, b_rest, o_c, m_c, o_k, m_k, rows, c + BC, low_z,
+            MODE, EVERY, PRECISE,
+        )  # fmt: skip
+        if BR:
+            b_R, b_R_part, b_R_rest = add_terms(
+                b_G, b_L, TERMS, b_R, b_R_part, b_R_rest, o_c, m_c, o_r, m_r, rows, c + BC, low_z,
+                MODE, EVERY, PRECISE,
+            )  # fmt: skip
+    UNITS += i_l * k
+    put_below(Y, UNITS, b_Y + b_part, b_rest, o_m, m_m, o_k, m_k, rows, PRECISE, SCALED)
+    if BR:
+        put_below(Y, UNITS, b_R + b_R_part, b_R_rest, o_m, m_m, o_r, m_r, rows, PRECISE, SCALED)
 
 
 def launch_metric_round(
@@ -142,13 +177,15 @@ def launch_metric_terms(
     count, modules, k, rows = terms.shape
     precise = count == 2
     columns = min(max(16, triton.next_power_of_2(k)), 128)
+    rest = (16 if k <= 80 else 32) if 64 < k <= 96 else 0  # as `product.ProductConfig` has it
+    columns = 64 if rest else columns
     height = 2 * ROWS if rows >= 8 * ROWS and not precise else ROWS
-    tiles = triton.cdiv(rows, height) * triton.cdiv(k, columns)
+    tiles = triton.cdiv(rows, height) * triton.cdiv(k, columns + rest)
     launch(
         metric_product_kernel, (tiles * modules,), gamma, terms, units, y, rows, k,
         gamma.stride(0), gamma.stride(1), terms.stride(0),
         MODE=product_mode(gamma, terms), EVERY=PROMOTED, PRECISE=precise, SCALED=not unit,
-        BM=height, BN=columns, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
+        BM=height, BN=columns, BR=rest, BC=STEP, num_warps=4 if columns < 64 else 8, num_stages=2,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .blocks import load_tile, product, promoted, zeros
 from .launching import launch
-from .precision import PROMOTED, product_mode
+from .precision import PROMOTED, product_mode, target_of
 
 __all__ = ["OverlapsConfig", "launch_overlaps", "lower_place"]
 
@@ -30,10 +30,12 @@ class OverlapsConfig:
     num_stages: int
 
     @classmethod
-    def for_rows(cls, rows: int, mode: str) -> OverlapsConfig:
+    def for_rows(cls, rows: int, mode: str, target: str) -> OverlapsConfig:
         """Large tiles read less from L2; small ones leave less of themselves above the diagonal."""
         if mode == "double":
             return cls(32, 32, 4, 3)
+        if mode == "half" and rows >= 512 and target.startswith("sm_8"):
+            return cls(128, 32, 16, 3)  # operands are in registers there, beside the sums
         if mode == "half":
             return cls(128, 64, 8, 3) if rows >= 512 else cls(64, 64, 4, 3)
         return cls(64, 16, 8, 3)
@@ -105,7 +107,7 @@ def launch_overlaps(x: torch.Tensor, scale: torch.Tensor | None = None) -> torch
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     g = torch.empty(modules, rows, rows, dtype=dtype, device=x.device)
     mode = product_mode(x, x)
-    config = OverlapsConfig.for_rows(rows, mode)
+    config = OverlapsConfig.for_rows(rows, mode, target_of(x))
     tiles = triton.cdiv(rows, config.block)
     places = tiles * (tiles + 1) // 2
     launch(

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import contract
+from .blocks import contract_two
 from .launching import launch
-from .precision import PRECISE, PROMOTED, precise_mode, product_mode
+from .precision import PRECISE, PROMOTED, precise_mode, product_mode, target_of
 
 __all__ = [
     "ProductConfig",
@@ -47,20 +47,28 @@ REREAD = 2**23
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile (block_m, block_n), step of the contraction, launch options."""
+    """Tile (block_m, block_n + rest), step of the contraction, launch options."""
 
     block_m: int
     block_n: int
+    rest: int
     block_c: int
     num_warps: int
     num_stages: int
 
     @classmethod
-    def for_shape(cls, m: int, n: int, mode: str) -> ProductConfig:
-        """Wide enough for wgmma (M = 64) where there are rows; narrow where registers end."""
+    def for_shape(cls, m: int, n: int, mode: str, target: str) -> ProductConfig:
+        """Wide enough for wgmma (M = 64) where there are rows; narrow where registers end.
+
+        Columns come in powers of two: of 65 to 96 the last 16 or 32 are a second block, so that
+        neither is x read twice nor are 128 multiplied.
+        """
         block_m = 64 if m > 32 else 32 if m > 16 else 16
+        # sm_80 and sm_89 hold operands in registers, where tf32 terms leave no room for that.
+        full = mode in PRECISE or (mode == "tf32x3" and target.startswith("sm_8"))
+        rest = (16 if n <= 80 else 32) if 64 < n <= 96 and not full else 0
         if mode == "split w" and m >= TALL:  # each row tile reads w again, from L2
-            return cls(128, 64 if n > 32 else 32 if n > 16 else 16, 32, 8, 2)
+            return cls(128, 64 if n > 32 else 32 if n > 16 else 16, rest, 32, 8, 2)
         block_n = min(max(16, triton.next_power_of_2(n)), 32 if mode in PRECISE else 64)
         # Operands of several terms are the register budget: 64 columns of one, 32 of three bf16
         # terms or of fp64, 16 of three tf32 terms; three terms take twice as many warps.
@@ -69,39 +77,52 @@ class ProductConfig:
         return cls(
             block_m,
             block_n,
+            rest,
             block_c,
             8 if terms and block_m == 64 else 4,
             2 if mode == "ieee" else 3,
         )
+
+    def tiles(self, m: int, n: int) -> int:
+        return triton.cdiv(m, self.block_m) * triton.cdiv(n, self.block_n + self.rest)
+
+
+@triton.jit
+def put(Y, b_Y, o_Y, m_m, m_n, ADD: tl.constexpr):
+    m_Y = m_m[:, None] & m_n[None, :]
+    b_Y = b_Y.to(Y.dtype.element_ty)
+    if ADD:
+        b_Y += tl.load(Y + o_Y, mask=m_Y, other=0.0)
+    tl.store(Y + o_Y, b_Y, mask=m_Y)
 
 
 @triton.jit
 def product_side(
     X, W, Y, M, N, C, chunk, splits, modules, xl, xm, xc, wl, wc, wn, ys, yl, ym, yn,
     MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(N, BN)
+    across = tl.cdiv(N, BN + BR)
     tiles = tl.cdiv(M, BM) * across
     tile = tl.program_id(0) % tiles
     i_s = (tl.program_id(0) // tiles % splits).to(tl.int64)
     i_l = (tl.program_id(0) // tiles // splits).to(tl.int64)
     if not BOTH or i_l < modules:  # the other side may have more tiles
         o_m = (tile // across).to(tl.int64) * BM + tl.arange(0, BM)
-        o_n = (tile % across).to(tl.int64) * BN + tl.arange(0, BN)
+        start = (tile % across).to(tl.int64) * (BN + BR)
+        o_n = start + tl.arange(0, BN)
+        o_r = start + BN + tl.arange(0, BR if BR else 1)
         m_m = o_m < M
-        m_n = o_n < N
         first = i_s * chunk
-        b_Y = contract(
-            X + i_l * xl + first * xc, W + i_l * wl + first * wc, o_m, m_m, o_n, m_n,
-            tl.minimum(chunk, C - first).to(tl.int32), xm, xc, wc, wn, MODE, EVERY, BM, BN, BC,
+        b_Y, b_R = contract_two(
+            X + i_l * xl + first * xc, W + i_l * wl + first * wc, o_m, m_m, o_n, o_n < N,
+            o_r, o_r < N, tl.minimum(chunk, C - first).to(tl.int32), xm, xc, wc, wn,
+            MODE, EVERY, BM, BN, BR, BC,
         )  # fmt: skip
-        o_Y = i_s * ys + i_l * yl + o_m[:, None] * ym + o_n[None, :] * yn
-        m_Y = m_m[:, None] & m_n[None, :]
-        b_Y = b_Y.to(Y.dtype.element_ty)
-        if ADD:
-            b_Y += tl.load(Y + o_Y, mask=m_Y, other=0.0)
-        tl.store(Y + o_Y, b_Y, mask=m_Y)
+        Y += i_s * ys + i_l * yl
+        put(Y, b_Y, o_m[:, None] * ym + o_n[None, :] * yn, m_m, o_n < N, ADD)
+        if BR:
+            put(Y, b_R, o_m[:, None] * ym + o_r[None, :] * yn, m_m, o_r < N, ADD)
 
 
 @triton.jit
@@ -111,17 +132,19 @@ def product_kernel(
     X1, W1, Y1, M1, N1, C1, chunk1, splits1, modules1,
     xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1,
     MODE: tl.constexpr, EVERY: tl.constexpr, ADD: tl.constexpr, BOTH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     if BOTH and tl.program_id(1) > 0:
         product_side(
             X1, W1, Y1, M1, N1, C1, chunk1, splits1, modules1,
-            xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1, MODE, EVERY, ADD, BOTH, BM, BN, BC,
+            xl1, xm1, xc1, wl1, wc1, wn1, ys1, yl1, ym1, yn1,
+            MODE, EVERY, ADD, BOTH, BM, BN, BR, BC,
         )  # fmt: skip
     else:
         product_side(
             X0, W0, Y0, M0, N0, C0, chunk0, splits0, modules0,
-            xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0, MODE, EVERY, ADD, BOTH, BM, BN, BC,
+            xl0, xm0, xc0, wl0, wc0, wn0, ys0, yl0, ym0, yn0,
+            MODE, EVERY, ADD, BOTH, BM, BN, BR, BC,
         )  # fmt: skip
 
 
@@ -136,7 +159,7 @@ class Product:
 
     def tiles(self, config: ProductConfig) -> int:
         splits, modules, m, n = self.y.shape
-        return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) * splits * modules
+        return config.tiles(m, n) * splits * modules
 
     @property
     def arguments(self) -> tuple[Tensor | int, ...]:
@@ -156,13 +179,14 @@ def _launch(products: list[Product], mode: str, config: ProductConfig, add: bool
         product_kernel, (max(p.tiles(config) for p in products), len(products)),
         *products[0].arguments, *products[-1].arguments,
         MODE=mode, EVERY=PROMOTED, ADD=add, BOTH=len(products) > 1,
-        BM=config.block_m, BN=config.block_n, BC=config.block_c,
+        BM=config.block_m, BN=config.block_n, BR=config.rest, BC=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _config(shapes: Sequence[tuple[int, int]], mode: str) -> ProductConfig:
-    return ProductConfig.for_shape(max(m for m, _ in shapes), max(n for _, n in shapes), mode)
+def _config(shapes: Sequence[tuple[int, int]], mode: str, target: str) -> ProductConfig:
+    m, n = (max(sizes) for sizes in zip(*shapes, strict=True))
+    return ProductConfig.for_shape(m, n, mode, target)
 
 
 def times_each(x: Sequence[Tensor], omega: Sequence[Tensor]) -> list[Tensor]:
@@ -198,8 +222,8 @@ def launch_inner(y: Tensor, z: Tensor) -> Tensor:
 def _contract(x: Sequence[Tensor], w: Sequence[Tensor], mode: str) -> list[Tensor]:
     """(L, m, n) fp64: x (L, m, c) w (L or 1, c, n), the long c cut so that the device is full."""
     shapes = [(a.shape[1], b.shape[-1]) for a, b in zip(x, w, strict=True)]
-    config = _config(shapes, mode)
-    tiles = [triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n) for m, n in shapes]
+    config = _config(shapes, mode, target_of(x[0]))
+    tiles = [config.tiles(*shape) for shape in shapes]
     programs = sum(len(a) * n for a, n in zip(x, tiles, strict=True))
     chunks = []
     for a in x:
@@ -231,7 +255,8 @@ def accumulate_each(
     if z[0].dtype != dtype and reread > REREAD:
         z = [b.to(dtype) for b in z]
     mode = product_mode(x[0], y[0])  # an fp64 z becomes fp32 on its way
-    config = _config([(a.shape[-1], b.shape[-1]) for a, b in zip(x, z, strict=True)], mode)
+    shapes = [(a.shape[-1], b.shape[-1]) for a, b in zip(x, z, strict=True)]
+    config = _config(shapes, mode, target_of(x[0]))
     products = [Product(a.mT, b, c[None], a.shape[1]) for a, b, c in zip(x, z, y, strict=True)]
     _launch(products, mode, config, onto is not None)
     return y

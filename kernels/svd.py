@@ -32,7 +32,7 @@ __all__ = ["launch_svd"]
 
 
 @triton.jit
-def svd_kernel(C, X, S, Y, n, N: tl.constexpr):
+def svd_kernel(C, X, S, Y, n, N: tl.constexpr, TAIL: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     C += i_b * n * n
     X += i_b * n * n
@@ -45,7 +45,7 @@ def svd_kernel(C, X, S, Y, n, N: tl.constexpr):
     b_C *= power(-e)
     invalid = 0 * tl.sum(tl.sum(b_C, 0), 0)  # NaN for NaN or infinity
     triangularise(b_C, Y, n, n, N)
-    rank = left_vectors(Y, n, S, n, N)
+    rank = left_vectors(Y, n, S, n, N, TAIL, False)
     b_S = tl.sqrt(tl.load(S + o, mask=o < n, other=0.0))
     b_X = multiply(C, n, 1, Y, n, n, N) * power(-e)
     b_X *= inverse(b_S)[None, :]
@@ -83,6 +83,6 @@ def launch_svd(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     s = torch.empty(c.shape[:-1], dtype=c.dtype, device=c.device)
     launch(
         svd_kernel, (c.numel() // (n * n),), c, x, s, y, n, N=config.block,
-        num_warps=config.num_warps, num_stages=1,
+        TAIL=config.tail, num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     return x, s, y

@@ -30,7 +30,7 @@ __all__ = ["MAX_COLUMNS", "launch_triangular", "triangular_each"]
 
 MAX_COLUMNS = 128  # why: one n × n block in fp64 fills a processor's registers
 PANEL = 16  # columns at a time; why: the least that a product takes (tl.dot)
-WARPS = {16: 1, 32: 2, 64: 8, 128: 16}  # by the block's side; README.md: registers
+WARPS = {16: 1, 32: 2, 64: 8, 128: 8}  # by the block's side; README.md: registers
 
 
 @triton.jit

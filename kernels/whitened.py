@@ -104,6 +104,6 @@ def launch_whitened(
         launch(
             whitened_kernel, (places * modules, triton.cdiv(max_rank, COLUMNS)), gram,
             t.contiguous(), part, offsets, places, rows, t.shape[-1], part.stride(0), R=block,
-            BN=COLUMNS, num_warps={16: 1, 32: 4, 64: 8}[block],
+            BN=COLUMNS, num_warps={16: 1, 32: 4, 64: 16}[block],
         )  # fmt: skip
     return y

@@ -94,6 +94,15 @@ def test_files_that_contributing_names_are_there() -> None:
     assert not missing
 
 
+def test_tests_that_the_page_of_gpu_risks_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/gpu.md").read_text(encoding="utf-8")))
+    there = set()
+    for path in ROOT.glob("tests/test_*.py"):
+        there |= set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
+    assert len(named) > 20
+    assert not named - there
+
+
 def plain(argument: str) -> str:
     """0.001 for 1e-3."""
     name, _, default = argument.partition("=")

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from glora_ops.bindings.cpu import CpuVocabulary
+from glora_ops.bindings.cuda import CudaVocabulary
 from glora_ops.kernels.canonical_solve import MAX_RANK, launch_canonical_solve
 from glora_ops.kernels.launching import Call, observed
 from kernel_cases import DEVICE, poisoned
 from spectra import orthogonal
 
 from glora_ops.linalg.canonical import balance, canonical_forms
+from glora_ops.linalg.ragged import Ragged
 
 U64 = 2.0**-53
+KNOWN = ("sigma", "soft", "hard", "size", "noise", "tau", "norm", "loudest")
 D_OUT, D_IN = 70, 75
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -257,6 +261,33 @@ def test_modules_do_not_meet() -> None:
         both, launch_canonical_solve(*one), launch_canonical_solve(*two), strict=True
     ):
         assert torch.equal(part, torch.cat([first, second]))
+
+
+def test_one_more_launch_makes_votes_and_sizes_of_clients() -> None:
+    """Every number the CPU's words know of them: negative and zero scaling, an empty client."""
+    rng, ranks, device = torch.Generator().manual_seed(1), [3, 0, 5, 2, 4], torch.device(DEVICE)
+    offsets = torch.tensor([0, *ranks]).cumsum(0)
+    here, there = (Ragged.of(offsets, 14, x, 6) for x in (torch.device("cpu"), device))
+    rows = [torch.randn(2, 14, 20, generator=rng, dtype=torch.float64) for _ in range(2)]
+    rows[0][:, 5] *= 1e-3  # below what is stored: soft votes have it, hard ones do not
+    rows[1][:, 12] = 0  # a dead pair
+    scaling = torch.tensor([[1.0, 1, -2, 0, 0.5], [0, 3, 1, 1, -1]], dtype=torch.float64)
+    grams = [CpuVocabulary().gram(x, here) for x in rows]
+    calls: list[Call] = []
+    with poisoned(), observed(lambda call: (calls.append(call), True)[1]):
+        got = CudaVocabulary().canonical(
+            *(g.to(device) for g in grams), there, scaling.to(device), 0.1, 2.0**-11
+        )
+        known = {x: getattr(got, x).cpu() for x in KNOWN}
+    assert [call.name for call in calls] == ["canonical_kernel", "votes_kernel"]
+    want = CpuVocabulary().canonical(*grams, here, scaling, 0.1, 2.0**-11)
+    for name, value in known.items():
+        assert torch.allclose(value, getattr(want, name), rtol=1e-9, atol=1e-12), name
+    assert ((known["hard"] > 0) != (known["sigma"] > 0)).any()
+    for x, y in ((got.t_u, want.t_u), (got.t_v, want.t_v)):
+        assert torch.allclose(x.cpu().abs(), y.abs(), rtol=1e-6, atol=1e-6)
+    crossed = [here.pad(x.cpu()) @ here.pad(y.cpu()).mT for x, y in (got.t, want.t)]
+    assert torch.allclose(*crossed, rtol=1e-6, atol=1e-6)  # U and V turn together
 
 
 def test_too_wide_is_refused() -> None:

@@ -53,6 +53,35 @@ def test_is_the_eigendecomposition(n: int) -> None:
         assert not faults(g, lam, v), name
 
 
+@pytest.mark.parametrize("n", [5, 16, *LARGE])
+def test_in_single_it_errs_by_fp32_and_vectors_stay_orthonormal(n: int) -> None:
+    """Clusters and ties included, which sweeps in fp64 would need many more of to tell apart."""
+    names = ("clusters",) if n == 33 else SPECTRA
+    grams = [symmetric(SPECTRA[name](n)) for name in names]
+    with poisoned():
+        got = launch_eigh(torch.from_numpy(np.stack(grams)).to(DEVICE), precise=False)
+    for name, g, lam, v in zip(names, grams, *(x.cpu().numpy() for x in got), strict=True):
+        tol, size = 4 * n * 2.0**-24, np.linalg.norm(g, 2)
+        assert (np.diff(lam) <= 0).all(), name
+        assert abs(lam - np.maximum(np.linalg.eigvalsh(g)[::-1], 0)).max() <= tol * size, name
+        assert np.linalg.norm((v * lam) @ v.T - g, 2) <= tol * size, name
+        assert np.linalg.norm(v.T @ v - np.eye(n), 2) <= 2.0**-34, name
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_rows_beyond_64_are_a_block_of_their_own(precise: bool) -> None:
+    g = symmetric(SPECTRA["deficient"](66))
+    with poisoned():
+        lam, v = (
+            x[0].cpu().numpy() for x in launch_eigh(torch.from_numpy(g[None]).to(DEVICE), precise)
+        )
+    if precise:
+        assert not faults(g, lam, v)
+    else:
+        assert np.linalg.norm((v * lam) @ v.T - g, 2) <= 2.0**-17
+        assert np.linalg.norm(v.T @ v - np.eye(66), 2) <= 2.0**-34
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the bound is compiled in")
 def test_twenty_sweeps_are_enough_and_forty_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the bound changes no bit on any spectrum; two sweeps would."""

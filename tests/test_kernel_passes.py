@@ -53,7 +53,10 @@ def assert_close(got: torch.Tensor, x: torch.Tensor, w: torch.Tensor, unit: floa
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize(("n", "d", "k"), [(16, 64, 16), (37, 70, 5), (1, 33, 17), (65, 40, 1)])
+@pytest.mark.parametrize(
+    ("n", "d", "k"),
+    [(16, 64, 16), (37, 70, 5), (1, 33, 17), (65, 40, 1), (20, 40, 70), (9, 40, 170)],
+)
 def test_times_and_accumulate(n, d, k, dtype):
     """Any size; factors in a NaN frame, so that one stray read shows; outputs poisoned."""
     x, _ = guarded(randn(2, n, d, dtype=dtype))

@@ -19,12 +19,13 @@ from glora_ops.kernels.launching import Call, observed
 from torch import Tensor
 
 from glora_ops import STATS
-from glora_ops.linalg.canonical import balance
 from glora_ops.linalg.ragged import Ragged
 from gpu.device import server_step
 from gpu.step import Step, main
 
 U32, U64 = 2.0**-24, 2.0**-53
+# Of `Clients`; their T are unique up to signs.
+FORMS = ("sigma", "soft", "hard", "size", "noise", "tau", "norm", "loudest")
 FP64 = {(8, 0), (9, 0), (10, 0)}
 
 
@@ -118,9 +119,11 @@ class Words:
 
     def canonical(self) -> float:
         grams = [CpuVocabulary().gram(x, self.here) for x in (self.x, self.y)]
-        forms = self.v.canonical(balance(*map(self.on, grams)), self.there)
-        want = CpuVocabulary().canonical(balance(*grams), self.here)
-        return relative(forms.sigma, want.sigma) / 1e-12
+        scaling = torch.linspace(-2, 1, self.here.clients).double().expand(2, -1)
+        given = scaling, 0.1, 2.0**-24
+        got = self.v.canonical(*map(self.on, grams), self.there, self.on(scaling), *given[1:])
+        want = CpuVocabulary().canonical(*grams, self.here, *given)
+        return max(relative(getattr(got, x), getattr(want, x)) for x in FORMS) / 1e-12
 
     def inverse_cholesky(self) -> float:
         w = self.v.inverse_cholesky(self.on(self.psd), 1e-14).cpu()

@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .canonical import balance, soft_votes
+from .canonical import Eigh, balance, canonical_forms, soft_votes
 from .ragged import Ragged
-from .vocabulary import Vocabulary
 
 __all__ = ["Clients", "canonicalize"]
 
@@ -49,12 +48,12 @@ class Clients:
         """(2, L, N, r_max): both sides."""
         return torch.stack([self.t_u, self.t_v])
 
-    @property
+    @cached_property
     def loudest(self) -> Tensor:
         """(L, K): σ₁ of each client."""
         return self.ragged.pad(self.sigma[..., None])[..., 0, 0]
 
-    @property
+    @cached_property
     def soft(self) -> Tensor:
         """(L, N): f(σ) of each direction (4.1)."""
         return soft_votes(self.sigma, self.ragged.per_row(self.tau))
@@ -66,7 +65,7 @@ class Clients:
 
 
 def canonicalize(
-    v: Vocabulary,
+    eigh: Eigh,
     gram_b: Tensor,
     gram_a: Tensor,
     ragged: Ragged,
@@ -74,9 +73,9 @@ def canonicalize(
     tau_rel: float,
     roundoff: float,
 ) -> Clients:
-    """Canonical forms from the clients' Gram matrices (L, K, r, r)."""
+    """Canonical forms from the clients' Gram matrices (L, K, r, r), by the device's eigensolver."""
     pair = balance(gram_b, gram_a)
-    forms = v.canonical(pair, ragged)
+    forms = canonical_forms(pair, eigh)
     sigma = forms.sigma * scaling.abs()[..., None]
     voting = (sigma > 0)[..., None, :]
     size = scaling.abs() * pair.size

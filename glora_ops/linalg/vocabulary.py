@@ -16,7 +16,7 @@ from torch import Tensor
 from .ragged import Ragged
 
 if TYPE_CHECKING:
-    from .canonical import Balanced, Forms
+    from .client_forms import Clients
 
 __all__ = ["Vocabulary", "working"]
 
@@ -93,8 +93,14 @@ class Vocabulary(Protocol):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """`gram` and `times` of both stacks, every row read once."""
 
-    def canonical(self, pair: Balanced, ragged: Ragged) -> Forms:
-        """Canonical coordinates of every client's pair, as `canonical.canonical_forms`."""
+    def canonical(
+        self, gram_b: Tensor, gram_a: Tensor, ragged: Ragged, scaling: Tensor, tau_rel: float,
+        roundoff: float,
+    ) -> Clients:  # fmt: skip
+        """Canonical forms of all clients from their Gram matrices, as `client_forms.canonicalize`.
+
+        `scaling` (L, K) fp64, `roundoff` of the dtype that factors are stored in.
+        """
 
     def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         """(L, N, k) fp64: diag(scale_i) T_iᵀ z_i per client."""
@@ -128,8 +134,11 @@ class Vocabulary(Protocol):
     def inner(self, y: Tensor, z: Tensor) -> Tensor:
         """(L, k, m) fp64: yᵀ z of two tall matrices, accumulated in fp64."""
 
-    def eigh(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices."""
+    def eigh(self, g: Tensor, precise: bool = True) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, descending and clamped at 0, and eigenvectors of small PSD matrices.
+
+        Not precise, a device may take fp32: a Ritz problem of fp32 products knows no more.
+        """
 
     def eigenvalues(self, g: Tensor) -> Tensor:
         """The same without the vectors."""

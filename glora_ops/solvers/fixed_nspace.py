@@ -149,9 +149,11 @@ class FixedNSpaceSolver(TallSolver):
             moved = operator(image)
             z, image, w = self._orthonormal(gamma, moved)
         twice = 2 * _inverse_end(moved, w)
-        before, z = z, twice * operator(image) - z
-        for _ in range(degree - 1):
-            before, z = z, 2 * (twice * operator(self._image(gamma, z)) - z) - before
+        # Its columns up to a sign, as which each step is two operations.
+        before, z = z, torch.addcmul(z, twice, operator(image), value=-1)
+        for i in range(degree - 1):
+            less = torch.addcmul(z, twice, operator(self._image(gamma, z)), value=-1)
+            before, z = z, torch.add(before, less, alpha=2 if i % 2 else -2)
         return z
 
     # --- the mean update -------------------------------------------------------------------------
@@ -165,12 +167,14 @@ class FixedNSpaceSolver(TallSolver):
         z = self._iterated(left, d * self._signs[1], step, self.steps, ANCHOR_DEGREE)
         z, image, _ = self._orthonormal(left, z, precise=True)
         image = d * image
-        theta, vectors = v.eigh(_symmetric(v.inner(image, self._image(right, image, True))))
+        energy = v.inner(image, self._image(right, image, True))
+        theta, vectors = v.eigh(_symmetric(energy), precise=False)
         sigma = fill(theta.sqrt(), max(rank + 1, theta.shape[-1]))
         turn = fill(vectors, rank)
         head = sigma[..., None, :rank]
         x, y = v.combine(z, turn), v.combine(image, turn * (head > 0) / positive(head))
-        return Triplets(x, y, sigma, self._norm(p), self.steps + ANCHOR_DEGREE)
+        held = torch.linalg.vector_norm(sigma, dim=-1)  # who wants all of the mean asks `_norm`
+        return Triplets(x, y, sigma, held, self.steps + ANCHOR_DEGREE)
 
     def _norm(self, p: Tensor) -> Tensor:
         """(L,): ‖W‖ from the overlaps; where clients cancel, from ΩᵀWΩ, which errs by √(4/k)."""
@@ -184,7 +188,8 @@ class FixedNSpaceSolver(TallSolver):
     def update(self, p: Tensor, warm: Tensor | None) -> Found:
         lead = self.triplets(p, None)
         twice = torch.stack([lead.sigma, lead.sigma])
-        return self._found((lead.x, lead.y), p, lead.sigma, lead.norm, twice, twice, lead.steps)
+        norm = self._norm(p)
+        return self._found((lead.x, lead.y), p, lead.sigma, norm, twice, twice, lead.steps)
 
     # --- the mean projectors ---------------------------------------------------------------------
 
@@ -206,13 +211,13 @@ class FixedNSpaceSolver(TallSolver):
 
         def step(image: Tensor) -> Tensor:
             voted = both * image
-            return voted + v.combine(f, v.inner(f, image)) if f.shape[-1] else voted
+            return v.combine(f, v.inner(f, image), voted) if f.shape[-1] else voted
 
         spare = torch.cat([voice * x for x in self._signs])
         z = _placed(torch.cat(known), torch.cat([vote, vote]), spare)
         z = self._iterated(self.gamma, z, step, self.steps, MEAN_DEGREE)
         z, image, _ = self._orthonormal(self.gamma, z, precise=True)
-        values, vectors = v.eigh(_symmetric(v.inner(image, step(image))))
+        values, vectors = v.eigh(_symmetric(v.inner(image, step(image))), precise=False)
         x, image = v.combine(z, vectors[..., :rank]), v.combine(image, vectors)
         d, energies = self._strength(p), []
         for seen, other in zip(image.chunk(2), reversed(self._metrics), strict=True):

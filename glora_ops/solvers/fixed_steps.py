@@ -161,7 +161,7 @@ class FixedStepSolver(TallSolver):
         basis = cholesky_qr(v, y, passes=2)
         reach = v.times(self.b, basis)
         block = mean.next.pulled(reach)
-        theta, vectors = v.eigh(v.inner(block, block))
+        theta, vectors = v.eigh(v.inner(block, block), precise=False)
         leading = fill(vectors, rank)
         x, y = v.each("combine", [basis, block], [leading] * 2)
         y = cholesky_qr(v, y)
@@ -271,6 +271,6 @@ class FixedStepSolver(TallSolver):
 
     def _eigh(self, grams: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         if grams[0].shape != grams[1].shape:  # a space with fewer dimensions than columns
-            return [self.v.eigh(g) for g in grams]
-        lam, vectors = self.v.eigh(torch.cat(grams))
+            return [self.v.eigh(g, precise=False) for g in grams]
+        lam, vectors = self.v.eigh(torch.cat(grams), precise=False)
         return list(zip(lam.chunk(2), vectors.chunk(2), strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.canonical import positive
-from ..linalg.client_forms import Clients, canonicalize
+from ..linalg.client_forms import Clients
 from ..linalg.orthonormal import straightened
 from ..linalg.ragged import Ragged
 from ..linalg.random_signs import sign_matrix, start_matrix
@@ -62,9 +62,7 @@ class TallSolver:
     def clients(self) -> Clients:
         gram_b, gram_a = self.client_grams
         tau_rel = self.settings.tau_rel
-        return canonicalize(
-            self.v, gram_b, gram_a, self.ragged, self.scaling, tau_rel, self.roundoff
-        )
+        return self.v.canonical(gram_b, gram_a, self.ragged, self.scaling, tau_rel, self.roundoff)
 
     @cached_property
     def sizes(self) -> Tensor:
