@@ -25,6 +25,7 @@ from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.arena import LINE, Arena
+from .runtime.objects import at_once
 from .runtime.scratch import empty, in_folder
 from .runtime.threads import workers
 from .state import Factors, ModuleState, State
@@ -383,7 +384,9 @@ def _stack(
         b = memory[: batch.b_bytes].view(batch.b_dtype).view(shape_b)
         a = memory[batch.piece - (batch.bytes - batch.b_bytes) :].view(batch.a_dtype).view(shape_a)
     offsets = torch.tensor([0, *batch.rows]).cumsum(0)
-    for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
+
+    def read(of: tuple[Source, int, int]) -> None:
+        source, start, rows = of
         for l, name in enumerate(batch.modules):
             pair = source.modules.get(name)
             end = start if pair is None else start + pair.rank
@@ -392,6 +395,11 @@ def _stack(
             if end < start + rows:
                 b[l, end : start + rows] = 0
                 a[l, end : start + rows] = 0
+
+    placed = list(zip(sources, offsets.tolist(), batch.rows, strict=False))
+    waits = [getattr(source, "waits", False) for source in sources]
+    for _ in at_once(torch.inference_mode()(read) if b.is_inference() else read, placed, waits):
+        pass
     if judge is not None and not (is_finite(b) and is_finite(a)):
         judge()
     return [b, a, offsets]

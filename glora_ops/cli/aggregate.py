@@ -35,6 +35,7 @@ from .show import answering, print_json, progress
 from .weights import is_file, weights_file
 
 if TYPE_CHECKING:
+    from ..runtime.urls import Url
     from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
@@ -244,7 +245,7 @@ def aggregate(
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
         refusals = Refusals()
-        inputs: list[str | Path] = []
+        inputs: list[str | Path | Url] = []
         places = find_places(named)
         if client_list is not None:
             inputs.append(client_list)
