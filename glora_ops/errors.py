@@ -64,7 +64,7 @@ def shown(text: str) -> str:
             user = ""
         elif not user and not _HOST.match(rest):
             user = re.split("[/?#]", word)[0]
-        return scheme + re.sub(r"[?#]\S*", "", rest[len(user) :])
+        return scheme + re.sub(r"[?#]\S+", "", rest[len(user) :])
 
     return _URL.sub(cut, text)
 

@@ -71,6 +71,7 @@ _NAMED = {
     "IncompleteReadError": _Failure("a body that was cut", _REACH, again=True),
     "IncompleteRead": _Failure("a body that was cut", _REACH, again=True),
     "ResponseStreamingError": _Failure("a body that was cut", _REACH, again=True),
+    "FlexibleChecksumError": _Failure("a body without its checksum", _REACH, again=True),
     "EndpointConnectionError": _Failure("no connection", _REACH, again=True),
     "ClientConnectorError": _Failure("no connection", _REACH, again=True),
     "ServerDisconnectedError": _Failure("a connection that was cut", _REACH, again=True),
