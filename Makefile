@@ -46,7 +46,7 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 crash: $(READY)  ## glora killed 240 times at arbitrary moments, and what is left; some minutes
 	$(BIN)/python tests/crash/kills.py
 
-test-cluster: $(READY)  ## jobs on Ray, a worker killed; a minute or two
+test-cluster: $(READY)  ## jobs on Ray, from folders and from an S3 store, a worker killed; some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/job
 
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes

@@ -44,7 +44,7 @@ def update(
         list[str] | None,
         option(
             "--add", metavar="DIR", default="none", example="--add clients/cyd",
-            help="One more client, or NAME=DIR; of a name that STATE has, in its place.",
+            help="One more client, its URL, or NAME=DIR; of a name that STATE has, in its place.",
         ),
     ] = None,
     remove: Annotated[

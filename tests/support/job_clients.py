@@ -12,15 +12,16 @@ SHAPES = {"q_proj": (24, 20), "v_proj": (12, 20), "o_proj": (20, 24), "down_proj
 
 
 def save_client(
-    folder: Path, seed: int, rank: int, layers: int = 3, head: bool = False, alpha: int = 8
-) -> Path:
+    folder: Path, seed: int, rank: int, layers: int = 3, head: bool = False, alpha: int = 8,
+    times: int = 1,
+) -> Path:  # fmt: skip
     made = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(layers):
         for name, (d_out, d_in) in SHAPES.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, d_in, generator=made)
-            tensors[f"{path}.lora_B.weight"] = torch.randn(d_out, rank, generator=made)
+            tensors[f"{path}.lora_A.weight"] = torch.randn(rank, times * d_in, generator=made)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(times * d_out, rank, generator=made)
     if head:
         tensors["base_model.model.score.weight"] = torch.randn(3, 20, generator=made)
     folder.mkdir(parents=True)
@@ -35,9 +36,14 @@ def save_client(
     return folder
 
 
-def save_clients(root: Path, count: int = 4, layers: int = 3, head: bool = True) -> list[Path]:
-    """Clients of different ranks, every second with a head if there are any."""
+def save_clients(
+    root: Path, count: int = 4, layers: int = 3, head: bool = True, times: int = 1
+) -> list[Path]:
+    """Clients of different ranks, every second with a head if there are any.
+
+    Modules have `times` the dimensions of `SHAPES`.
+    """
     return [
-        save_client(root / f"c{i}", i, 2 + i % 3, layers, head=head and i % 2 == 0)
+        save_client(root / f"c{i}", i, 2 + i % 3, layers, head=head and i % 2 == 0, times=times)
         for i in range(count)
     ]

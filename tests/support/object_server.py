@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,18 +85,17 @@ class ObjectServer:
         return [body]
 
 
-def upload(folder: Path, prefix: str = "") -> list[str]:
-    """Put the folders in `folder` into the bucket; their URLs."""
+def upload(folders: Sequence[Path], prefix: str = "") -> list[str]:
+    """Put folders into the bucket; their URLs."""
     import s3fs
 
     store = s3fs.S3FileSystem(skip_instance_cache=True)
     if not store.exists(BUCKET):
         store.mkdir(BUCKET, region_name=REGION)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            store.pipe_file(f"{BUCKET}/{prefix}{name}", path.read_bytes())
-    return [f"s3://{BUCKET}/{prefix}{client.name}" for client in sorted(folder.iterdir())]
+    for folder in folders:
+        for path in folder.iterdir():
+            store.pipe_file(f"{BUCKET}/{prefix}{folder.name}/{path.name}", path.read_bytes())
+    return [f"s3://{BUCKET}/{prefix}{folder.name}" for folder in folders]
 
 
 @contextmanager
