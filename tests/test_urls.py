@@ -487,5 +487,7 @@ def test_clients_are_compared_and_planned_by_url(urls: list[str], tmp_path: Path
     assert "4 clients" in said
     planned = json.loads((tmp_path / "job" / "plan.json").read_text())["clients"]
     assert [client["path"] for client in planned] == urls
-    assert all(client["files"].keys() == {"size", "mark", "num_examples", "config_sha256"}
-               for client in planned)  # fmt: skip
+    assert all(
+        client["files"].keys() == {"size", "mark", "num_examples", "config_sha256"}
+        for client in planned
+    )

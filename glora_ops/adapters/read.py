@@ -342,11 +342,12 @@ def _inspect_url(
     """As `_inspect`; what lies beside the client's files is not looked for."""
     if url.fault:
         problem = Refusal(
-            "the URL holds what may be a secret, or is none", client,
+            "the URL holds what may be a secret, or is none",
+            client,
             found=f"{url} with {url.fault}, which is shown and kept nowhere",
             expected="protocol://place/of/the/folder",
             remedy="give credentials as fsspec's package takes them: environment, profile or role",
-        )  # fmt: skip
+        )
         return None, [problem]
     config, problems = read_remote_text(url, CONFIG_NAME, client)
     text, more = read_remote_text(url, EXAMPLES_NAME, client, needed=False)

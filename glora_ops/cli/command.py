@@ -28,8 +28,9 @@ class Command(TyperCommand):
                     f"{given} is a URL. Only clients are read from URLs, by aggregate, compare, "
                     "job plan and update --add: name a place of this machine, and copy it from or "
                     "to where it belongs",
-                    ctx, param,
-                )  # fmt: skip
+                    ctx,
+                    param,
+                )
         return rest
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
