@@ -55,8 +55,8 @@ def aggregate(
             metavar="CLIENT_DIR...|RECIPE.toml",
             help="One folder per client, as PeftModel.save_pretrained writes it, or its URL "
             "(s3://bucket/ann); NAME=DIR names the client, which is otherwise called by its "
-            "folder. Or a recipe: the options below by their names, and clients = a list of folders; what "
-            "is given beside it counts.",
+            "folder. Or a recipe: the options below by their names, and clients = a list of "
+            "folders; what is given beside it counts.",
             show_default=False,
         ),
     ] = None,
