@@ -1,13 +1,12 @@
 """An S3-compatible server on loopback, with objects in memory and faults at will.
 
 moto's, behind a layer that spoils answers: `faults` holds, for the ends of paths, what happens to
-the next requests. Run as a program it serves until its standard input ends.
+the next requests.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections import Counter
@@ -105,9 +104,3 @@ def serving() -> Iterator[ObjectServer]:
         yield server
     finally:
         server.close()
-
-
-if __name__ == "__main__":
-    with serving() as server:
-        print(server.address, flush=True)
-        sys.stdin.read()
