@@ -46,7 +46,7 @@ test-deep: $(READY)  ## the accuracy contract on at least 10 000 drawn cases
 crash: $(READY)  ## glora killed 240 times at arbitrary moments, and what is left; some minutes
 	$(BIN)/python tests/crash/kills.py
 
-test-cluster: $(READY)  ## jobs on Ray and torchrun, killed at every step; some minutes
+test-cluster: $(READY)  ## jobs on Ray and torchrun, from folders and an S3 store, killed; ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/job tests/test_distributed.py
 
 test-deployment: $(READY)  ## a SuperLink and SuperNodes on this machine, killed and restarted; ten minutes

@@ -25,6 +25,7 @@ from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.arena import LINE, Arena
+from .runtime.objects import at_once
 from .runtime.scratch import empty, in_folder
 from .runtime.threads import workers
 from .state import Factors, ModuleState, State
@@ -435,7 +436,9 @@ def _stack(
     for l, name in enumerate(batch.modules):
         if not _joined(sources, name, batch.rows, b[l], a[l]):
             rest.append((l, name))
-    for source, start, rows in zip(sources, offsets.tolist(), batch.rows, strict=False):
+
+    def read(of: tuple[Source, int, int]) -> None:
+        source, start, rows = of
         for l, name in rest:
             pair = source.modules.get(name)
             end = start if pair is None else start + pair.rank
@@ -444,6 +447,11 @@ def _stack(
             if end < start + rows:
                 b[l, end : start + rows] = 0
                 a[l, end : start + rows] = 0
+
+    placed = list(zip(sources, offsets.tolist(), batch.rows, strict=False))
+    waits = [getattr(source, "waits", False) for source in sources]
+    for _ in at_once(torch.inference_mode()(read) if b.is_inference() else read, placed, waits):
+        pass
     if judge is not None and not (is_finite(b) and is_finite(a)):
         judge()
     return [b, a, offsets]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ __all__ = [
     "listing",
     "require",
     "require_all",
+    "shown",
     "unfit",
 ]
 
@@ -35,9 +37,36 @@ __all__ = [
 LONGEST = 500  # characters of a field: values come from anywhere
 
 
+#: A URL in a text, as it stands or as `pathlib` would have it.
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/{1,2})(?P<rest>[^'\"\n]+)")
+_HOST = re.compile(r"[^/?#\s:@]*(:\d*)?(?=[/?#\s]|$)|\[[^]@]*\]")  # and its port
+
+
 def clean(text: object) -> str:
-    """`text` without control characters: names come from clients and could drive the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in str(text))
+    """`text` without secrets of URLs and control characters, which could drive the terminal."""
+    plain = shown(str(text))
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in plain)
+
+
+def shown(text: str) -> str:
+    """`text` with its URLs cut down to what is no secret: no user, password, query or fragment.
+
+    A signed query gives access to whoever reads it. The user of abfs:// is a container.
+    """
+    if ":/" not in text:
+        return text
+
+    def cut(found: re.Match[str]) -> str:
+        scheme, rest = found["scheme"], found["rest"]
+        word = rest.split(maxsplit=1)[0] if rest.strip() else ""
+        user = word[: word.rfind("@") + 1] if not _HOST.match(rest) else ""
+        if scheme.startswith("abfs") and not set(user) & set(":/?#"):
+            user = ""
+        elif not user and not _HOST.match(rest):
+            user = re.split("[/?#]", word)[0]
+        return scheme + re.sub(r"[?#]\S+", "", rest[len(user) :])
+
+    return _URL.sub(cut, text)
 
 
 class GloraError(ValueError):
@@ -135,8 +164,10 @@ class Refusal:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, str) and len(value) > LONGEST:
-                object.__setattr__(self, name, f"{value[:LONGEST]}…")
+            if isinstance(value, str):
+                plain = shown(value)
+                long = len(plain) > LONGEST
+                object.__setattr__(self, name, f"{plain[:LONGEST]}…" if long else plain)
 
     def __str__(self) -> str:
         where = [

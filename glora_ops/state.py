@@ -20,6 +20,7 @@ from .errors import UncheckedFileWarning, clean, require, unfit
 from .runtime.hidden import destination
 from .runtime.outputs import new_file
 from .runtime.tensors import read_mark, save_tensors
+from .runtime.urls import is_url
 from .state_file import MARK, StateFile, encode, read
 
 __all__ = ["Factors", "ModuleState", "State"]
@@ -367,10 +368,14 @@ def _no_state(path: Path) -> list[str]:
 
 
 def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[str, Any] | None:
-    """A record with the clients' paths put otherwise."""
+    """A record with the clients' paths put otherwise; a URL is the same from everywhere."""
     if record is None:
         return None
-    clients = [entry | {"path": place(entry["path"])} for entry in record["clients"]]
+
+    def moved(path: str) -> str:
+        return path if is_url(path) else place(path)
+
+    clients = [entry | {"path": moved(entry["path"])} for entry in record["clients"]]
     return record | {"clients": clients}
 
 

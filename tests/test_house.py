@@ -195,13 +195,13 @@ def test_types_of_the_wheel_from_outside_the_tree(unpacked: Path, tmp_path: Path
 
 
 def test_import_needs_only_torch_and_safetensors() -> None:
-    """No Triton, SciPy, PEFT, transformers, matplotlib or pydantic: blocked, and it still runs."""
+    """No Triton, SciPy, PEFT, transformers, matplotlib, pydantic or fsspec: blocked; it runs."""
     code = """
 import sys
 
 class Block:
     names = {"triton", "scipy", "peft", "transformers", "matplotlib", "typer", "rich",
-             "pydantic"}
+             "pydantic", "fsspec", "aiohttp", "s3fs"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

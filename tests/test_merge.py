@@ -31,6 +31,7 @@ from torch import Tensor
 
 from glora_ops import aggregate, aggregate_adapters, batches
 from glora_ops.adapters import read_adapter
+from glora_ops.adapters.safetensors_header import TensorInfo
 from glora_ops.adapters.stored import Stored
 from glora_ops.batches import plan
 from glora_ops.errors import GloraError, GloraWarning, Refused
@@ -309,8 +310,8 @@ class Reads:
             self.read.update((stored.client, name) for name in names)
             return plain_read(stored, *names)
 
-        def opened(stored: Stored) -> BinaryIO:
-            file = plain_open(stored)
+        def opened(stored: Stored, *wanted: TensorInfo) -> BinaryIO:
+            file = plain_open(stored, *wanted)
             self.open += 1
             self.most_open = max(self.most_open, self.open)
             weakref.finalize(file, self.closed)

@@ -48,8 +48,9 @@ def test_what_exists_and_urls_are_no_names(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "lr=3").mkdir()
     (found,) = find_places(["lr=3"])
     assert (found.name, found.path) == ("lr=3", tmp_path / "lr=3")
-    with pytest.raises(Refused, match="a URL is not read"):
-        aggregate_adapters(["hf://org/adapter"], rank=2)
+    ours, named = find_places(["s3://bucket/lr=3/", "ann=s3://bucket/lr=3"])
+    assert (ours.name, str(ours.path), ours.named) == ("lr=3", "s3://bucket/lr=3", False)
+    assert (named.name, str(named.path), named.named) == ("ann", "s3://bucket/lr=3", True)
 
 
 def test_checkpoints_of_one_name_are_merged_updated_and_weighed(tmp_path: Path) -> None:

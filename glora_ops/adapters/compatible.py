@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
-from ..runtime.reading import open_regular
+from ..runtime.objects import at_once
+from ..runtime.urls import Url
 from .adapter_config import CONFIG_NAME
 from .experts import ORDER, PARAMETER_KINDS, innermost_first
 from .modules import PREFIX
@@ -421,13 +422,15 @@ def _duplicates(
     def among_alike(glance: Callable[[Adapter], Hashable]) -> Iterator[list[int]]:
         """Those that a cheap glance cannot tell apart."""
         alike = defaultdict(list)
-        for i in everyone:
-            alike[glance(adapters[i])].append(i)
+        looked = [adapters[i] for i in everyone]
+        seen = at_once(glance, looked, [adapter.waits for adapter in looked])
+        for i, found in zip(everyone, seen, strict=True):
+            alike[found].append(i)
         return (among for among in alike.values() if len(among) > 1)
 
     weigh = "name it once and give it a larger weight"
     for among in among_alike(_identity):
-        yield from again(lambda a: a.path.resolve(), among, "the folder is given twice", weigh)
+        yield from again(_resolved, among, "the folder is given twice", weigh)
     yield from again(
         lambda a: a.name,
         everyone,
@@ -439,21 +442,27 @@ def _duplicates(
         yield from again(_digest, among, "two clients sent the same bytes", weigh)
 
 
+def _resolved(adapter: Adapter) -> Hashable:
+    return adapter.path if isinstance(adapter.path, Url) else adapter.path.resolve()
+
+
 def _identity(adapter: Adapter) -> Hashable:
+    if isinstance(adapter.path, Url):
+        return adapter.path
     status = os.stat(adapter.path)
     return status.st_dev, status.st_ino
 
 
 def _end(adapter: Adapter) -> Hashable:
-    size = adapter.file.stat().st_size
-    with open_regular(adapter.file, buffering=0) as file:
+    size = adapter.stored.signature[0]
+    with adapter.stored.whole() as file:
         file.seek(max(0, size - END))
         return size, hashlib.sha256(file.read(END)).digest()
 
 
 def _digest(adapter: Adapter) -> bytes:
     digest = hashlib.sha256()
-    with open_regular(adapter.file) as file:
+    with adapter.stored.whole() as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..runtime.reading import parse_json_object, read_bytes
 
 __all__ = [
     "find_file",
+    "missing",
     "only_adapter",
     "parse_object",
     "read_text",
@@ -48,9 +48,6 @@ def only_adapter(folder: Path) -> Path:
 def what_else(path: Path) -> Refusal | None:
     """Why `path` is no adapter at first sight, None where it may be one."""
     expected = "a folder written by PeftModel.save_pretrained"
-    if re.match(r"[a-z0-9+.-]+:/", str(path), re.IGNORECASE) and not path.is_absolute():
-        remedy = "download it and name the folder"
-        return Refusal("a URL is not read", found=str(path), expected=expected, remedy=remedy)
     if path.is_file():
         if (path.parent / "adapter_config.json").is_file():
             remedy = f"name its folder, {str(path.parent)!r}"
@@ -139,16 +136,7 @@ def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[R
             return path, []
         target = path.resolve(strict=True)
     except (OSError, RuntimeError):  # RuntimeError: a symlink loop, before Python 3.13
-        return None, [
-            Refusal(
-                "the file is missing",
-                client=client,
-                file=name,
-                found="nothing that can be opened",
-                expected=f"a regular file {name}",
-                remedy="save the adapter with PeftModel.save_pretrained",
-            )
-        ]
+        return None, [missing(name, client, "nothing that can be opened")]
     if not target.is_relative_to(folder.resolve()):
         return None, [
             Refusal(
@@ -172,6 +160,17 @@ def find_file(folder: Path, name: str, client: str) -> tuple[Path | None, list[R
             )
         ]
     return target, []
+
+
+def missing(name: str, client: str, found: str) -> Refusal:
+    return Refusal(
+        "the file is missing",
+        client=client,
+        file=name,
+        found=found,
+        expected=f"a regular file {name}",
+        remedy="save the adapter with PeftModel.save_pretrained",
+    )
 
 
 def read_text(folder: Path, name: str, client: str) -> tuple[bytes | None, list[Refusal]]:

@@ -9,22 +9,23 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.urls import Url, is_url, where
+
 __all__ = ["Place", "find_places", "is_name"]
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _NAMED = re.compile(rf"({_NAME.pattern})=(.+)", re.DOTALL)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A client's name and its folder or file, absolute; of a URL, as it was given.
+    """A client's name and its folder or file, absolute.
 
     `named` where the name was given, and not taken from the path.
     """
 
     name: str
-    path: Path
+    path: Path | Url
     named: bool = False
 
 
@@ -53,16 +54,15 @@ def find_places(
     """
     places: list[Place | None] = []
     alike: dict[str, list[int]] = defaultdict(list)
-    paths: list[Path] = []
+    paths: list[Path | Url] = []
     for i, client in enumerate(clients):
         if isinstance(client, Place):
             places.append(client)
             paths.append(client.path)
             continue
         text = os.fspath(client)
-        named = None if os.path.lexists(text) or _URL.match(text) else _NAMED.fullmatch(text)
-        text = named[2] if named else text
-        paths.append(Path(text if _URL.match(text) else os.path.abspath(text)))
+        named = None if os.path.lexists(text) or is_url(text) else _NAMED.fullmatch(text)
+        paths.append(where(named[2] if named else text))
         places.append(Place(named[1], paths[i], named=True) if named else None)
         if not named:
             alike[paths[i].name].append(i)

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Refusal, Refusals, Refused
+from ..runtime.objects import at_once
+from ..runtime.urls import Url
 from ..values import extent, out_of_range
 from .adapter_config import CONFIG_NAME, LoraSettings, parse_settings
 from .files import (
@@ -28,6 +31,7 @@ from .files import (
 from .modules import DenseTensor, Module, Tensors, saved_by, sort_tensors
 from .one_file import read_one_file
 from .places import Place, find_places
+from .remote import Remote, find_remote, read_remote_text
 from .safetensors_header import Header, read_header
 from .stored import Stored, signature
 from .targets import Targets
@@ -40,6 +44,7 @@ __all__ = [
     "Layouts",
     "check_values",
     "inspect_adapter",
+    "inspect_adapters",
     "read_adapter",
 ]
 
@@ -106,7 +111,7 @@ class Adapter:
     ----------
     name : str
         By which every message calls this client: given, or the end of the path (`find_places`).
-    path : Path
+    path : Path or Url
         The folder or file, absolute.
     stored : Stored
         Its tensors.
@@ -135,7 +140,7 @@ class Adapter:
     """
 
     name: str
-    path: Path
+    path: Path | Url
     stored: Stored
     modules: Mapping[str, Module]
     dense: Mapping[str, DenseTensor]
@@ -208,9 +213,9 @@ class Adapter:
         return sorted(used)
 
     @property
-    def file(self) -> Path:
-        """Its safetensors file, links followed."""
-        return self.stored.path
+    def waits(self) -> bool:
+        """Whether reading is waiting for a server: then several are read at a time."""
+        return isinstance(self.stored, Remote)
 
     def dense_tensor(self, name: str) -> Tensor:
         """A tensor of `dense` or `base_copies`, as stored."""
@@ -231,7 +236,8 @@ def inspect_adapter(
     folder : path or Place
         Holds ``adapter_config.json`` and ``adapter_model.safetensors``, optionally ``glora.json``
         with ``{"num_examples": n}``; or one folder that does. Or a LoRA file of another trainer
-        that says all that is needed (`one_file`).
+        that says all that is needed (`one_file`). Or the URL of such a folder, on any protocol for
+        which fsspec finds a package.
     max_bytes : int
         Largest tensor file that is accepted.
     layouts : Layouts, optional
@@ -246,6 +252,8 @@ def inspect_adapter(
     (place,) = find_places([folder])
     path, client = place.path, place.name
     layouts = Layouts() if layouts is None else layouts
+    if isinstance(path, Url):
+        return _inspect_url(path, client, max_bytes, layouts)
     try:
         if path.is_dir() and os.path.lexists(path / CONFIG_NAME):
             return _inspect(path, client, max_bytes, layouts)
@@ -309,43 +317,92 @@ def _inspect(
     path: Path, client: str, max_bytes: int, layouts: Layouts
 ) -> tuple[Adapter | None, list[Refusal]]:
     config, problems = read_text(path, CONFIG_NAME, client)
-    num_examples, others = _read_num_examples(path, client)
+    num_examples, more = _read_num_examples(path, client)
+    problems += more
     file, more = _find_tensors(path, client)
-    others += more
-    found, header = (0, 0, 0), None
+    problems += more
+    header, stored = None, None
     if file is not None:
         found = signature(file.stat())
         header, more = read_header(file, client, max_bytes=max_bytes, known=layouts.headers)
-        others += more
+        problems += more
+        stored = None if header is None else Stored(file, client, header.tensors, found)
     layout = None
     if config is not None:
-        layout, problems = layouts.find(header, config, client)
-    problems += others
-    if problems or file is None or header is None or layout is None:
+        layout, more = layouts.find(header, config, client)
+        problems[:0] = more
+    if problems or stored is None or layout is None:
         return None, problems
+    return _adapter(path, stored, layout, num_examples, unread_weights(path)), []
+
+
+def _inspect_url(
+    url: Url, client: str, max_bytes: int, layouts: Layouts
+) -> tuple[Adapter | None, list[Refusal]]:
+    """As `_inspect`; what lies beside the client's files is not looked for."""
+    if url.fault:
+        problem = Refusal(
+            "the URL holds what may be a secret, or is none",
+            client,
+            found=f"{url} with {url.fault}, which is shown and kept nowhere",
+            expected="protocol://place/of/the/folder",
+            remedy="give credentials as fsspec's package takes them: environment, profile or role",
+        )
+        return None, [problem]
+    config, problems = read_remote_text(url, CONFIG_NAME, client)
+    text, more = read_remote_text(url, EXAMPLES_NAME, client, needed=False)
+    num_examples = None
+    problems += more
+    if text is not None:
+        num_examples, more = _num_examples(text, client)
+        problems += more
+    stored, header, more = find_remote(url, TENSORS_NAME, client, max_bytes, layouts.headers)
+    problems += more
+    layout = None
+    if config is not None:
+        layout, more = layouts.find(header, config, client)
+        problems[:0] = more
+    if problems or stored is None or layout is None:
+        return None, problems
+    return _adapter(url, stored, layout, num_examples), []
+
+
+def _adapter(
+    path: Path | Url,
+    stored: Stored,
+    layout: Layout,
+    num_examples: int | None,
+    remarks: tuple[str, ...] = (),
+) -> Adapter:
     settings, tensors = layout.settings, layout.tensors
-    return (
-        Adapter(
-            name=client,
-            path=path,
-            stored=Stored(file, client, header.tensors, found),
-            modules=tensors.modules,
-            dense=tensors.dense,
-            base_copies=tensors.base_copies,
-            tied=tensors.tied,
-            num_examples=num_examples,
-            base_model=settings.base_model,
-            revision=settings.revision,
-            task_type=settings.task_type,
-            targets=settings.targets,
-            lora_dropout=settings.lora_dropout,
-            modules_to_save=settings.modules_to_save,
-            config=settings.raw,
-            config_sha256=layout.config_sha256,
-            remarks=unread_weights(path),
-        ),
-        [],
+    assert stored.client is not None
+    return Adapter(
+        name=stored.client,
+        path=path,
+        stored=stored,
+        modules=tensors.modules,
+        dense=tensors.dense,
+        base_copies=tensors.base_copies,
+        tied=tensors.tied,
+        num_examples=num_examples,
+        base_model=settings.base_model,
+        revision=settings.revision,
+        task_type=settings.task_type,
+        targets=settings.targets,
+        lora_dropout=settings.lora_dropout,
+        modules_to_save=settings.modules_to_save,
+        config=settings.raw,
+        config_sha256=layout.config_sha256,
+        remarks=remarks,
     )
+
+
+def inspect_adapters(
+    places: Sequence[Place], *, max_bytes: int, layouts: Layouts
+) -> Iterator[tuple[Adapter | None, list[Refusal]]]:
+    """`inspect_adapter` of each, in order; those behind URLs several at a time."""
+    look = partial(inspect_adapter, max_bytes=max_bytes, layouts=layouts)
+    yield from at_once(look, places, [isinstance(place.path, Url) for place in places])
 
 
 def read_adapter(folder: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Adapter:
@@ -467,8 +524,10 @@ def _read_num_examples(path: Path, client: str) -> tuple[int | None, list[Refusa
     if not os.path.lexists(path / EXAMPLES_NAME):
         return None, []
     text, problems = read_text(path, EXAMPLES_NAME, client)
-    if text is None:
-        return None, problems
+    return (None, problems) if text is None else _num_examples(text, client)
+
+
+def _num_examples(text: bytes, client: str) -> tuple[int | None, list[Refusal]]:
     content, problems = parse_object(text, EXAMPLES_NAME, client)
     if content is None:
         return None, problems

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import Refusal, Refusals
 from ..runtime.reading import open_regular, parse_json_object
 
-__all__ = ["DTYPES", "Header", "TensorInfo", "read_header"]
+__all__ = ["DTYPES", "Header", "TensorInfo", "check_header", "read_header"]
 
 MAX_HEADER_BYTES = 32 * 2**20  # why: a tensor takes some hundred bytes, and all of it is parsed
 MAX_NAME = 512  # characters; why: names of deep models have a hundred
@@ -71,11 +72,34 @@ def read_header(
     max_tensors: int = MAX_TENSORS,
     known: dict[bytes, Header] | None = None,
 ) -> tuple[Header | None, list[Refusal]]:
-    """Read and check the header of the safetensors file at `path`; no tensor is read.
+    """`check_header` of the safetensors file at `path`."""
+    return check_header(
+        partial(open_regular, path), path.stat().st_size, path.name, client, max_bytes=max_bytes,
+        max_header_bytes=max_header_bytes, max_tensors=max_tensors, known=known,
+    )  # fmt: skip
+
+
+def check_header(
+    opened: Callable[[], BinaryIO],
+    size: int,
+    called: str,
+    client: str | None,
+    *,
+    max_bytes: int,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+    max_tensors: int = MAX_TENSORS,
+    known: dict[bytes, Header] | None = None,
+) -> tuple[Header | None, list[Refusal]]:
+    """Read and check the header of a safetensors file; no tensor is read.
 
     Parameters
     ----------
-    path : Path
+    opened : callable
+        Opens the file.
+    size : int
+        Its bytes.
+    called : str
+        The file, in the refusals.
     client : str or None
         Named in the refusals.
     max_bytes : int
@@ -96,10 +120,9 @@ def read_header(
     def refusal(
         problem: str, found: str, expected: str, remedy: str, tensor: str | None = None
     ) -> Refusal:
-        return Refusal(problem, client, path.name, tensor, found, expected, remedy)
+        return Refusal(problem, client, called, tensor, found, expected, remedy)
 
     again = "the file is damaged or forged: have the client save and send it again"
-    size = path.stat().st_size
     if size > max_bytes:
         return None, [
             refusal(
@@ -112,7 +135,7 @@ def read_header(
     if size < 8:  # not opened: an empty one may be no file on a disk, and block
         found, expected = f"a file of {size} bytes", "at least the 8 of the header's length"
         return None, [refusal("the header does not fit", found, expected, again)]
-    with open_regular(path) as file:
+    with opened() as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, max_header_bytes):
             return None, [

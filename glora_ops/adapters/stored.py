@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import Refusal, Refused
 from ..runtime.reading import open_regular
+from ..runtime.urls import Url
 from .safetensors_header import TensorInfo
 
 __all__ = ["Stored", "signature"]
@@ -53,19 +54,19 @@ class Stored:
 
     Attributes
     ----------
-    path : Path
+    path : Path, or Url of what is `remote.Remote`
     client : str or None
         Named in refusals.
     tensors : mapping of str to TensorInfo
         As the header says, checked: one range after the other to the end of the file.
-    signature : tuple of int
-        Of the file when its header was read; any other is refused.
+    signature : tuple
+        Its size and what else there is, of the file when its header was read; any other is refused.
     """
 
-    path: Path
+    path: Path | Url
     client: str | None
     tensors: Mapping[str, TensorInfo]
-    signature: tuple[int, int, int]
+    signature: tuple[int, int, int] | tuple[int, str]
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -81,8 +82,9 @@ class Stored:
         Refused
             If the file is no longer the one whose header was read.
         """
-        with self._open() as file:
-            tensors = [self._tensor(file, self.tensors[name]) for name in names]
+        infos = [self.tensors[name] for name in names]
+        with self._open(*infos) as file:
+            tensors = [self._tensor(file, info) for info in infos]
             self._check(file)
         return tensors
 
@@ -94,7 +96,7 @@ class Stored:
         left, right = self.tensors[columns], self.tensors[rows]
         begin, end = min(left.begin, right.begin), max(left.end, right.end)
         side_by_side = end - begin == left.end - left.begin + right.end - right.begin
-        with self._open() as file:
+        with self._open(left, right) as file:
             if side_by_side and end - begin <= PIECE and left.dtype == right.dtype:
                 both = _buffer(end - begin)  # as they are nearly always: one read for both
                 file.seek(self.start + begin)
@@ -118,7 +120,7 @@ class Stored:
         info = self.tensors[name]
         row = info.shape[1] * info.dtype.itemsize
         part = replace(info, shape=(count, info.shape[1]), begin=info.begin + first * row)
-        with self._open() as file:
+        with self._open(part) as file:
             rows = self._tensor(file, part)
             self._check(file)
         return rows
@@ -169,9 +171,14 @@ class Stored:
                     yield names, piece.view(run[0][1].dtype)
             self._check(file)
 
-    def _open(self) -> BinaryIO:
+    def whole(self) -> BinaryIO:
+        """The file, opened; raises as `read` does."""
+        return self._open()
+
+    def _open(self, *wanted: TensorInfo) -> BinaryIO:
+        """The file, to read some of its tensors or all; which, matters to those that fetch it."""
         try:
-            file = open_regular(self.path, buffering=0)
+            file = open_regular(str(self.path), buffering=0)
         except FileNotFoundError:
             raise self._changed("no such file any more") from None
         try:

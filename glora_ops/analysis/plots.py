@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import require, unfit
 from ..runtime.outputs import apart, check_free, new_file
+from ..runtime.urls import Url
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -289,7 +290,9 @@ def _key(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     bar.outline.set_visible(False)
 
 
-def check_picture(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
+def check_picture(
+    path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str] | Url]
+) -> None:
     """Raise `GloraError` where no picture could be drawn to `path`; before anything is read."""
     require_matplotlib()
     path = Path(path)

@@ -8,12 +8,13 @@ imported by the commands when they run (`loading`), so that usage and help answe
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
 from typer.core import TyperGroup
 
+from ..errors import shown
 from ..runtime.streams import steady
 from ..version import __version__
 from . import aggregate, apply, compare, fl, inspect, job, readout, update
@@ -35,6 +36,12 @@ class _Commands(TyperGroup):
                 ctx,
             )
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:  # what was typed may be a signed URL
+            raise click.UsageError(shown(error.format_message()), error.ctx) from None
 
 
 def _as_update(words: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from .show import answering, print_json, progress
 from .weights import is_file, weights_file
 
 if TYPE_CHECKING:
+    from ..runtime.urls import Url
     from ..state import State
 
 __all__ = ["EXAMPLE", "aggregate", "ranks", "server_rank"]
@@ -52,9 +53,10 @@ def aggregate(
         list[str] | None,
         typer.Argument(
             metavar="CLIENT_DIR...|RECIPE.toml",
-            help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names "
-            "the client, which is otherwise called by its folder. Or a recipe: the options below "
-            "by their names, and clients = a list of folders; what is given beside it counts.",
+            help="One folder per client, as PeftModel.save_pretrained writes it, or its URL "
+            "(s3://bucket/ann); NAME=DIR names the client, which is otherwise called by its "
+            "folder. Or a recipe: the options below by their names, and clients = a list of "
+            "folders; what is given beside it counts.",
             show_default=False,
         ),
     ] = None,
@@ -244,7 +246,7 @@ def aggregate(
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
         refusals = Refusals()
-        inputs: list[str | Path] = []
+        inputs: list[str | Path | Url] = []
         places = find_places(named)
         if client_list is not None:
             inputs.append(client_list)

@@ -1,4 +1,4 @@
-"""The class of every command: typer's, with plain help that says what arguments are."""
+"""The class of every command: typer's, with plain help, and files that are no URLs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import click
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 
+from ..runtime.urls import is_url
+
 __all__ = ["Command"]
 
 
@@ -16,6 +18,20 @@ class Command(TyperCommand):
 
     Under click 8.5 typer 0.20 loses the help of arguments.
     """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for param in self.get_params(ctx):
+            given = ctx.params.get(param.name or "")
+            if isinstance(param.type, click.Path) and isinstance(given, str) and is_url(given):
+                raise click.BadParameter(
+                    f"{given} is a URL. Only clients are read from URLs, by aggregate, compare, "
+                    "job plan and update --add: name a place of this machine, and copy it from or "
+                    "to where it belongs",
+                    ctx,
+                    param,
+                )
+        return rest
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Nothing: `format_options` writes them, whichever click asks for what."""

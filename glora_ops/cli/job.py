@@ -84,8 +84,9 @@ def plan(
         list[str] | None,
         typer.Argument(
             metavar="CLIENT_DIR...",
-            help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names "
-            "the client, which is otherwise called by its folder.",
+            help="One folder per client, as PeftModel.save_pretrained writes it, or its URL "
+            "(s3://bucket/ann); NAME=DIR names the client, which is otherwise called by its "
+            "folder.",
             show_default=False,
         ),
     ] = None,

@@ -64,7 +64,8 @@ Clients = Annotated[
     list[str],
     typer.Argument(
         metavar="CLIENT_DIR...",
-        help="One folder per client, as PeftModel.save_pretrained writes it; NAME=DIR names it.",
+        help="One folder per client, as PeftModel.save_pretrained writes it, or its URL "
+        "(s3://bucket/ann); NAME=DIR names it.",
     ),
 ]
 Stored = Annotated[

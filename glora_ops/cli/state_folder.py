@@ -17,6 +17,7 @@ from ..adapters import Adapter
 from ..analysis.plots import plot_state, require_matplotlib
 from ..errors import listing
 from ..runtime.outputs import apart, check_free, claimed, new_folder
+from ..runtime.urls import Url
 from ..state import WRITTEN, State
 from .options import PICTURE_NAME
 from .show import (
@@ -57,7 +58,9 @@ class StateFolder:
     dry_run: bool
     began: float
 
-    def reserve(self, held: ExitStack, inputs: Sequence[str | Path], refusals: list[Any]) -> None:
+    def reserve(
+        self, held: ExitStack, inputs: Sequence[str | Path | Url], refusals: list[Any]
+    ) -> None:
         """Keep its place for this process; what speaks against it is added to `refusals`."""
         if self.plot:
             with listing(refusals):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -30,6 +30,9 @@ from .options import (
 from .show import answering, clean, console, labelled, print_json, progress
 from .weights import is_file, numbers, weights_file
 
+if TYPE_CHECKING:
+    from ..runtime.urls import Url
+
 __all__ = ["EXAMPLE", "update"]
 
 EXAMPLE = "Example: glora update out --add clients/cyd --remove bob"
@@ -41,7 +44,7 @@ def update(
         list[str] | None,
         option(
             "--add", metavar="DIR", default="none", example="--add clients/cyd",
-            help="One more client, or NAME=DIR; of a name that STATE has, in its place.",
+            help="One more client, its URL, or NAME=DIR; of a name that STATE has, in its place.",
         ),
     ] = None,
     remove: Annotated[
@@ -118,6 +121,7 @@ def update(
     ):
         from ..adapters.places import find_places
         from ..merging.update import renew
+        from ..runtime.urls import where
         from .state_facts import file_notes, load_state
         from .state_folder import Planned, StateFolder, print_plan, print_written
 
@@ -125,7 +129,7 @@ def update(
         record = old.record or {"clients": []}
         made = {"ranks": [], "pad": "zero", "dtype": "fp32"} | record.get("readouts", {})
         places = find_places(named, known=old.clients)
-        inputs: list[str | Path] = [entry["path"] for entry in record["clients"]]
+        inputs: list[str | Path | Url] = [where(entry["path"]) for entry in record["clients"]]
         inputs += [place.path for place in places]
         inputs += [weights] if weights is not None and is_file(weights) else []
         if out is None:

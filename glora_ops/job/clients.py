@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
 from ..adapters.adapter_config import CONFIG_NAME
 from ..adapters.aligned_names import align_names
 from ..adapters.places import Place
-from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapter
+from ..adapters.read import EXAMPLES_NAME, TENSORS_NAME, Adapter, Layouts, inspect_adapters
 from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, require
 from ..merging.aggregate import Inspected
 from ..merging.selection import select
+from ..runtime.urls import where
 from ..values import value_faults
 from .folder import Job
 from .plan import fingerprint
@@ -26,35 +26,33 @@ __all__ = ["Careful", "look_again"]
 _AS_IT_WAS = "put the files back as they were, or plan a new job"
 _FILES = {
     "num_examples": EXAMPLES_NAME, "config_sha256": CONFIG_NAME,
-    "size": TENSORS_NAME, "mtime_ns": TENSORS_NAME, "inode": TENSORS_NAME,
+    "size": TENSORS_NAME, "mtime_ns": TENSORS_NAME, "inode": TENSORS_NAME, "mark": TENSORS_NAME,
 }  # fmt: skip
 
 
 def look_again(job: Job) -> Inspected:
     """The clients of a plan by their headers; `Refused`, naming all that are not what they were."""
     entries = job.about["clients"]
-    places = [Place(e["name"], Path(e["path"]), named=e["named"]) for e in entries]
+    places = [Place(e["name"], where(e["path"]), named=e["named"]) for e in entries]
     readable: dict[int, Adapter] = {}
     changed = Refusals()
-    layouts = Layouts()
-    for i, (place, entry) in enumerate(zip(places, entries, strict=True)):
-        if entry["files"] is None:
-            continue
-        adapter, refusals = inspect_adapter(
-            place, max_bytes=job.about["max_file_bytes"], layouts=layouts
-        )
+    known = [i for i, entry in enumerate(entries) if entry["files"] is not None]
+    inspected = inspect_adapters(
+        [places[i] for i in known], max_bytes=job.about["max_file_bytes"], layouts=Layouts()
+    )
+    for i, (adapter, refusals) in zip(known, inspected, strict=True):
         if adapter is None:
             changed += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
             continue
         readable[i] = adapter
-        now = fingerprint(adapter)
+        then, now = entries[i]["files"], fingerprint(adapter)
         changed += [
             Refusal(
-                "the client is not what it was when the job was planned", place.name, file,
-                None, f"{field} {now[field]!s:.16}", f"{entry['files'][field]!s:.16}", _AS_IT_WAS,
+                "the client is not what it was when the job was planned", places[i].name, file,
+                None, f"{field} {now.get(field)!s:.16}", f"{then.get(field)!s:.16}", _AS_IT_WAS,
             )
             for field, file in _FILES.items()
-            if now[field] != entry["files"][field]
+            if now.get(field) != then.get(field)
         ][:1]  # fmt: skip
     if changed:
         raise Refused(changed)

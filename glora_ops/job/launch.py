@@ -117,8 +117,9 @@ def aggregate_adapters(
     Parameters
     ----------
     folders : sequence of path
-        One per client, each written by ``PeftModel.save_pretrained``; ``NAME=PATH`` names the
-        client, which is otherwise called by its folder (and the parents that tell it from others).
+        One per client, each written by ``PeftModel.save_pretrained``, or its URL, which fsspec
+        reads with the credentials of the environment; ``NAME=PATH`` names the client, which is
+        otherwise called by its folder (and the parents that tell it from others).
     weights : sequence of float, optional
         One per folder. By default the ``num_examples`` in the clients' ``glora.json`` if every
         client has it, otherwise equal; ``settings["weights_from"]`` of the state says which.

@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ..adapters.places import Place
+from ..adapters.places import Place, find_places
 from ..adapters.read import MAX_BYTES, Adapter
 from ..api import aggregate
 from ..batches import BATCH_BYTES, DEVICE_BATCH_BYTES
@@ -95,7 +95,7 @@ def plan(
                     f"{expected}: a job computes every module once, by itself", remedy)  # fmt: skip
     place = Path(os.path.realpath(job))
     with listing(refusals):
-        apart(job, [f.path if isinstance(f, Place) else f for f in folders])
+        apart(job, [place.path for place in find_places(folders)])
         if not (place / PLAN_NAME).is_file():
             require(not os.path.lexists(place), "job", f"the existing {str(place)!r}",
                     "a new folder, or one with the same plan", "choose another",
@@ -168,12 +168,9 @@ def _content(
 
 
 def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """What tells that a client's files are no longer the same, as `schema.Files`."""
-    size, mtime, inode = adapter.stored.signature
-    return {
-        "size": size,
-        "mtime_ns": mtime,
-        "inode": inode,
+    """What tells that a client's files are no longer the same, as `schema.Files` or `Object`."""
+    names = ("size", "mark") if adapter.waits else ("size", "mtime_ns", "inode")
+    return dict(zip(names, adapter.stored.signature, strict=True)) | {
         "num_examples": adapter.num_examples,
         "config_sha256": adapter.config_sha256,
     }

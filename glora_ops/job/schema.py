@@ -35,6 +35,15 @@ class Files(Section):
     config_sha256: Sha256
 
 
+class Object(Section):
+    """The same of a client behind a URL."""
+
+    size: Count
+    mark: Text
+    num_examples: Count | None
+    config_sha256: Sha256
+
+
 class Client(Section):
     """One that was named; without `files` where its headers were not in order."""
 
@@ -43,7 +52,7 @@ class Client(Section):
     named: bool
     weight: FiniteFloat | None
     kept: bool
-    files: Files | None
+    files: Files | Object | None
     sha256: Sha256 | None
 
     @model_validator(mode="after")

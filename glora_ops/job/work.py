@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from ..errors import DamagedPartWarning, GloraError, Refusals, Refused, clean, require, unfit
-from ..merging.aggregate import Inspected, Progress, examine
+from ..merging.aggregate import Inspected, Progress, examine, readers
 from ..runtime.hidden import sweep
 from ..runtime.outputs import ours
 from ..runtime.threads import release_freed, workers
@@ -175,7 +175,7 @@ def _check(job: Job, found: Inspected, numbers: list[int], tell: Progress) -> No
     refusals = Refusals()
     total = sum(len(job.about["checks"][number]) for number in numbers)
     done = 0
-    with workers(torch.get_num_threads()) as pool:
+    with workers(readers(found.clients.values())) as pool:
         for number in numbers:
             clients = [found.clients[i] for i in job.about["checks"][number]]
             files = []

@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -25,13 +25,14 @@ from ..adapters.read import (
     Adapter,
     Layouts,
     check_values,
-    inspect_adapter,
+    inspect_adapters,
 )
 from ..api import aggregate
 from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
+from ..runtime.objects import AT_ONCE
 from ..runtime.threads import release_freed, workers
 from ..state import State
 from ..state_file import check_saveable
@@ -54,6 +55,7 @@ __all__ = [
     "examined",
     "inspect",
     "merge",
+    "readers",
     "warn_of",
     "with_equal_copies",
 ]
@@ -216,9 +218,8 @@ def inspect(
 
     refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
-    layouts = Layouts()
-    for i, place in enumerate(places):
-        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes, layouts=layouts)
+    inspected = inspect_adapters(places, max_bytes=max_file_bytes, layouts=Layouts())
+    for i, (adapter, refusals) in enumerate(inspected):
         if adapter is None and i in recorded:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:
@@ -273,7 +274,7 @@ def examined(
     def examine_all(places: Sequence[int]) -> list[tuple[str, list[Refusal]]]:
         return [examine(found.clients[i]) for i in places]
 
-    with workers(torch.get_num_threads()) as pool:
+    with workers(readers(found.clients.values())) as pool:
         runs = list(_runs(found.clients))
         for places, told in zip(runs, pool.map(examine_all, runs), strict=True):
             for i, (digest, refusals) in zip(places, told, strict=True):
@@ -284,6 +285,11 @@ def examined(
                     found.refused[i].extend(refusals)
                 tell("values", len(digests), len(found.clients))
     return with_equal_copies(found, on_bad_client), digests
+
+
+def readers(clients: Iterable[Adapter]) -> int:
+    """Threads that read whole files: the caller's, or as many as may wait for a server."""
+    return max(torch.get_num_threads(), AT_ONCE * any(adapter.waits for adapter in clients))
 
 
 def _runs(clients: Mapping[int, Adapter]) -> Iterator[list[int]]:

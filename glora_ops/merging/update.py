@@ -13,6 +13,7 @@ from ..adapters.places import Place, find_places, is_name
 from ..adapters.read import MAX_BYTES
 from ..arguments import kind
 from ..errors import Refusal, Refused, listing, require, unfit
+from ..runtime.urls import is_url
 from ..state import State
 from .aggregate import Progress, merge
 
@@ -111,9 +112,11 @@ def renew(
         require(len(added) == len(places), "add", [str(place.path) for place in places],
                 "folders of different names", "name each once, or apart: NAME=DIR")  # fmt: skip
     kept = {name: e for name, e in entries.items() if name not in remove and name not in added}
-    refusals += [
-        _elsewhere(name, entry["path"]) for name, entry in kept.items() if not _is_own(entry)
-    ]
+    for name, entry in kept.items():
+        if is_url(entry["path"]):
+            refusals.append(_behind_url(name, entry["path"]))
+        elif not _is_own(entry):
+            refusals.append(_elsewhere(name, entry["path"]))
     order = [name for name in entries if name in kept or name in added]
     order += [name for name in added if name not in entries]
     voices = None
@@ -182,6 +185,16 @@ def _elsewhere(name: str, path: str) -> Refusal:
         found=repr(path),
         expected=f"a folder called {name!r}, or a name that was given with NAME=DIR",
         remedy="name the client's folder with add (--add DIR), or withdraw it",
+    )
+
+
+def _behind_url(name: str, path: str) -> Refusal:
+    return Refusal(
+        "the state records a URL, and URLs are fetched only where they are named",
+        name,
+        found=repr(path),
+        expected="a folder, or the URL named once more",
+        remedy="name it with add (--add URL), which takes the client's place, or withdraw it",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,6 +21,7 @@ from .hidden import ASIDE, UNSURE, Strangers, hidden_folder, sweep
 from .locks import lock
 from .rename import Taken, exchange, rename_new
 from .signals import heed, surely
+from .urls import Url
 
 __all__ = [
     "Strangers",
@@ -63,6 +65,14 @@ def check_free(
 
 
 def _require_place(final: Path, what: str) -> None:
+    scheme = re.search(r"(?<=/)[A-Za-z][A-Za-z0-9+.-]+:(?=/)", str(final))
+    require(
+        scheme is None or os.path.lexists(str(final)[: scheme.end()]),
+        what,
+        f"the URL {str(final)[scheme.start() if scheme else 0 :]!r}",
+        "a place on this machine",
+        "write it here, and copy it to where it belongs",
+    )
     above = next(parent for parent in final.parents if os.path.lexists(parent))
     require(
         above.is_dir() and os.access(above, os.W_OK | os.X_OK),
@@ -89,8 +99,8 @@ def _require_own(found: Path, final: Path, strangers: Strangers, what: str) -> N
     )
 
 
-def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Raise `Refused` for every input that lies in `out`, is `out`, or holds it."""
+def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str] | Url]) -> None:
+    """Raise `Refused` for every input of this machine that lies in `out`, is `out`, or holds it."""
     place = Path(os.path.realpath(out))
     refusals = [
         Refusal(
@@ -101,6 +111,7 @@ def apart(out: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]])
             remedy="choose another place for the output",
         )
         for given in inputs
+        if not isinstance(given, Url)
         if (real := Path(os.path.realpath(given))) == place
         or real in place.parents
         or place in real.parents

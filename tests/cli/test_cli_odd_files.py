@@ -68,7 +68,8 @@ def test_a_file_that_becomes_a_pipe_while_it_is_used_is_not_waited_for(work: Pat
     from glora_ops.errors import GloraError
 
     adapter = read_adapter(shutil.copytree(work / "ann", work / "eve"))
-    adapter.file.unlink()
-    os.mkfifo(adapter.file)
+    file = Path(str(adapter.stored.path))
+    file.unlink()
+    os.mkfifo(file)
     with pytest.raises(GloraError, match="pipe"):
         adapter.factors(next(iter(adapter.modules)))

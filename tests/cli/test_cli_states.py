@@ -87,7 +87,7 @@ def test_an_update_says_what_it_reads_before_it_does(
     def look(*_: object, **__: object) -> None:
         raise OSError("looked at")
 
-    monkeypatch.setattr("glora_ops.merging.aggregate.inspect_adapter", look)
+    monkeypatch.setattr("glora_ops.adapters.read.inspect_adapter", look)
     said = glora(*command, "--overwrite", code=1).stderr
     assert said.startswith("\n".join(lines))
 

@@ -38,9 +38,14 @@ def save_client(
     return folder
 
 
-def save_clients(root: Path, count: int = 4, layers: int = 3, head: bool = True) -> list[Path]:
-    """Clients of different ranks, every second with a head if there are any."""
+def save_clients(
+    root: Path, count: int = 4, layers: int = 3, head: bool = True, times: int = 1
+) -> list[Path]:
+    """Clients of different ranks, every second with a head if there are any.
+
+    Modules have `times` the dimensions of `SHAPES`.
+    """
     return [
-        save_client(root / f"c{i}", i, 2 + i % 3, layers, head=head and i % 2 == 0)
+        save_client(root / f"c{i}", i, 2 + i % 3, layers, head=head and i % 2 == 0, times=times)
         for i in range(count)
     ]
