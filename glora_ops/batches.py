@@ -26,7 +26,7 @@ from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.arena import LINE, Arena
 from .runtime.scratch import empty, in_folder
-from .runtime.threads import workers
+from .runtime.threads import release_freed, workers
 from .state import Factors, ModuleState, State
 from .values import is_finite
 
@@ -39,6 +39,9 @@ __all__ = [
 BATCH_BYTES = 2**22
 #: The same away from the CPU, where modules run batch after batch: enough to fill the device.
 DEVICE_BATCH_BYTES = 2**30
+#: Bytes of factors from which what a batch freed goes back to the system: holes in the heap then
+#: take more than the clients, and having them again a hundredth of the time.
+LARGE = 2**25
 #: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
 PADDING = 0.25
 
@@ -337,6 +340,8 @@ def _spread(
             return work(batch, box)
         finally:
             give_back(piece)
+            if batch.bytes >= LARGE:
+                release_freed()
 
     def give_back(piece: Tensor) -> None:
         with freed:

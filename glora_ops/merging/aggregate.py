@@ -129,6 +129,8 @@ def merge(
     skipped = found.skipped
     warn_of(skipped)
 
+    release_freed()  # what reading took
+
     adapters = list(found.clients.values())
     voices, _ = found.voices
 
@@ -144,7 +146,7 @@ def merge(
     state = aggregate(
         adapters,
         voices,
-        [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
+        scalings(adapters),
         names=[adapter.name for adapter in adapters],
         progress=tell_modules,
         **settings,
@@ -152,6 +154,13 @@ def merge(
     release_freed()  # the stacks' memory, before anything else is made
     means = dense_means(adapters, dense_holders(adapters), heeded(state, voices), tell)
     return described(found, digests, state, means, skipped)
+
+
+def scalings(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+    """Of each client by module; clients of one layout share theirs."""
+    layouts = {id(adapter.modules): adapter.modules for adapter in adapters}
+    found = {i: {name: m.scaling for name, m in held.items()} for i, held in layouts.items()}
+    return [found[id(adapter.modules)] for adapter in adapters]
 
 
 def warn_of(skipped: Sequence[str]) -> None:
