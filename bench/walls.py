@@ -94,7 +94,8 @@ def plan_work_join(root: Path, workers: int) -> None:
     running = [
         subprocess.Popen([*glora, "work", job, "--index", str(i), *of]) for i in range(workers)
     ]
-    assert not any([process.wait() for process in running])
+    codes = [process.wait() for process in running]
+    assert not any(codes)
     subprocess.run([*glora, "join", job, "-o", out, "-q"], check=True)
 
 
@@ -127,7 +128,7 @@ def measure(case: str, root: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", glora_ops.GloraWarning)
     import glora_ops.merging.aggregate
-    import glora_ops.state_schema  # noqa: F401  # which a first state imports
+    import glora_ops.state_schema  # which a first state imports
 
     before, began, used = resident("VmRSS"), time.perf_counter(), time.process_time()
     kept = CASES[case][2](root)

@@ -361,7 +361,7 @@ def _scalings(
     )
     refusals = []
     out: list[dict[str, float]] = []
-    shared: dict[tuple[int, int], tuple[dict[str, float], Any, Any]] = {}
+    shared: dict[tuple[int, int], tuple[dict[str, float], object, object]] = {}
     for given, source, name in zip(scalings, sources, names, strict=True):
         modules = source.modules
         same = shared.get((id(given), id(modules)))

@@ -32,7 +32,7 @@ SIDES = ("left", "right")
 ROUNDED = 1e-12
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
-# Rows whose sketches exist at a time: as long as both factors of the widest model's rows.
+# Rows whose sketches exist at a time; why: more would need as much memory as both factors.
 SKETCHED = 2**14
 # ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
 CANCELLED = 2.0**-8
@@ -204,14 +204,16 @@ class TallSolver:
     def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
         """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.9)."""
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
-        seed, missed = self.settings.seed, torch.zeros((), dtype=self.dtype)
-        runs = list(zip(*(x.split(SKETCHED, -2) for x in (self.b, self.a, coef[..., None].to(self.dtype))), strict=True))
+        seed, coef = self.settings.seed, coef[..., None].to(self.dtype)
+        runs = list(zip(*(x.split(SKETCHED, -2) for x in (self.b, self.a, coef)), strict=True))
+        parts = []
         for i, (b, a, c) in enumerate(runs):
-            last = i == len(runs) - 1
-            left = count_sketch([b, q.mT][: 1 + last], 0, width, seed)
-            right = count_sketch([a, -images.mT][: 1 + last], 1, width, seed)
+            ends = i == len(runs) - 1
+            left = count_sketch([b, q.mT][: 1 + ends], 0, width, seed)
+            right = count_sketch([a, -images.mT][: 1 + ends], 1, width, seed)
             right[..., : a.shape[-2], :].mul_(c)
-            missed = missed + self.v.lift(left, right)
+            parts.append(self.v.lift(left, right))
+        missed = sum(parts[1:], parts[0])
         return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:

@@ -96,7 +96,7 @@ def test_what_could_not_be_saved_is_refused_before_any_value_is_read(
     folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(3)]
     monkeypatch.setattr(state_file, "FEW", 2)
     monkeypatch.setattr(state_file, limit, value)
-    monkeypatch.setattr("glora_ops.state_schema.MAX_MANY", 3 if limit != "FEW" else 2)
+    monkeypatch.setattr("glora_ops.state_schema.MAX_CLIENTS", 3 if limit != "FEW" else 2)
     steps = []
     with pytest.raises(GloraError, match="which a state holds"):
         aggregate_adapters(folders, progress=lambda step, done, total: steps.append(step))
