@@ -359,7 +359,7 @@ def _scalings(
     require(
         len(scalings) == len(sources), "scalings", len(scalings), f"one per client, {len(sources)}"
     )
-    refusals = []
+    refusals: list[Refusal] = []
     out: list[dict[str, float]] = []
     shared: dict[tuple[int, int], tuple[dict[str, float], object, object]] = {}
     for given, source, name in zip(scalings, sources, names, strict=True):

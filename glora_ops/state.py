@@ -278,13 +278,14 @@ class State:
             self.dense,
             apart=True,
         )
-        before = read_mark(path, MARK) or {}
+        real = Path(os.path.realpath(path))
+        before = read_mark(real, MARK) or {}
         with new_file(path, _no_state) as partial:
             save_tensors(tensors, partial, metadata)
             if beside is not None:
-                beside.write(here)
+                beside.write(real.parent)
         if "beside" in before:
-            remove_unused(here, before, MARK)
+            remove_unused(real.parent, before, MARK)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:

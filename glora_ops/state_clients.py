@@ -170,11 +170,17 @@ def _file(path: Path, about: Mapping[str, Any], name: str) -> Path:
     folder = path.resolve().parent / folder_name(about)
     file = folder / name
     there = file.is_file() and not file.is_symlink() and not folder.is_symlink()
-    require(there, "state", f"no file {str(file)!r}", f"{_FOLDER}, {str(path)!r}", _LOST,
-            file=str(file))  # fmt: skip
+    require(
+        there, "state", f"no file {str(file)!r}", f"{_FOLDER}, {str(path)!r}", _LOST, file=str(file)
+    )
     return file
 
 
 def _odd(file: Path, found: str) -> GloraError:
-    return unfit("clients", f"{str(file)!r}, {found:.200}", "clients as glora writes them", _LOST,
-                 file=str(file))  # fmt: skip
+    return unfit(
+        "clients",
+        f"{str(file)!r}, {found:.200}",
+        "clients as glora writes them",
+        _LOST,
+        file=str(file),
+    )

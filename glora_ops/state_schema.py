@@ -29,7 +29,7 @@ __all__ = ["faults"]
 
 MAX_NAME = 2**13  # characters of a client's or a module's name, and of a path
 MAX_MANY = 2**17  # modules, ranks tried, …
-MAX_CLIENTS = 2**20
+MAX_CLIENTS = 2**20  # why: some hundred bytes each, of which a reader keeps a thousand
 WEIGHTS_SUM = 1e-9  # fp64 rounding of 2^20 quotients and their sum is a tenth of this
 
 

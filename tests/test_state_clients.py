@@ -1,13 +1,10 @@
-"""States of many clients, who are kept beside the state: the same state, old or new, whole or refused."""
+"""States of many clients, who are kept beside the state: the same state, whole or refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,7 @@ import pytest
 import torch
 from job_clients import save_clients
 from safetensors.torch import load_file, save_file
-from state_files import canonical, put_together, taken_apart
+from state_files import canonical, digest, taken_apart
 from typer.testing import CliRunner
 
 import glora_ops as glora
@@ -68,18 +65,16 @@ def test_a_state_of_many_clients_is_the_same_state(
     assert not list((tmp_path / "a").glob("clients-*"))
     assert sorted(x.name for x in beside(tmp_path / "b").iterdir()) == [LINES, TENSORS]
     assert len((beside(tmp_path / "b") / LINES).read_text().splitlines()) == 4
-    assert (
-        b"present" not in (tmp_path / "b" / "server.safetensors").read_bytes().partition(b"}}")[2]
-    )
+    held = load_file(tmp_path / "b" / "server.safetensors")
+    assert not [name for name in held if name.endswith(("present", "client_stats"))]
     shutil.move(tmp_path / "b", tmp_path / "moved")
     again = State.load(tmp_path / "moved" / "server.safetensors")
     assert same(State.load(tmp_path / "a" / "server.safetensors"), state)
     assert same(again, state)
-    again.save(tmp_path / "b.safetensors")
-    assert beside(tmp_path).name == beside(tmp_path / "moved").name
-    assert (beside(tmp_path) / TENSORS).read_bytes() == (
-        beside(tmp_path / "moved") / TENSORS
-    ).read_bytes()
+    (tmp_path / "again").mkdir()
+    again.save(tmp_path / "again" / "server.safetensors")
+    for file in ("server.safetensors", f"{beside(tmp_path / 'moved').name}/{LINES}"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "moved" / file).read_bytes()
 
 
 def test_commands_make_of_it_what_they_make_of_another(
@@ -107,7 +102,7 @@ def test_commands_make_of_it_what_they_make_of_another(
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[-3] ^= 1
     path.write_bytes(content)
 
 
@@ -159,12 +154,8 @@ def forged(path: Path, lines: list[object]) -> None:
     """A state whose lines are these, with true checksums everywhere."""
     tensors, about = taken_apart(path)
     side = load_file(beside(path.parent) / TENSORS)
-    put_together(path, tensors | side, about | {"format_version": 3})  # for the digests
-    _, digests = taken_apart(path)
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     sha256 = hashlib.sha256(text).hexdigest()
-    from state_files import digest
-
     about |= {"tensors": {name: digest(x) for name, x in (tensors | side).items()}}
     about["beside"] = {"clients": len(lines), "bytes": len(text), "sha256": sha256}
     about["sha256"] = hashlib.sha256(canonical(about)).hexdigest()
@@ -178,7 +169,7 @@ def forged(path: Path, lines: list[object]) -> None:
     ("forge", "said"),
     [
         (lambda rows: rows, ""),
-        (lambda rows: rows[:-1], "does not fit"),  # statistics of another number
+        (lambda rows: [{**rows[0], "weight": 1.0}], "does not fit"),  # statistics of four
         (lambda rows: [*rows[:-1], rows[0]], "each name once"),
         (lambda rows: [{**rows[0], "more": 1}, *rows[1:]], "other entries"),
         (lambda rows: [7, *rows[1:]], "clients as glora writes them"),
@@ -234,47 +225,10 @@ def test_what_is_put_among_the_clients_is_named_before_it_is_replaced(
     clients = save_clients(tmp_path / "in", 3)
     run("aggregate", *clients, "-o", tmp_path / "out")
     (beside(tmp_path / "out") / "notes.txt").write_text("mine")
-    again = CliRunner().invoke(app, ["aggregate", *map(str, clients), "-o", str(tmp_path / "out"),
-                                     "--overwrite"])  # fmt: skip
+    words = ["aggregate", *map(str, clients), "-o", str(tmp_path / "out"), "--overwrite"]
+    again = CliRunner().invoke(app, words)
     assert again.exit_code != 0
     assert "notes.txt" in again.output
-
-
-def test_a_kill_while_a_state_is_replaced_leaves_the_old_or_the_new(
-    state: State, few: None, tmp_path: Path
-) -> None:
-    """Killed right before each of its calls that change files, in turn."""
-    path = tmp_path / "server.safetensors"
-    other = replace(state, weights=tuple(reversed(state.weights)))
-    changing = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.chmod"}
-    found = []
-    for point in range(1, 200):
-        state.save(path)
-        pid = os.fork()
-        if not pid:
-            count = 0
-
-            def hook(event: str, arguments: tuple[object, ...]) -> None:
-                nonlocal count
-                opened = event == "open" and isinstance(arguments[2], int)
-                writes = opened and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-                renames = event == "ctypes.dlsym" and "renameat2" in arguments
-                count += bool(event in changing or writes or renames)
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.addaudithook(hook)
-            other.save(path)
-            os._exit(0)
-        killed = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        weights = State.load(path).weights
-        assert weights in (state.weights, other.weights)
-        found.append(weights == other.weights)
-        if not killed:
-            break
-    assert len(found) > 10
-    assert found == sorted(found)
-    assert set(found) == {False, True}
 
 
 def test_seventy_thousand_clients_are_saved_and_read(tmp_path: Path) -> None:

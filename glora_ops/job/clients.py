@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, require
 from ..merging.aggregate import Inspected
 from ..merging.selection import select
+from ..runtime.overlap import overlapped
 from ..values import value_faults
 from .folder import Job
 from .plan import fingerprint
@@ -36,13 +38,11 @@ def look_again(job: Job) -> Inspected:
     places = [Place(e["name"], Path(e["path"]), named=e["named"]) for e in entries]
     readable: dict[int, Adapter] = {}
     changed = Refusals()
-    layouts = Layouts()
-    for i, (place, entry) in enumerate(zip(places, entries, strict=True)):
-        if entry["files"] is None:
-            continue
-        adapter, refusals = inspect_adapter(
-            place, max_bytes=job.about["max_file_bytes"], layouts=layouts
-        )
+    look = partial(inspect_adapter, max_bytes=job.about["max_file_bytes"], layouts=Layouts())
+    there = [i for i, entry in enumerate(entries) if entry["files"] is not None]
+    looked = overlapped(look, [places[i] for i in there])
+    for i, (adapter, refusals) in zip(there, looked, strict=True):
+        place, entry = places[i], entries[i]
         if adapter is None:
             changed += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
             continue

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
+from ..runtime.overlap import overlapped
 from ..runtime.threads import release_freed, workers
 from ..state import State
 from ..state_file import check_saveable
@@ -226,8 +228,8 @@ def inspect(
     refused: dict[int, Refusals] = defaultdict(Refusals)
     clients: dict[int, Adapter] = {}
     layouts = Layouts()
-    for i, place in enumerate(places):
-        adapter, refusals = inspect_adapter(place, max_bytes=max_file_bytes, layouts=layouts)
+    look = partial(inspect_adapter, max_bytes=max_file_bytes, layouts=layouts)
+    for i, (adapter, refusals) in enumerate(overlapped(look, places)):
         if adapter is None and i in recorded:
             refused[i] += [replace(refusal, remedy=_AS_IT_WAS) for refusal in refusals]
         elif adapter is None:
