@@ -113,7 +113,7 @@ def test_a_plan_that_could_not_be_read_again_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(3)]
-    monkeypatch.setattr(sys.modules[plan.__module__], "PLAN_BYTES", 2_000)
+    monkeypatch.setattr(sys.modules[plan.__module__], "PLAN_BYTES", 1_000)
     with pytest.raises(GloraError, match="plan groups of them"):
         plan(folders, tmp_path / "job")
     assert not (tmp_path / "job").exists()
