@@ -67,8 +67,8 @@ def write_alike(root: Path, clients: int, modules: int, width: int, rank: int) -
 # --- what a case does, in its own process ----------------------------------------------------
 
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.name.startswith("client-"))
+def _folders(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.iterdir() if path.name.startswith("client-"))
 
 
 def aggregate_and_save(root: Path) -> None:
@@ -88,7 +88,7 @@ def plan_work_join(root: Path, workers: int) -> None:
     """Workers are processes of one thread each."""
     glora = [sys.executable, "-m", "glora_ops", "job"]
     job, out = root / "job", root / "out"
-    clients = list(map(str, _folders(root)))
+    clients = _folders(root)
     subprocess.run([*glora, "plan", *clients, "-o", job, "--rank", "32", "-q"], check=True)
     of = ["--of", str(workers), "--threads", "1", "-q"]
     running = [
