@@ -238,7 +238,7 @@ class CpuVocabulary:
 
     def fold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         blocks = torch.bmm(ragged.pad(t).flatten(0, 1).mT, ragged.pad(z).flatten(0, 1))
-        return scale[..., None] * ragged.unpad(blocks.unflatten(0, (len(z), -1)))
+        return ragged.unpad(blocks.unflatten(0, (len(z), -1))).mul_(scale[..., None])
 
     def unfold(self, t: Tensor, scale: Tensor, ragged: Ragged, z: Tensor) -> Tensor:
         return ragged.unpad(ragged.pad(t) @ ragged.pad(scale[..., None] * z))

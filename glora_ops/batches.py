@@ -10,7 +10,7 @@ is one single batch runs on all of the caller's.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing
@@ -25,9 +25,9 @@ from .arguments import check_padding
 from .errors import require
 from .inner_products import check_pairs, inner_products
 from .runtime.arena import LINE, Arena
-from .runtime.objects import at_once
+from .runtime.overlap import overlapped
 from .runtime.scratch import empty, in_folder
-from .runtime.threads import workers
+from .runtime.threads import release_freed, workers
 from .state import Factors, ModuleState, State
 from .values import is_finite
 
@@ -42,6 +42,9 @@ __all__ = [
 BATCH_BYTES = 2**23
 #: The same away from the CPU, where modules run batch after batch: enough to fill the device.
 DEVICE_BATCH_BYTES = 2**30
+#: Bytes of factors from which what a batch freed goes back to the system: holes in the heap then
+#: take more than the clients, and having them again a hundredth of the time.
+LARGE = 2**25
 #: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
 PADDING = 0.25
 
@@ -386,6 +389,8 @@ def _spread(
             return work(batch, box)
         finally:
             give_back(piece)
+            if batch.bytes >= LARGE:
+                release_freed()
 
     def give_back(piece: Tensor) -> None:
         with freed:
@@ -448,10 +453,11 @@ def _stack(
                 b[l, end : start + rows] = 0
                 a[l, end : start + rows] = 0
 
-    placed = list(zip(sources, offsets.tolist(), batch.rows, strict=False))
-    waits = [getattr(source, "waits", False) for source in sources]
-    for _ in at_once(torch.inference_mode()(read) if b.is_inference() else read, placed, waits):
-        pass
+    if rest:
+        placed = list(zip(sources, offsets.tolist(), batch.rows, strict=False))
+        waits = any(getattr(source, "waits", False) for source in sources)
+        inside = torch.inference_mode()(read) if b.is_inference() else read
+        deque(overlapped(inside, placed, waits), maxlen=0)
     if judge is not None and not (is_finite(b) and is_finite(a)):
         judge()
     return [b, a, offsets]

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .runtime.hidden import destination
 from .runtime.outputs import new_file
 from .runtime.tensors import read_mark, save_tensors
 from .runtime.urls import is_url
+from .state_clients import remove_unused
 from .state_file import MARK, StateFile, encode, read
 
 __all__ = ["Factors", "ModuleState", "State"]
@@ -252,6 +254,7 @@ class State:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with checksums, atomically: the old file or the new.
 
+        Of more than 65 536 clients, what is known of each goes into a folder beside it.
         The bytes are the same for the same state. Format: docs/reliability.md.
 
         Raises
@@ -263,20 +266,27 @@ class State:
         """
         path = Path(path)
         here = destination(path).parent
-        tensors, metadata = encode(
+        tensors, metadata, beside = encode(
             {
                 "modules": list(self.modules),
                 "clients": self.clients,
                 "weights": self.weights,
                 "settings": self.settings,
                 "layout": self.layout,
-                "record": _moved(self.record, lambda place: _relative(place, here)),
+                "record": _moved(self.record, _relative(here)),
             },
             {name: vars(m) for name, m in self.modules.items()},
             self.dense,
+            apart=True,
         )
+        real = Path(os.path.realpath(path))
+        before = read_mark(real, MARK) or {}
         with new_file(path, _no_state) as partial:
             save_tensors(tensors, partial, metadata)
+            if beside is not None:
+                beside.write(real.parent)
+        if "beside" in before:
+            remove_unused(real.parent, before, MARK)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> State:
@@ -379,15 +389,23 @@ def _moved(record: dict[str, Any] | None, place: Callable[[str], str]) -> dict[s
     return record | {"clients": clients}
 
 
-def _relative(path: str, folder: Path) -> str:
-    """`path` as seen from `folder`, where there is a way: state and clients may move together."""
-    place = Path(path)
-    real = Path(os.path.realpath(place.parent), place.name)  # a link keeps its name: clients do
-    try:
-        return Path(os.path.relpath(real, folder)).as_posix()
-    except ValueError:  # another drive
-        return path
+def _relative(folder: Path) -> Callable[[str], str]:
+    """A path as seen from `folder`, where there is a way: state and clients may move together."""
+
+    @cache  # of few folders, whose links are followed once
+    def above(parent: str) -> Path | None:
+        try:  # a link keeps its name: clients do
+            return Path(os.path.relpath(os.path.realpath(parent), folder))
+        except ValueError:  # another drive
+            return None
+
+    def relative(path: str) -> str:
+        place = Path(path)
+        parent = above(str(place.parent))
+        return path if parent is None else (parent / place.name).as_posix()
+
+    return relative
 
 
 def _absolute(path: str, folder: Path) -> str:
-    return os.path.abspath(folder / path)
+    return os.path.abspath(os.path.join(folder, path))

@@ -7,6 +7,10 @@ the file's header has them, followed by the tensor's bytes; that of the entries 
 their canonical JSON: sorted keys, no spaces, ASCII. Formats 1 (no record either) and 2 have no
 digests.
 
+Format 4 is that of states with many clients, who are kept beside it (`state_clients`): ``beside``
+takes the place of ``clients`` and ``weights``, the record names none, and the digests of all
+tensors are here, wherever these are.
+
 Files are read like adapters: plain reads of a regular file, which is refused where it is no longer
 the one whose header was checked.
 """
@@ -28,11 +32,12 @@ from .adapters.stored import Stored, signature
 from .errors import Refusal, Refusals, Refused, require, unfit
 from .runtime.reading import parse_json_object
 from .state_checks import misplaced, tensor_names, wrong_values
+from .state_clients import BESIDE, MAX_LINES, Apart, about_clients, read_apart
 
 __all__ = ["FORMAT_VERSION", "MARK", "MAX_BYTES", "StateFile", "check_saveable", "encode", "read"]
 
 MARK = "glora"  # key of a state's JSON in the metadata of its file
-FORMAT_VERSION = 3  # 2 had no digests, 1 no record
+FORMAT_VERSION = 4  # 3 holds its clients itself, 2 had no digests, 1 no record
 MAX_BYTES = 2**40  # why: of rank 256 a dense model of 400B parameters has some 40 GiB
 MAX_HEADER_BYTES = 100_000_000  # which the safetensors library accepts
 MAX_TENSORS = 2**20  # eight a module, and every expert is a module
@@ -85,8 +90,12 @@ def encode(
     about: Mapping[str, Any],
     modules: Mapping[str, Mapping[str, Tensor]],
     dense: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+    *,
+    apart: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, str], Apart | None]:
     """Tensors and metadata for safetensors, the same bytes for the same state.
+
+    And what belongs beside the file: the clients, if `apart` and there are more than `BESIDE`.
 
     Raises
     ------
@@ -99,7 +108,7 @@ def encode(
     named |= {f"dense/{name}": x for name, x in dense.items()}
     tensors = {key: x.detach().cpu().contiguous() for key, x in named.items()}
     try:
-        text = json.dumps({"format_version": FORMAT_VERSION} | dict(about), allow_nan=False)
+        text = json.dumps({"format_version": 3} | dict(about), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise unfit("state", error, "settings and a record that JSON can hold") from None
     written = json.loads(text)
@@ -107,14 +116,19 @@ def encode(
     _refuse(_unreadable(tensors), None, remedy)
     written["tensors"] = {key: _digest(x) for key, x in tensors.items()}
     written["sha256"] = _digest_of(written)
-    _check(written, tensors, None, remedy)
+    _check(written, tensors, None, None, remedy)
     _refuse(wrong_values(written["modules"], tensors), None, remedy)
+    beside = None
+    if apart and len(written["clients"]) > BESIDE:
+        beside = Apart.of(written, tensors)
+        written["format_version"] = FORMAT_VERSION
+        written["sha256"] = _digest_of(written)
     text = json.dumps(written)
     entries = (len(json.dumps(key)) + len(str(x.shape)) for key, x in tensors.items())
     size = len(json.dumps(text)) + sum(entry + ENTRY for entry in entries)
     require(size <= MAX_HEADER_BYTES, "state", f"metadata of {size} bytes",
             f"at most {MAX_HEADER_BYTES}", "fewer clients, or shorter names")  # fmt: skip
-    return tensors, {MARK: text}
+    return tensors, {MARK: text}, beside
 
 
 def check_saveable(count: int, clients: Iterable[Mapping[str, Any]]) -> None:
@@ -128,12 +142,13 @@ def check_saveable(count: int, clients: Iterable[Mapping[str, Any]]) -> None:
     """
     if count <= FEW:
         return
-    from .state_schema import MAX_MANY
+    from .state_schema import MAX_CLIENTS
 
+    most_bytes = MAX_LINES if count > BESIDE else MAX_HEADER_BYTES
     size = sum(len(json.dumps(json.dumps(client))) for client in clients)
     for found, most, what in (
-        (count, MAX_MANY, "clients"),
-        (size, MAX_HEADER_BYTES, "bytes of their record"),
+        (count, MAX_CLIENTS, "clients"),
+        (size, most_bytes, "bytes of their record"),
     ):
         require(found <= most, "clients", f"{found} {what}", f"at most {most}, which a state holds",
                 "aggregate in groups, or take shorter names")  # fmt: skip
@@ -157,10 +172,19 @@ def read(path: Path) -> StateFile:
     if header is None:
         problems = [replace(p, problem=f"no safetensors file: {p.problem}") for p in problems]
         raise _refused(problems, path, f"{_STATE_FILE} is wanted: {_WRITES}")
-    about = _metadata(path, header)
-    _check(about, header.tensors, path)
-    stored = Stored(path, None, header.tensors, found)
-    tensors = dict(zip(header.tensors, stored.read(*header.tensors), strict=True))
+    about = written = _metadata(path, header)
+    stores = [Stored(path, None, header.tensors, found)]
+    if "beside" in about:
+        _check_seal(about, path)
+        about = about_clients(path, about)
+        stores.append(read_apart(path, written, MAX_BYTES))
+    infos = {name: info for stored in stores for name, info in stored.tensors.items()}
+    _check(about, infos, path, written)
+    tensors = {
+        name: x
+        for stored in stores
+        for name, x in zip(stored.tensors, stored.read(*stored.tensors), strict=True)
+    }
     digests = about.pop("tensors", {}).items()
     found_now = ((key, _digest(tensors[key]), digest) for key, digest in digests)
     _refuse((_other(*one) for one in found_now if one[1] != one[2]), path)
@@ -188,14 +212,15 @@ def _metadata(path: Path, header: Header) -> dict[str, Any]:
         ((key, text),) = header.metadata.items()  # another beside it would go unchecked
         about = parse_json_object(text.encode()) if key == MARK else {}
         version = about["format_version"]
+        newest = FORMAT_VERSION if "beside" in about else FORMAT_VERSION - 1
     except (KeyError, ValueError) as error:
         found = f"{path}, which carries no glora metadata, or others beside them ({error})"
         raise unfit("state", found, _STATE_FILE, _WRITES, file=str(path)) from None
     require(
-        type(version) is int and 1 <= version <= FORMAT_VERSION,
+        type(version) is int and 1 <= version <= newest,
         "format_version",
         f"{version!r:.20} in {path}",
-        f"1 to {FORMAT_VERSION}",
+        f"1 to {newest}",
         "read it with the glora that wrote it",
         file=str(path),
     )
@@ -206,20 +231,34 @@ def _check(
     about: Mapping[str, Any],
     tensors: Mapping[str, Tensor | TensorInfo],
     path: Path | None,
+    written: Mapping[str, Any] | None = None,
     remedy: str = _DAMAGED,
 ) -> None:
-    """Raise `Refused` where metadata or tensors, by dtype and shape, are not those of a state."""
-    from .state_schema import faults  # pydantic takes longer to import than the package
+    """Raise `Refused` where metadata or tensors, by dtype and shape, are not those of a state.
 
-    _refuse(faults(about), path, remedy)
+    `written` are the metadata as they stand in the file, where clients are beside it.
+    """
+    _check_seal(about, path, written, remedy)
     if "sha256" in about:
-        if (now := _digest_of(about)) != about["sha256"]:
-            _refuse([_other(None, now, about["sha256"])], path, remedy)
         odd = sorted(about["tensors"].keys() ^ tensors.keys())
         missing = (Refusal("a tensor or its checksum is missing", tensor=key) for key in odd)
         _refuse(missing, path, remedy)
     rank, clients = about["settings"]["rank"], len(about["clients"])
     _refuse(misplaced(about["modules"], clients, rank, tensors), path, remedy)
+
+
+def _check_seal(
+    about: Mapping[str, Any],
+    path: Path | None,
+    written: Mapping[str, Any] | None = None,
+    remedy: str = _DAMAGED,
+) -> None:
+    """Raise `Refused` where metadata do not fit the schema, or their digest."""
+    from .state_schema import faults  # pydantic takes longer to import than the package
+
+    _refuse(faults(about), path, remedy)
+    if "sha256" in about and (now := _digest_of(written or about)) != about["sha256"]:
+        _refuse([_other(None, now, about["sha256"])], path, remedy)
 
 
 def _other(tensor: str | None, found: str, expected: str) -> Refusal:

@@ -1,7 +1,7 @@
 """The metadata of a state file, typed: what is not described here is refused by name.
 
-Depth is bounded because the schema is closed, size by `MAX_MANY`, `MAX_NAME` and the header's own
-limit. Imported when a state is read or written, because pydantic takes long to import.
+Depth is bounded because the schema is closed, size by `MAX_MANY`, `MAX_CLIENTS`, `MAX_NAME` and the
+header's own limit. Imported when a state is read or written, because pydantic takes long to import.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from .errors import Refusal
 __all__ = ["faults"]
 
 MAX_NAME = 2**13  # characters of a client's or a module's name, and of a path
-MAX_MANY = 2**17  # clients, modules, ranks tried, …
-WEIGHTS_SUM = 1e-9  # fp64 rounding of 2^17 quotients and their sum is a hundredth of this
+MAX_MANY = 2**17  # modules, ranks tried, …
+MAX_CLIENTS = 2**20  # why: some hundred bytes each, of which a reader keeps a thousand
+WEIGHTS_SUM = 1e-9  # fp64 rounding of 2^20 quotients and their sum is a tenth of this
 
 
 def _name(text: str) -> str:
@@ -70,6 +71,8 @@ NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Many = Annotated[list[T], FailFast(), Field(min_length=1, max_length=MAX_MANY)]
 Names = Annotated[Many[Name], AfterValidator(_different)]
+OfClients = Annotated[list[T], FailFast(), Field(min_length=1, max_length=MAX_CLIENTS)]
+ClientNames = Annotated[OfClients[Name], AfterValidator(_different)]
 Basis = Literal["consensus", "projector", "update"]
 Missing = Literal["zero", "renormalise"]
 Rule = Literal["clip", "gate", "geometric-median"]
@@ -104,8 +107,8 @@ class Verdict(Section):
     clip: Positive
     norm_limit: FiniteFloat | None
     cosine_limit: FiniteFloat | None
-    left_out: Annotated[list[Name], FailFast(), Field(max_length=MAX_MANY)]
-    clients: Many[Judged]
+    left_out: Annotated[list[Name], FailFast(), Field(max_length=MAX_CLIENTS)]
+    clients: OfClients[Judged]
 
     @model_validator(mode="after")
     def _says_why(self) -> Verdict:
@@ -134,8 +137,8 @@ class Settings(Section):
     rank_to_captured: Annotated[dict[Digits, Fraction], Field(max_length=MAX_MANY)] = {}
     weights_from: Literal["given", "num_examples", "equal"] = "equal"
     skipped: Annotated[list[str], FailFast()] = []
-    remarks: Annotated[list[str], FailFast(), Field(max_length=MAX_MANY)] = []
-    dense_from: Annotated[dict[Name, Names], Field(max_length=MAX_MANY)] = {}
+    remarks: Annotated[list[str], FailFast(), Field(max_length=MAX_CLIENTS)] = []
+    dense_from: Annotated[dict[Name, ClientNames], Field(max_length=MAX_MANY)] = {}
     robust: Verdict = None  # type: ignore[assignment]  # absent, but never null
 
 
@@ -213,7 +216,7 @@ class Record(Section):
     """What an update needs."""
 
     arguments: Arguments
-    clients: Many[Client]
+    clients: OfClients[Client]
     readouts: Readouts = Readouts(ranks=[], pad="zero")
 
 
@@ -222,8 +225,8 @@ class Metadata(Section):
 
     format_version: int
     modules: Names
-    clients: Names
-    weights: Many[FiniteFloat]
+    clients: ClientNames
+    weights: OfClients[FiniteFloat]
     settings: Settings
     layout: Layout | None
     record: Record | None = None
@@ -262,10 +265,33 @@ class Checked(Metadata):
     sha256: Sha256
 
 
+class Beside(Section):
+    """The lines of clients that are kept beside the state."""
+
+    clients: Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
+    bytes: Annotated[int, Field(ge=1, le=2**31)]
+    sha256: Sha256
+
+
+class Outline(Section):
+    """What has to be in order before the clients beside a state are looked for."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format_version: Literal[4]
+    beside: Beside
+    tensors: dict[str, Sha256]
+    sha256: Sha256
+
+
 def faults(about: Mapping[str, Any]) -> list[Refusal]:
-    """What does not fit in the metadata of a state file, field by field."""
+    """What does not fit in the metadata of a state file, field by field.
+
+    Those of a state whose clients are beside it: first without them, then with.
+    """
+    checked = Checked if about["format_version"] >= 3 else Metadata
     try:
-        (Checked if about["format_version"] >= 3 else Metadata).model_validate(about)
+        (Outline if "beside" in about else checked).model_validate(about)
     except ValidationError as error:
         return [
             Refusal(

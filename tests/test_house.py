@@ -31,7 +31,7 @@ LAYERS = [
     {"bindings"},
     {"ops"},
     {"adapters", "arguments", "inner_products", "state_report"},
-    {"analysis", "state_checks", "state_schema"},
+    {"analysis", "state_checks", "state_clients", "state_schema"},
     {"state_file"},
     {"state"},
     {"batches"},

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_ops import STATS, algorithm, pack, reference
 from glora_ops.linalg.ragged import Ragged
+from glora_ops.solvers import tall
 from glora_ops.solvers.base import Factors, Settings
 from glora_ops.solvers.nspace_exact import ExactSolver
 from glora_ops.solvers.nspace_iterative import IterativeSolver
@@ -300,3 +301,31 @@ def test_small_stacks_take_few_calls(basis, told, most):
     with Calls() as calls:
         run(b, a, offsets, w, ones, 16, basis, client_statistics=told)
     assert calls.count <= most
+
+
+def test_rows_are_sketched_in_runs_and_what_is_missed_stays_the_same(monkeypatch):
+    """Neither the rows of a run nor their number decide, but for the order of a sum."""
+    draw = torch.Generator().manual_seed(3)
+    b, a = (torch.randn(1, 900, d, generator=draw) for d in (40, 50))
+    coef = torch.rand(1, 900, generator=draw, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(1, 40, 6, generator=draw))
+    ragged = Ragged.of(torch.arange(0, 901, 3), 900, b.device)
+    factors = Factors(b, a, ragged, torch.ones(1, 300).double(), 2.0**-24)
+    solver = TallSolver(CpuVocabulary(), factors, Settings(6, "update"))
+    images = solver.v.lift(a, coef[..., None] * solver.v.times(b, q))
+    counted = []
+    sketch = tall.count_sketch
+
+    def spy(stacks, *rest):
+        counted.append(stacks[0].shape[-2])
+        return sketch(stacks, *rest)
+
+    monkeypatch.setattr(tall, "count_sketch", spy)
+    whole = solver._missed(coef, q, images)
+    monkeypatch.setattr(tall, "SKETCHED", 256)
+    in_runs = solver._missed(coef, q, images)
+    assert counted == [900, 900, *[256, 256] * 3, 132, 132]
+    assert float((in_runs / whole - 1).abs()) < 1e-5  # u32 times the terms of a sum, cancelling
+    dense = b[0].double().mT @ (coef[0, :, None] * a[0])
+    left = dense - q[0].double() @ (q[0].double().mT @ dense)
+    assert 0.5 < float(whole) / float(left.square().sum()) < 2

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
-from ..runtime.objects import at_once
+from ..runtime.overlap import overlapped
 from ..runtime.urls import Url
 from .adapter_config import CONFIG_NAME
 from .experts import ORDER, PARAMETER_KINDS, innermost_first
@@ -423,7 +423,7 @@ def _duplicates(
         """Those that a cheap glance cannot tell apart."""
         alike = defaultdict(list)
         looked = [adapters[i] for i in everyone]
-        seen = at_once(glance, looked, [adapter.waits for adapter in looked])
+        seen = overlapped(glance, looked, any(adapter.waits for adapter in looked))
         for i, found in zip(everyone, seen, strict=True):
             alike[found].append(i)
         return (among for among in alike.values() if len(among) > 1)

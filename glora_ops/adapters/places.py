@@ -17,7 +17,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _NAMED = re.compile(rf"({_NAME.pattern})=(.+)", re.DOTALL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """A client's name and its folder or file, absolute.
 

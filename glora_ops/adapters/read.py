@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refusal, Refusals, Refused
-from ..runtime.objects import at_once
+from ..runtime.overlap import overlapped
 from ..runtime.urls import Url
 from ..values import extent, out_of_range
 from .adapter_config import CONFIG_NAME, LoraSettings, parse_settings
@@ -400,9 +400,9 @@ def _adapter(
 def inspect_adapters(
     places: Sequence[Place], *, max_bytes: int, layouts: Layouts
 ) -> Iterator[tuple[Adapter | None, list[Refusal]]]:
-    """`inspect_adapter` of each, in order; those behind URLs several at a time."""
+    """`inspect_adapter` of each, in order; several at a time where reading waits."""
     look = partial(inspect_adapter, max_bytes=max_bytes, layouts=layouts)
-    yield from at_once(look, places, [isinstance(place.path, Url) for place in places])
+    yield from overlapped(look, places, any(isinstance(x.path, Url) for x in places) or None)
 
 
 def read_adapter(folder: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Adapter:

@@ -155,7 +155,12 @@ Json = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    option("--verbose", "-v", example="-v", help="All certificates, with what each means."),
+    option(
+        "--verbose",
+        "-v",
+        example="-v",
+        help="All certificates, with what each means, and all clients.",
+    ),
 ]
 Quiet = Annotated[
     bool, option("--quiet", "-q", example="-q", help="Print warnings and refusals only.")

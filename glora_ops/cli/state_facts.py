@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 STATE_NAME = "server.safetensors"
+#: Clients that are shown unless all are asked for.
+CLIENTS = 1_000  # why: more are read by programs, and a table of 20 000 takes ten seconds
 
 
 def find_state(path: Path) -> Path | None:
@@ -190,7 +192,7 @@ def print_state(facts: Mapping[str, Any], verbose: bool = False) -> None:
             f", basis {facts['basis']}, {counted(modules, 'module')}{base}\n",
         )
     )
-    _print_clients(facts)
+    _print_clients(facts, verbose)
     if facts["rank_to_captured"]:
         ranks = table("rank", "captured", left=0)
         for rank, captured in facts["rank_to_captured"].items():
@@ -221,15 +223,16 @@ def _print_certificates(summary: Sequence[Mapping[str, str]]) -> None:
     console().print(certificates)
 
 
-def _print_clients(facts: Mapping[str, Any]) -> None:
-    """One row per client."""
+def _print_clients(facts: Mapping[str, Any], verbose: bool) -> None:
+    """One row per client; of many the first."""
     stored = any("ranks" in client for client in facts["clients"])
     judged = any("cosine" in client for client in facts["clients"])
     rows = table(
         "client", "weight", *(["rank", "scaling"] if stored else []), "‖ΔW‖", "align left",
         "align right", "share", *(["cosine"] if judged else []),
     )  # fmt: skip
-    for client in facts["clients"]:
+    shown = facts["clients"] if verbose else facts["clients"][:CLIENTS]
+    for client in shown:
         held = [span(client["ranks"]), span(client["scalings"])] if stored else []
         rows.add_row(
             clean(client["name"]),
@@ -243,6 +246,9 @@ def _print_clients(facts: Mapping[str, Any]) -> None:
         )
     to = console()
     to.print(rows)
+    if len(shown) < len(facts["clients"]):
+        more = len(facts["clients"]) - len(shown)
+        to.print(f"and {more:,} more: --verbose shows all".replace(",", " "), style="dim")
     meaning = "align: how much of the update lies in the state's spaces; share: of its energy"
     to.print(meaning, style="dim")
     origin = {

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .. import state_clients
 from ..adapters.write import strangers as strangers_in_adapter
 from ..adapters.write import strangers_unmarked
 from ..analysis.plots import no_picture
@@ -28,6 +29,7 @@ def strangers(folder: Path) -> list[str]:
     if folder.is_symlink() or not folder.is_dir():
         return [folder.name]
     about = read_mark(folder / STATE_NAME, MARK)
+    clients = state_clients.folder_name(about) if about and _has_clients_beside(about) else None
     out = []
     for entry in sorted(folder.iterdir()):
         if about is None:
@@ -39,9 +41,15 @@ def strangers(folder: Path) -> list[str]:
             if inside and _is_before(about) and int(entry.name[1:]) in _ranks(about):
                 inside = strangers_unmarked(entry)
             out += [f"{entry.name}/{name}" for name in inside]
+        elif entry.name == clients:
+            out += [f"{entry.name}/{name}" for name in state_clients.strangers(entry)]
         elif entry.name != STATE_NAME:
             out.append(entry.name)
     return out
+
+
+def _has_clients_beside(about: dict[str, Any]) -> bool:
+    return isinstance(about.get("beside"), dict) and isinstance(about.get("tensors"), dict)
 
 
 def _is_before(about: dict[str, Any]) -> bool:

@@ -84,7 +84,7 @@ def make_part(job: Job, found: Inspected, device: torch.device, number: int) -> 
     """Compute a part and put it into its files."""
     begun = time.monotonic()
     state = solve_part(job, found, number, device)
-    tensors, metadata = encode(
+    tensors, metadata, _ = encode(
         {
             "modules": list(state.modules),
             "clients": state.clients,

@@ -25,6 +25,7 @@ from ..merging.aggregate import (
 from ..merging.modules_to_save import dense_holders
 from ..runtime.outputs import apart, check_free, claimed, new_folder
 from .folder import FOLDERS, PLAN_NAME, Job, check_fit, read_job, sealed, strangers
+from .folder import MAX_BYTES as PLAN_BYTES
 
 __all__ = ["plan"]
 
@@ -112,6 +113,9 @@ def plan(
         found = with_equal_copies(found, on_bad_client)
     about = sealed(_content(found, digests, max_file_bytes, device))
     check_fit(about, "plan", place, "leave out what aggregate_adapters does not know")
+    text = json.dumps(about)
+    require(len(text) <= PLAN_BYTES, "plan", f"{len(text)} bytes of {len(found.places)} clients",
+            f"at most {PLAN_BYTES}", "plan groups of them, or take shorter paths")  # fmt: skip
     with claimed(place, strangers):  # which clears away what a killed one left
         if (place / PLAN_NAME).is_file():
             require(read_job(place).about == about, "job",
@@ -121,7 +125,7 @@ def plan(
         with new_folder(place, strangers, overwrite=False) as building:
             for name in FOLDERS:
                 (building / name).mkdir()
-            (building / PLAN_NAME).write_text(json.dumps(about), encoding="utf-8")
+            (building / PLAN_NAME).write_text(text, encoding="utf-8")
     return Job(place, about)
 
 

@@ -14,6 +14,7 @@ from ..state_schema import (
     Name,
     Names,
     NotNegative,
+    OfClients,
     Place,
     Rank,
     Section,
@@ -79,7 +80,7 @@ class Plan(Section):
     rank: Rank
     max_file_bytes: Count
     skipped: Annotated[list[str], FailFast()]
-    clients: Many[Client]
+    clients: OfClients[Client]
     parts: Many[Part]
     checks: Annotated[list[Many[Count]], FailFast(), Field(max_length=MAX_MANY)]
     sha256: Sha256

@@ -32,7 +32,7 @@ from ..arguments import check_settings, check_weights
 from ..batches import check_ranks
 from ..errors import Refusal, Refusals, Refused, SkippedClientWarning, clean, listing, require
 from ..inner_products import check_pairs
-from ..runtime.objects import AT_ONCE
+from ..runtime.overlap import READERS
 from ..runtime.threads import release_freed, workers
 from ..state import State
 from ..state_file import check_saveable
@@ -131,6 +131,8 @@ def merge(
     skipped = found.skipped
     warn_of(skipped)
 
+    release_freed()  # what reading took
+
     adapters = list(found.clients.values())
     voices, _ = found.voices
 
@@ -146,7 +148,7 @@ def merge(
     state = aggregate(
         adapters,
         voices,
-        [{name: m.scaling for name, m in adapter.modules.items()} for adapter in adapters],
+        scalings(adapters),
         names=[adapter.name for adapter in adapters],
         progress=tell_modules,
         **settings,
@@ -154,6 +156,13 @@ def merge(
     release_freed()  # the stacks' memory, before anything else is made
     means = dense_means(adapters, dense_holders(adapters), heeded(state, voices), tell)
     return described(found, digests, state, means, skipped)
+
+
+def scalings(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+    """Of each client by module; clients of one layout share theirs."""
+    layouts = {id(adapter.modules): adapter.modules for adapter in adapters}
+    found = {i: {name: m.scaling for name, m in held.items()} for i, held in layouts.items()}
+    return [found[id(adapter.modules)] for adapter in adapters]
 
 
 def warn_of(skipped: Sequence[str]) -> None:
@@ -289,7 +298,7 @@ def examined(
 
 def readers(clients: Iterable[Adapter]) -> int:
     """Threads that read whole files: the caller's, or as many as may wait for a server."""
-    return max(torch.get_num_threads(), AT_ONCE * any(adapter.waits for adapter in clients))
+    return max(torch.get_num_threads(), READERS * any(adapter.waits for adapter in clients))
 
 
 def _runs(clients: Mapping[int, Adapter]) -> Iterator[list[int]]:

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..errors import GloraError, Refusal
+from .overlap import READERS
 from .urls import Url
 
-__all__ = ["AT_ONCE", "REQUEST", "Found", "at_once", "fetch", "look"]
+__all__ = ["REQUEST", "Found", "fetch", "look"]
 
 #: Bytes of one request at most. why: they take longer than its round trip; more would only be
 #: more memory, and more to repeat where one is cut.
 REQUEST = 2**22
-AT_ONCE = 16  # requests of this process
 SECONDS = 60.0  # for one request
 PAUSES = (0.5, 2.0)  # seconds before a request is tried again that may go well then
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_turn = threading.BoundedSemaphore(AT_ONCE)
+_turn = threading.BoundedSemaphore(READERS)
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,6 @@ _KINDS: tuple[tuple[type[BaseException], _Failure], ...] = (
     (FileNotFoundError, _ABSENT),
     (OSError, _Failure("a failure of the server", _REACH, again=True)),
 )
-
-
-def at_once(work: Callable[[T], R], items: Sequence[T], waits: Sequence[bool]) -> Iterator[R]:
-    """`work` of each, in order: one after the other, or `AT_ONCE` at a time if any waits."""
-    if not any(waits):
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(AT_ONCE, "glora") as pool:
-        try:
-            yield from pool.map(work, items)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def look(url: Url) -> Found | None:

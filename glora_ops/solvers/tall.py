@@ -6,6 +6,7 @@ mean projector (or update) alone: they are as gauge-invariant as what they appro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import isqrt
@@ -31,6 +32,8 @@ SIDES = ("left", "right")
 ROUNDED = 1e-12
 # N²(d_out + d_in) up to which N × N Gram matrices cost less than two milliseconds.
 CHEAP = 2**28
+# Rows whose sketches exist at a time; why: more would need as much memory as both factors.
+SKETCHED = 2**14
 # ‖W‖² over the sizes of its terms from which products in the working precision tell it to 1e-5.
 CANCELLED = 2.0**-8
 # Length of the terms of a unit vector from which it is summed in fp64: a badly factored client.
@@ -199,10 +202,16 @@ class TallSolver:
     def _missed(self, coef: Tensor, q: Tensor, images: Tensor) -> Tensor:
         """‖(I − QQᵀ)W‖² of orthonormal q with images WᵀQ, from a sketch of both sides (12.9)."""
         width = isqrt(min(self.b.shape[-1], self.a.shape[-1]) * q.shape[-1]) | 1
-        b, q = (count_sketch(x, 0, width, self.settings.seed) for x in (self.b, q.mT))
-        a, w = (count_sketch(x, 1, width, self.settings.seed) for x in (self.a, images.mT))
-        left, right = torch.cat([b, q], -2), torch.cat([coef[..., None].to(a.dtype) * a, -w], -2)
-        missed = self.v.lift(left, right)
+        seed, coef = self.settings.seed, coef[..., None].to(self.dtype)
+        runs = list(zip(*(x.split(SKETCHED, -2) for x in (self.b, self.a, coef)), strict=True))
+        parts = []
+        for i, (b, a, c) in enumerate(runs):
+            ends = i == len(runs) - 1
+            left = count_sketch([b, q.mT][: 1 + ends], 0, width, seed)
+            right = count_sketch([a, -images.mT][: 1 + ends], 1, width, seed)
+            right[..., : a.shape[-2], :].mul_(c)
+            parts.append(self.v.lift(left, right))
+        missed = sum(parts[1:], parts[0])
         return torch.linalg.vector_norm(missed, dim=(-2, -1)).double().square()
 
     def _triplets(self, ritz: Ritz) -> Triplets:
@@ -220,17 +229,22 @@ class TallSolver:
         return Triplets(x, y, sigma, ritz.total.sqrt(), ritz.steps)
 
 
-def count_sketch(rows: Tensor, side: int, width: int, seed: int) -> Tensor:
-    """(L, n, width): rows (L, n, d) with random signs, numbers that are `width` apart added up.
+def count_sketch(stacks: Sequence[Tensor], side: int, width: int, seed: int) -> Tensor:
+    """(L, n, width): rows of stacks (L, ·, d), one below the other, with random signs.
 
-    Squared lengths of sketched combinations of rows have a relative error of √(2/width) at most.
-    An odd width does not keep step with what repeats along a row, such as heads.
+    Numbers that are `width` apart are added up. Squared lengths of sketched combinations of rows
+    have a relative error of √(2/width) at most. An odd width does not keep step with what repeats
+    along a row, such as heads.
     """
-    signs = sign_matrix(seed, "probe", rows.shape[-1], 2, rows.dtype, rows.device)[:, side]
-    out = rows.new_zeros(*rows.shape[:-1], width, dtype=working(rows.dtype))
+    counts = [rows.shape[-2] for rows in stacks]
+    dtype = working(*(rows.dtype for rows in stacks))
+    out = stacks[0].new_zeros(*stacks[0].shape[:-2], sum(counts), width, dtype=dtype)
     with all_threads():
-        for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
-            out[..., : len(sign)].addcmul_(part, sign)
+        for rows, onto in zip(stacks, out.split(counts, -2), strict=True):
+            d = rows.shape[-1]
+            signs = sign_matrix(seed, "probe", d, 2, rows.dtype, rows.device)[:, side]
+            for part, sign in zip(rows.split(width, -1), signs.split(width), strict=True):
+                onto[..., : len(sign)].addcmul_(part, sign)
     return out
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from job_clients import save_client
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from glora_ops import aggregate_adapters, state_file
+from glora_ops import aggregate_adapters, api, state_file
 from glora_ops.adapters import read, safetensors_header
+from glora_ops.cli import app, state_facts
+from glora_ops.cli.client_list import read_client_list
 from glora_ops.errors import GloraError, Refusal, Refused
+from glora_ops.job import plan
 from glora_ops.merging.aggregate import inspect
 
 
@@ -96,11 +102,61 @@ def test_what_could_not_be_saved_is_refused_before_any_value_is_read(
     folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(3)]
     monkeypatch.setattr(state_file, "FEW", 2)
     monkeypatch.setattr(state_file, limit, value)
-    monkeypatch.setattr("glora_ops.state_schema.MAX_MANY", 3 if limit != "FEW" else 2)
+    monkeypatch.setattr("glora_ops.state_schema.MAX_CLIENTS", 3 if limit != "FEW" else 2)
     steps = []
     with pytest.raises(GloraError, match="which a state holds"):
         aggregate_adapters(folders, progress=lambda step, done, total: steps.append(step))
     assert set(steps) == {"headers"}
+
+
+def test_a_plan_that_could_not_be_read_again_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [save_client(tmp_path / f"c{i}", i, 2) for i in range(3)]
+    monkeypatch.setattr(sys.modules[plan.__module__], "PLAN_BYTES", 1_000)
+    with pytest.raises(GloraError, match="plan groups of them"):
+        plan(folders, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_clients_of_one_layout_share_their_scalings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [save_client(tmp_path / f"c{i}", i, 2 + i % 2) for i in range(6)]
+    seen = []
+    solve = api.solve
+
+    def spy(sources: Any, modules: Any, weights: Any, scale: Any, *rest: Any, **how: Any) -> Any:
+        seen.extend(scale)
+        return solve(sources, modules, weights, scale, *rest, **how)
+
+    monkeypatch.setattr(api, "solve", spy)
+    aggregate_adapters(folders, rank=2)
+    assert [set(x.values()) for x in seen] == [{4.0}, {8 / 3}] * 3
+    assert len({id(x) for x in seen}) == 2
+
+
+def test_of_many_clients_the_first_are_shown_unless_all_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_facts, "CLIENTS", 2)
+    folders = [str(save_client(tmp_path / f"c{i}", i, 2)) for i in range(4)]
+    for extra, shown in (([], "and 2 more"), (["-v"], "c3")):
+        words = ["aggregate", *folders, "-o", str(tmp_path / f"out{len(extra)}"), *extra]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0
+        assert shown in done.stdout
+        assert ("c3" in done.stdout) == bool(extra)
+
+
+def test_twenty_thousand_clients_are_named_by_a_list(tmp_path: Path) -> None:
+    """As many paths are more than a command line takes; here each names one of three folders."""
+    folders = [save_client(tmp_path / f"c{i}", i, 2, layers=1) for i in range(3)]
+    listed = tmp_path / "clients.tsv"
+    listed.write_text("".join(f"{folders[i % 3]}\tclient-{i}\n" for i in range(20_000)))
+    places, weights = read_client_list(listed)
+    assert (len(places), weights) == (20_000, None)
+    assert (places[-1].name, places[-1].path) == ("client-19999", folders[1])
 
 
 @pytest.mark.parametrize(
