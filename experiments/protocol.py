@@ -36,9 +36,12 @@ RANKS = {"mixed": [1, 2, 4, 8], "equal": [8]}
 WHO = {
     "full": ({"count": 6, "participation": 1.0}, 5),
     "sparse": ({"count": 20, "participation": 0.2, "at_least": 10}, 8),
+    "long": ({"count": 6, "participation": 1.0}, 25),
 }
 DATA = {"dirichlet": {"partition": "dirichlet", "alpha": 0.1}, "iid": {"partition": "iid"}}
-CELLS = list(product(("dirichlet", "iid"), ("mixed", "equal"), ("full", "sparse")))
+SKEWED, IID = (list(product((data,), RANKS, ("full", "sparse"))) for data in DATA)
+CELLS = SKEWED + IID
+LONG = ("dirichlet", "mixed", "long")  # five times the rounds
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,22 @@ SERVED_ARMS = {
 KEPT_FIRST = {
     f"{label}-keep": KEPT_ARMS[f"{label}-keep"] for label in FIRST_ARMS if label not in FRESH
 }
-# A stage's groups of arms, the most wanted first.
+KEPT_OTHER = {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST}
+LONG_ARMS = {
+    x: (FIRST_ARMS | OTHER_ARMS)[x] for x in ("restart", "flora", "fedit", "consensus", "context")
+}
+# A stage's groups of cells and arms, the most wanted first.
 STAGES = {
-    1: (FIRST_ARMS,),
+    1: ((SKEWED, FIRST_ARMS), (IID, FIRST_ARMS)),
     2: (
-        OTHER_ARMS,
-        KEPT_FIRST,
-        SERVED_ARMS,
-        {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST},
+        (SKEWED, OTHER_ARMS),
+        (SKEWED, KEPT_FIRST),
+        (IID, OTHER_ARMS),
+        (SKEWED, SERVED_ARMS),
+        (SKEWED, KEPT_OTHER),
+        (IID, KEPT_FIRST | SERVED_ARMS | KEPT_OTHER),
     ),
+    3: (([LONG], LONG_ARMS),),
 }
 ARMS = FIRST_ARMS | OTHER_ARMS | KEPT_ARMS | SERVED_ARMS
 
@@ -129,7 +139,7 @@ def config_of(cell: Cell, label: str, knobs: Mapping[str, Any], lr: float) -> Co
 
 def end_point(turnout: str, scores: list[float]) -> float:
     """After the last round with all clients; over the second half of the rounds with a few."""
-    return scores[-1] if turnout == "full" else fmean(scores[len(scores) // 2 + 1 :])
+    return fmean(scores[len(scores) // 2 + 1 :]) if turnout == "sparse" else scores[-1]
 
 
 def judged(plan: Plan, turnout: str) -> dict[str, Any]:
@@ -251,12 +261,11 @@ def rate_at(k: int) -> float:
 
 
 def work(stage: int, ranks: Iterable[str] = RANKS) -> Iterator[tuple[Cell, str]]:
-    """Cells and arms in the order they run: skewed before IID, group by group, cell by cell."""
-    for data, arms in product(DATA, STAGES[stage]):
-        for cell in CELLS:
+    """Cells and arms in the order they run: group by group, cell by cell."""
+    for cells, arms in STAGES[stage]:
+        for cell in cells:
             for label, arm in arms.items():
-                fits = cell[1] == "equal" or not arm.equal_only
-                if cell[0] == data and cell[1] in ranks and fits:
+                if cell[1] in ranks and (cell[1] == "equal" or not arm.equal_only):
                     yield cell, label
 
 
