@@ -102,7 +102,8 @@ KEPT_FIRST = {
 }
 KEPT_OTHER = {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST}
 LONG_ARMS = {
-    x: (FIRST_ARMS | OTHER_ARMS)[x] for x in ("restart", "flora", "fedit", "consensus", "context")
+    label: (FIRST_ARMS | KEPT_ARMS)[label]
+    for label in ("restart", "fedit-keep", "flora", "consensus-keep", "fedit")
 }
 # A stage's groups of cells and arms, the most wanted first.
 STAGES = {
