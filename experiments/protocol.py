@@ -1,10 +1,10 @@
 """Digits by the protocol of docs/experiments.md: resumable, the estimate printed first.
 
 OMP_NUM_THREADS=1 python experiments/protocol.py
-    [--stage 1] [--ranks mixed] [--until 2026-12-01T00:15] [--estimate]
+    [--stage 1] [--cell CELL] [--arm ARM] [--until 2026-12-01T00:15] [--estimate]
 
 A finished run is a line of results/protocol.jsonl and is never repeated. Nothing else is kept. Two
-processes with other --ranks share no run and may write one ledger side by side.
+processes with other cells of skewed clients share no run and may write one ledger side by side.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from itertools import product
+from math import isclose
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
@@ -36,9 +37,12 @@ RANKS = {"mixed": [1, 2, 4, 8], "equal": [8]}
 WHO = {
     "full": ({"count": 6, "participation": 1.0}, 5),
     "sparse": ({"count": 20, "participation": 0.2, "at_least": 10}, 8),
+    "long": ({"count": 6, "participation": 1.0}, 25),
 }
 DATA = {"dirichlet": {"partition": "dirichlet", "alpha": 0.1}, "iid": {"partition": "iid"}}
-CELLS = list(product(("dirichlet", "iid"), ("mixed", "equal"), ("full", "sparse")))
+SKEWED, IID = (list(product((data,), RANKS, ("full", "sparse"))) for data in DATA)
+CELLS = SKEWED + IID
+LONG = ("dirichlet", "mixed", "long")  # five times the rounds
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,23 @@ SERVED_ARMS = {
 KEPT_FIRST = {
     f"{label}-keep": KEPT_ARMS[f"{label}-keep"] for label in FIRST_ARMS if label not in FRESH
 }
-# A stage's groups of arms, the most wanted first.
+KEPT_OTHER = {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST}
+LONG_ARMS = {
+    label: (FIRST_ARMS | KEPT_ARMS)[label]
+    for label in ("restart", "fedit-keep", "flora", "consensus-keep", "fedit")
+}
+# A stage's groups of cells and arms, the most wanted first.
 STAGES = {
-    1: (FIRST_ARMS,),
+    1: ((SKEWED, FIRST_ARMS), (IID, FIRST_ARMS)),
     2: (
-        OTHER_ARMS,
-        KEPT_FIRST,
-        SERVED_ARMS,
-        {label: arm for label, arm in KEPT_ARMS.items() if label not in KEPT_FIRST},
+        (SKEWED, OTHER_ARMS),
+        (SKEWED, KEPT_FIRST),
+        (IID, OTHER_ARMS),
+        (SKEWED, SERVED_ARMS),
+        (SKEWED, KEPT_OTHER),
+        (IID, KEPT_FIRST | SERVED_ARMS | KEPT_OTHER),
     ),
+    3: (([LONG], LONG_ARMS),),
 }
 ARMS = FIRST_ARMS | OTHER_ARMS | KEPT_ARMS | SERVED_ARMS
 
@@ -129,7 +141,7 @@ def config_of(cell: Cell, label: str, knobs: Mapping[str, Any], lr: float) -> Co
 
 def end_point(turnout: str, scores: list[float]) -> float:
     """After the last round with all clients; over the second half of the rounds with a few."""
-    return scores[-1] if turnout == "full" else fmean(scores[len(scores) // 2 + 1 :])
+    return fmean(scores[len(scores) // 2 + 1 :]) if turnout == "sparse" else scores[-1]
 
 
 def judged(plan: Plan, turnout: str) -> dict[str, Any]:
@@ -236,10 +248,14 @@ class Runner:
 
 
 def wanted(tried: Mapping[int, float]) -> Iterator[int]:
-    """The next step of the grid, until the best has one lower and two higher worse neighbours."""
+    """The next step of the grid, until the best has one lower and two higher worse neighbours.
+
+    Rates that are level but for rounding are all the best.
+    """
     while True:
-        top = max(tried, key=lambda k: tried[k], default=0)
-        missing = [k for k in (top, top + 1, top + 2, top - 1) if k not in tried]
+        best = [k for k in tried if isclose(tried[k], max(tried.values()))] or [0]
+        low, top = min(best), max(best)
+        missing = [k for k in (low, top, top + 1, top + 2, low - 1) if k not in tried]
         if not missing:
             return
         yield missing[0]
@@ -250,13 +266,12 @@ def rate_at(k: int) -> float:
     return float(f"{FIRST * RATIO**k:.6g}")
 
 
-def work(stage: int, ranks: Iterable[str] = RANKS) -> Iterator[tuple[Cell, str]]:
-    """Cells and arms in the order they run: skewed before IID, group by group, cell by cell."""
-    for data, arms in product(DATA, STAGES[stage]):
-        for cell in CELLS:
+def work(stage: int) -> Iterator[tuple[Cell, str]]:
+    """Cells and arms in the order they run: group by group, cell by cell."""
+    for cells, arms in STAGES[stage]:
+        for cell in cells:
             for label, arm in arms.items():
-                fits = cell[1] == "equal" or not arm.equal_only
-                if cell[0] == data and cell[1] in ranks and fits:
+                if cell[1] == "equal" or not arm.equal_only:
                     yield cell, label
 
 
@@ -295,13 +310,20 @@ def carry_out(runner: Runner, todo: list[tuple[Cell, str]], only_estimate: bool)
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--stage", type=int, choices=list(STAGES), default=1)
-    p.add_argument("--ranks", choices=list(RANKS), action="append", help="only these cells")
+    names = ["_".join(cell) for cell in (*CELLS, LONG)]
+    p.add_argument("--cell", choices=names, action="append", help="only these cells")
+    p.add_argument("--arm", choices=list(ARMS), action="append", help="only these arms")
     p.add_argument("--until", type=datetime.fromisoformat, help="start no run after this time")
     p.add_argument("--results", type=Path, default=RESULTS)
     p.add_argument("--estimate", action="store_true", help="print it and stop")
     args = p.parse_args()
     runner = Runner(Ledger(args.results), args.until)
-    carry_out(runner, list(work(args.stage, args.ranks or RANKS)), args.estimate)
+    todo = [
+        (cell, arm)
+        for cell, arm in work(args.stage)
+        if (not args.cell or "_".join(cell) in args.cell) and (not args.arm or arm in args.arm)
+    ]
+    carry_out(runner, todo, args.estimate)
 
 
 if __name__ == "__main__":

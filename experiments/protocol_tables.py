@@ -13,7 +13,7 @@ from typing import Any
 
 import orientations
 from outer_bounds import BOUNDS
-from protocol import ARMS, CELLS, RESULTS, SEEDS, TUNING, Ledger
+from protocol import ARMS, CELLS, LONG, RESULTS, SEEDS, SKEWED, TUNING, Ledger
 from statistics_of_runs import holm, mcnemar, sign_permutation
 
 from glora_ops.fl.report_folder import table
@@ -49,7 +49,7 @@ def tuned(ledger: Ledger) -> dict[str, dict[str, dict[Choice, float]]]:
 
 def mode_of_glora(scores: Mapping[str, Mapping[str, Mapping[Choice, float]]]) -> dict[str, float]:
     """Mean over the skewed cells of each candidate's best score; only where all are swept."""
-    skewed = ["_".join(c) for c in CELLS if c[0] == "dirichlet"]
+    skewed = ["_".join(c) for c in SKEWED]
     if any(not scores.get(cell, {}).get(mode) for cell in skewed for mode in MODES):
         return {}
     return {m: fmean(max(scores[cell][m].values()) for cell in skewed) for m in MODES}
@@ -133,7 +133,7 @@ def main() -> None:
     said = ", ".join(f"{m} {x:.3f}" for m, x in modes.items()) or "not all sweeps are done"
     parts = ["# Digits by the protocol", "Printed by `experiments/protocol_tables.py`.",
              f"**glora** is {glora or 'not fixed yet'}: mean tuning score of {said}."]  # fmt: skip
-    for cell in ("_".join(c) for c in (*CELLS, orientations.CELL)):
+    for cell in ("_".join(c) for c in (*CELLS, orientations.CELL, LONG)):
         if runs.get(cell) and (glora or "restart") in runs[cell]:
             missing = [a for a, r in runs[cell].items() if len(r) < len(SEEDS)]
             note = f" Not all seeds yet: {', '.join(missing)}." if missing else ""

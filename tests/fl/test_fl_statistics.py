@@ -97,6 +97,14 @@ def test_a_sweep_ends_with_its_best_inside_and_two_falls_above(best: int) -> Non
     assert rate_at(2) == pytest.approx(2 * FIRST)
 
 
+def test_two_rates_that_are_level_are_both_inside() -> None:
+    level = {-1: 0.7901861252115059, 0: 0.7901861252115060}
+    tried: dict[int, float] = {}
+    for k in wanted(tried):
+        tried[k] = level.get(k, 0.5)
+    assert set(tried) == {-2, -1, 0, 1, 2}
+
+
 def test_the_ledger_repeats_nothing_and_takes_up_a_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     run = {"cell": "x", "arm": "a", "seed": 0, "lr": 0.1, "knobs": {"b": 1, "a": 2},
