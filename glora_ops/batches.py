@@ -217,14 +217,14 @@ def _alike(
 ) -> Iterator[tuple[list[str], tuple[int, ...]]]:
     """Modules of one shape in runs of like ranks.
 
-    More than half a batch is shared out to an even number of runs, of like size, so that two
-    threads end together; what a run holds does not depend on how many there are.
+    More than one is an even number of runs, of like size, so that two threads end together; what a
+    run holds does not depend on how many there are, and planned again by itself it stays one.
     """
     names: list[str] = []
     rows: tuple[int, ...] = ()
     used = 0
     size = sum(Batch((name,), ranks, *key).working_bytes for ranks, name in named)
-    runs = 1 if 2 * size <= limit else 2 * -(-size // (2 * max(limit, 1)))
+    runs = 1 if size <= limit else 2 * -(-size // (2 * max(limit, 1)))
     most = -(-len(named) // runs)
     for ranks, name in sorted(named, key=lambda item: item[0], reverse=True):
         wider = tuple(map(max, rows or ranks, ranks))

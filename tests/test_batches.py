@@ -101,9 +101,11 @@ def test_a_plan_shares_modules_of_one_kind_out_evenly() -> None:
     """An even number of batches of one size, so that two threads end together."""
     clients = [{f"{l}.q": factors(l, 4, 96, 80) for l in range(40)} for _ in range(3)]
     sources, one = [Counting(client) for client in clients], 12 * (96 + 80) * 4
-    for limit, sizes in ((90 * one, [40]), (50 * one, [20, 20]), (15 * one, [10] * 4)):
+    for limit, sizes in ((40 * one, [40]), (39 * one, [20, 20]), (15 * one, [10] * 4)):
         made = plan(sources, list(clients[0]), limit)
         assert [len(batch.modules) for batch in made] == sizes
+        # Parts of a job and of ranks are planned again where they are computed.
+        assert all(plan(sources, batch.modules, limit) == [batch] for batch in made)
 
 
 def test_modules_of_one_kind_share_a_batch() -> None:
