@@ -36,7 +36,7 @@ LAYERS = [
     {"state"},
     {"batches"},
     {"api"},
-    {"distributed", "merging"},
+    {"distributed", "distributed_schema", "merging"},
     {"job"},
     {"fl"},
     {"cli"},
