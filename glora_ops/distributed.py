@@ -355,6 +355,6 @@ def _gathered(
 
 def _all(tensors: Sequence[Tensor], rank: int, count: int) -> Iterator[Tensor]:
     """One after the other, as many as a rank was to send."""
-    require(len(tensors) == count, "group", f"{len(tensors)} tensors of rank {rank}", count,
+    require(len(tensors) == count, "group", f"{len(tensors)} tensors of rank {rank}", f"{count}",
             "install one version of glora for all ranks")  # fmt: skip
     return iter(tensors)

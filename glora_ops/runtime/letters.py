@@ -32,8 +32,10 @@ class Plain(BaseModel):
 
 
 def packed(verdict: Sequence[Refusal] | None, content: Any, tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of a message; memory: one copy of the tensors, and of those that overlap or are
-    not contiguous another while it is made."""
+    """The bytes of a message.
+
+    Memory: one copy of the tensors; while it is made a second of those that overlap or are strided.
+    """
     text = json.dumps({"verdict": verdict, "content": content}, default=_plain).encode()
     named = {_name(i): x for i, x in enumerate(_apart(tensors))}
     named[PLAIN] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
