@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .api import (
     KEPT,
@@ -25,7 +26,7 @@ from .api import (
 )
 from .api import aggregate as in_one_process
 from .arguments import check_settings, check_weights, number, sequence
-from .batches import BATCH_BYTES, DEVICE_BATCH_BYTES, Batch, Pair, Source, check_ranks, plan, solve
+from .batches import BATCH_BYTES, DEVICE_BATCH_BYTES, Batch, Source, check_ranks, plan, solve
 from .errors import Refusal, Refused, clean, require
 from .runtime.ranks import NOTHING, Message, Ranks
 from .runtime.threads import workers
@@ -34,6 +35,8 @@ from .state_report import notes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from .distributed_schema import Shape, Told
 
 __all__ = ["aggregate"]
 
@@ -97,8 +100,8 @@ def aggregate(
         before a factor is sent.
     GloraError
         No process group, or one that moves nothing on the CPU. Ranks from which nothing came, by
-        number: at once where their process is gone, else after `timeout`. The group is of no use
-        then.
+        number: at once where their process is gone, else after `timeout`. A rank that says what
+        does not fit. The group is of no use then.
 
     Warns
     -----
@@ -115,8 +118,10 @@ def aggregate(
     besides the solver's own. What `robust`, ``rank="auto"``, `warm` and `scratch` need is not kept:
     they are refused by name.
 
-    Ranks believe each other, as those of any torch program do: what they say is pickled.
+    What ranks say is safetensors with JSON of a closed schema: nothing of it is run.
     """
+    from .distributed_schema import Told  # pydantic takes longer to import than the package
+
     ranks = Ranks.of(group)
     held: list[Source] = []
     out: list[Message] = []
@@ -134,13 +139,17 @@ def aggregate(
         held = sources_of(my_clients, here)
         check_factors(held, here)
         scale = scalings_of(scalings, held, here)
-        mine = _known(held, None if names is None else here, weights, scale, ranks.rank)
+        mine = _described(held, None if names is None else here, weights, scale)
         place = available(device) if device else place_of(held, here) if held else None
-        told = _Told(asked, mine, torch.get_num_threads(), None if place is None else place.type)
+        told = Told.model_validate(
+            {"asked": asked, "clients": mine, "threads": torch.get_num_threads(),
+             "kind": None if place is None else place.type}
+        )  # fmt: skip
         out = [(told, [])] * ranks.size
     except Exception as failure:  # of any kind: the others wait for this rank
         error = failure
-    answers: list[_Told] = [x for x, _ in ranks.exchange("saying what they hold", out, error)]
+    heard = ranks.exchange("saying what they hold", out, error, Told)
+    answers: list[Told] = [told for told, _ in heard]
     kind = _agreed(answers)
     place = place or torch.device(kind)
     threads = max(answer.threads for answer in answers)
@@ -193,21 +202,6 @@ def aggregate(
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A factor pair without the factors."""
-
-    rank: int
-    d_out: int
-    d_in: int
-    b_dtype: torch.dtype
-    a_dtype: torch.dtype
-
-    @classmethod
-    def of(cls, pair: Pair) -> _Shape:
-        return cls(pair.rank, pair.d_out, pair.d_in, pair.b_dtype, pair.a_dtype)
-
-
-@dataclass(frozen=True)
 class _Known:
     """A client as every rank knows it: number `at` of its holder.
 
@@ -217,23 +211,13 @@ class _Known:
     name: str | None
     weight: float | None
     scalings: dict[str, float]
-    modules: dict[str, _Shape]
+    modules: dict[str, Shape]
     holder: int
     at: int
     arrived: dict[str, Factors] = field(default_factory=dict)
 
     def factors(self, module: str) -> Factors:
         return self.arrived.pop(module)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a rank says before anything is sent."""
-
-    asked: dict[str, Any]
-    clients: list[_Known]
-    threads: int
-    kind: str | None
 
 
 def _asked(given: dict[str, Any]) -> dict[str, Any]:
@@ -243,39 +227,41 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
                 "robust, warm and scratch are for one process")  # fmt: skip
     require(given["rank"] != "auto", "rank", "'auto'", "an integer or None",
             "find the rank by aggregating a few clients, and give it")  # fmt: skip
-    return check_settings(_DEFAULTS | given)
+    asked = check_settings(_DEFAULTS | given)
+    return asked | {name: bool(asked[name]) for name in ("gather", "client_statistics")}
 
 
-def _known(
+def _described(
     sources: Sequence[Source],
     names: Sequence[str] | None,
     weights: Sequence[float] | None,
     scalings: Sequence[dict[str, float]],
-    holder: int,
-) -> list[_Known]:
+) -> list[dict[str, Any]]:
+    """Clients as `distributed_schema.Client` has them."""
     count = len(sources)
     if weights is not None:
         weights = sequence("weights", weights, f"one number per client, {count}")
         usable = len(weights) == count and None not in map(number, weights)
         require(usable, "weights", f"{weights!r:.80}", f"one number per client, {count}")
     return [
-        _Known(
-            None if names is None else names[at],
-            None if weights is None else float(weights[at]),
-            scalings[at],
-            {m: _Shape.of(pair) for m, pair in source.modules.items()},
-            holder,
-            at,
-        )
+        {
+            "name": None if names is None else names[at],
+            "weight": None if weights is None else float(weights[at]),
+            "scalings": scalings[at],
+            "modules": {
+                m: (pair.rank, pair.d_out, pair.d_in, pair.b_dtype, pair.a_dtype)
+                for m, pair in source.modules.items()
+            },
+        }
         for at, source in enumerate(sources)
     ]
 
 
-def _agreed(answers: Sequence[_Told]) -> str:
+def _agreed(answers: Sequence[Told]) -> str:
     """The kind of device that all compute on; raises where settings or kinds differ."""
-    first = answers[0].asked
+    first = vars(answers[0].asked)
     for rank, answer in enumerate(answers):
-        for name, value in answer.asked.items():
+        for name, value in vars(answer.asked).items():
             require(value == first[name], name, f"{value!r} of rank {rank}",
                     f"{first[name]!r} as rank 0's", "give every rank the same")  # fmt: skip
     kinds = {answer.kind: rank for rank, answer in enumerate(answers) if answer.kind}
@@ -284,9 +270,13 @@ def _agreed(answers: Sequence[_Told]) -> str:
     return next(iter(kinds), "cpu")
 
 
-def _clients(answers: Sequence[_Told]) -> list[_Known]:
+def _clients(answers: Sequence[Told]) -> list[_Known]:
     """All ranks' clients, each with a name of its own; raises where they do not fit each other."""
-    clients = [client for answer in answers for client in answer.clients]
+    clients = [
+        _Known(**vars(client), holder=holder, at=at)
+        for holder, answer in enumerate(answers)
+        for at, client in enumerate(answer.clients)
+    ]
     require(any(client.modules for client in clients), "clients", "none with modules",
             "at least one module on any rank")  # fmt: skip
     for what in ("name", "weight"):
@@ -343,8 +333,9 @@ def _move(
     except Exception as failure:
         error = failure
     for holder, (_, tensors) in enumerate(ranks.exchange("sending factors", out, error)):
-        each = iter(tensors)
-        for client, name in _pairs(shares[ranks.rank], clients, holder):
+        pairs = list(_pairs(shares[ranks.rank], clients, holder))
+        each = _all(tensors, holder, 2 * len(pairs))
+        for client, name in pairs:
             client.arrived[name] = next(each), next(each)
 
 
@@ -355,7 +346,15 @@ def _gathered(
     mine = list(solved), [x for m in solved.values() for x in vars(m).values()]
     out = [mine, *(NOTHING for _ in range(1, ranks.size))]
     done: dict[str, ModuleState] = {}
-    for names, tensors in ranks.exchange("solving", out, error):
-        each = (x.cpu() for x in tensors)
+    heard = ranks.exchange("solving", out, error, list[str] | None)
+    for rank, (names, tensors) in enumerate(heard):
+        each = _all([x.cpu() for x in tensors], rank, _TENSORS * len(names or ()))
         done |= {name: ModuleState(*islice(each, _TENSORS)) for name in names or ()}
     return done
+
+
+def _all(tensors: Sequence[Tensor], rank: int, count: int) -> Iterator[Tensor]:
+    """One after the other, as many as a rank was to send."""
+    require(len(tensors) == count, "group", f"{len(tensors)} tensors of rank {rank}", f"{count}",
+            "install one version of glora for all ranks")  # fmt: skip
+    return iter(tensors)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rank
 import torch
 import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
 
-from glora_ops import GloraError, aggregate, distributed
+from glora_ops import GloraError, Refusal, aggregate, distributed
+from glora_ops.distributed_schema import Told
+from glora_ops.runtime import letters
+from glora_ops.runtime import ranks as ranks_module
+from glora_ops.runtime.ranks import NOTHING, Message, Ranks
 
 SCRIPT = Path(rank.__file__)
+BYTE = torch.uint8
 QUIET = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore::glora_ops.errors.GloraWarning"),
@@ -119,3 +128,56 @@ def test_a_rank_alone_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     state = distributed.aggregate(rank.clients(), max_bytes=rank.BYTES)
     assert state is not None
     assert [*state] == [*aggregate(rank.clients())]
+
+
+def heard(message: bytes, monkeypatch: pytest.MonkeyPatch, form: Any = None) -> Message:
+    """What rank 0 of two makes of a message of rank 1."""
+    sent = iter([torch.tensor([len(message)]), torch.frombuffer(bytearray(message), dtype=BYTE)])
+    monkeypatch.setattr(Ranks, "_pass", lambda self, doing, out, into: into[1].copy_(next(sent)))
+    return Ranks(None, 0, 2).exchange("testing", [NOTHING] * 2, None, form)[1]  # type: ignore[arg-type]
+
+
+def test_what_is_no_message_is_refused_by_its_rank_and_never_unpickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def plain(text: str, **tensors: Tensor) -> bytes:
+        return save({"plain": torch.tensor([*text.encode()], dtype=BYTE)} | tensors)
+
+    good = '{"verdict": null, "content": null}'
+    assert heard(plain(good), monkeypatch) == (None, [])
+    for wrong, form in (
+        (pickle.dumps((None, None, [])), None),
+        (b"{}", None),
+        (save({}), None),
+        (plain("{"), None),
+        (plain(good.replace("}", ', "more": 1}')), None),
+        (plain(good.replace("null", '[{"problem": 1}]', 1)), None),
+        (plain(good, x=torch.ones(1)), None),
+        (plain(good), Told),
+        (plain(good[:-5] + '{"asked": {}, "clients": [], "threads": 1, "kind": null}}'), Told),
+        (plain(good[:-5] + "[1]}"), list[str]),
+    ):
+        with pytest.raises(GloraError, match=r"a message of rank 1 that does not fit.*one version"):
+            heard(wrong, monkeypatch, form)
+    for module in (distributed, ranks_module, letters):
+        assert "pickle" not in Path(str(module.__file__)).read_text()
+
+
+def test_a_message_arrives_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided, shared, overlapping, empty and of no axis, of all dtypes and more than ten."""
+    x = torch.randn(6, 4, dtype=torch.float64)
+    x[0, :2] = torch.tensor([float("nan"), -0.0])
+    tensors = [x.to(d) for d in (torch.float32, torch.bfloat16, torch.float16, torch.bool)]
+    tensors += [x, x, x[2:], x[1:3], x.T, x[:, 1], x[:0], x.new_empty(0, 3), x[0, 0], x[3:3]]
+    content = {"a\udcff": [0.1, 5e-324, 1e300 / 3, -0.0, 2**63], "b": None}
+    verdict = (Refusal("a", "b\udcff", found="c", more=3),)
+    message = letters.packed(None, content, tensors).numpy().tobytes()
+    told, got = heard(message, monkeypatch, dict)
+    assert repr(told) == repr(content)
+    for one, other in zip(tensors, got, strict=True):
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+        flat = (y.contiguous().view(-1).view(BYTE) for y in (one, other))
+        assert torch.equal(*flat)
+    with pytest.raises(GloraError) as caught:
+        heard(letters.packed(verdict, None, []).numpy().tobytes(), monkeypatch, Told)
+    assert caught.value.refusals == verdict

@@ -35,7 +35,7 @@ LAYERS = [
     {"state_file"},
     {"state"},
     {"batches"},
-    {"api"},
+    {"api", "distributed_schema"},
     {"distributed", "merging"},
     {"job"},
     {"fl"},

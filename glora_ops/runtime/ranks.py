@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ from ..errors import GloraError, Refusal, Refused, require, unfit
 
 __all__ = ["NOTHING", "Message", "Ranks"]
 
-#: Anything that can be pickled, and tensors, which travel as they lie in memory.
+#: What JSON can say, and tensors.
 Message = tuple[Any, list[Tensor]]
 NOTHING: Message = (None, [])
 
@@ -57,23 +56,31 @@ class Ranks:
         return cls(group, rank, dist.get_world_size(group))
 
     def exchange(
-        self, doing: str, messages: Sequence[Message], error: Exception | None = None
+        self,
+        doing: str,
+        messages: Sequence[Message],
+        error: Exception | None = None,
+        form: Any = None,
     ) -> list[Message]:
         """`messages[r]` reaches rank r; what the others had for this one, by their ranks.
 
         An `error` of any rank is raised on all instead. `GloraError` names the ranks from which
         nothing came: every rank is waited for first, so that whoever is here blames none that is.
+        So it does a rank whose message is none, or holds no JSON of the type `form`.
         """
+        from .letters import packed  # pydantic takes longer to import than the package
+
         verdict = None if error is None else _refusals(self.rank, error)
         if verdict is not None:
             messages = [NOTHING] * self.size
         others = [peer for peer in range(self.size) if peer != self.rank]
-        out = {peer: _packed(verdict, messages[peer]) for peer in others}
+        out = {peer: packed(verdict, *messages[peer]) for peer in others}
         coming = {peer: torch.zeros(1, dtype=torch.int64) for peer in others}
         self._pass(doing, {peer: torch.tensor([len(x)]) for peer, x in out.items()}, coming)
         found = {peer: torch.empty(int(n), dtype=torch.uint8) for peer, n in coming.items()}
         self._pass(doing, out, found)
-        told = {peer: _unpacked(x) for peer, x in found.items()}
+        out.clear()
+        told = {peer: _read(peer, found.pop(peer).numpy().tobytes(), form) for peer in others}
         told[self.rank] = verdict, *messages[self.rank]
         refusals = [refusal for peer in range(self.size) for refusal in told[peer][0] or ()]
         if refusals:
@@ -119,20 +126,18 @@ def _refusals(rank: int, error: Exception) -> tuple[Refusal, ...]:
     )  # fmt: skip
 
 
-def _packed(verdict: tuple[Refusal, ...] | None, message: Message) -> Tensor:
-    plain, tensors = message
-    head = pickle.dumps((verdict, plain, [(x.dtype, x.shape) for x in tensors]))
-    pieces = [torch.tensor([len(head)]), torch.frombuffer(bytearray(head), dtype=torch.uint8)]
-    pieces += [x.detach().cpu().contiguous() for x in tensors]
-    return torch.cat([x.view(-1).view(torch.uint8) for x in pieces])
+def _read(
+    peer: int, message: bytes, form: Any
+) -> tuple[Sequence[Refusal] | None, Any, list[Tensor]]:
+    from .letters import unpacked
 
-
-def _unpacked(x: Tensor) -> tuple[tuple[Refusal, ...] | None, Any, list[Tensor]]:
-    length = int(x[:8].clone().view(torch.int64))
-    verdict, plain, kinds = pickle.loads(x[8 : 8 + length].numpy().tobytes())
-    tensors, at = [], 8 + length
-    for dtype, shape in kinds:
-        end = at + shape.numel() * dtype.itemsize
-        tensors.append(x[at:end].clone().view(dtype).view(shape))  # cloned: where a dtype may lie
-        at = end
-    return verdict, plain, tensors
+    try:
+        return unpacked(message, form)
+    except Exception as error:  # of any kind: whatever came is none of ours
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise unfit(
+            "group",
+            f"a message of rank {peer} that does not fit ({said:.200})",
+            "what this version of glora sends",
+            "install one version for all ranks",
+        ) from None

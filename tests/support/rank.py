@@ -58,11 +58,11 @@ def of_rank(splits: list[int], rank: int, settings: dict[str, Any]) -> tuple[Any
 def agree(folder: Path, rank: int) -> None:
     exchange, sent = Ranks.exchange, 0
 
-    def counted(self: Ranks, doing: str, messages: list[Message], error: Any = None) -> Any:
+    def counted(self: Ranks, doing: str, messages: list[Message], *how: Any) -> Any:
         nonlocal sent
         others = (tensors for to, (_, tensors) in enumerate(messages) if to != self.rank)
         sent += sum(x.nbytes for tensors in others for x in tensors)
-        return exchange(self, doing, messages, error)
+        return exchange(self, doing, messages, *how)
 
     Ranks.exchange = counted  # type: ignore[method-assign]
     for number, (splits, settings) in enumerate(SPLITS):
