@@ -83,7 +83,7 @@ def run_command(root: Path, threads: int) -> None:
     clients, out = root / "clients.txt", root / "out"
     clients.write_text("".join(f"{folder}\n" for folder in _folders(root)))
     glora = [sys.executable, "-m", "glora_ops", "aggregate", "--clients", clients, "-o", out]
-    how = ["--rank", "16", "--readout", "8", "--json", "--threads", str(threads)]
+    how = ["--rank", "16", "--readout", "8", "--json", "-q", "--threads", str(threads)]
     subprocess.run([*glora, *how], check=True, stdout=subprocess.DEVNULL)
 
 
