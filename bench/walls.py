@@ -1,9 +1,9 @@
 """What many clients and large models cost in one process, and in two workers.
 
-python bench/walls.py                     # all cases: ten minutes, 7 GB in a temporary folder
+python bench/walls.py                     # all cases: twelve minutes, 7 GB in a temporary folder
 python bench/walls.py --case 4000 --case headers
 
-Each case runs in a process of its own, on one thread but for `workers`. Its results go into
+Each case runs in a process of its own, on one thread, `command-2` on two. Its results go into
 results/walls.json, one entry a case: processor and wall seconds, peak of resident memory, what the
 process had before it read anything. docs/scale.md shows them.
 """
@@ -78,6 +78,15 @@ def aggregate_and_save(root: Path) -> None:
     state.save(root / "server.safetensors")
 
 
+def run_command(root: Path, threads: int) -> None:
+    """What a user types, as a process of its own."""
+    clients, out = root / "clients.txt", root / "out"
+    clients.write_text("".join(f"{folder}\n" for folder in _folders(root)))
+    glora = [sys.executable, "-m", "glora_ops", "aggregate", "--clients", clients, "-o", out]
+    how = ["--rank", "16", "--readout", "8", "--json", "-q", "--threads", str(threads)]
+    subprocess.run([*glora, *how], check=True, stdout=subprocess.DEVNULL)
+
+
 def inspect_headers(root: Path) -> Any:
     from glora_ops.merging.aggregate import inspect
 
@@ -104,6 +113,14 @@ CASES: dict[str, tuple[int, Callable[[Path, int], Any], Callable[[Path], Any]]] 
     **{
         str(k): (k, lambda root, k: write_alike(root, k, *SMALL), aggregate_and_save)
         for k in (100, 1_000, 4_000, 20_000)
+    },
+    **{
+        f"command-{n}": (
+            20_000,
+            lambda root, k: write_alike(root, k, *SMALL),
+            lambda root, n=n: run_command(root, n),
+        )
+        for n in (1, 2)
     },
     "headers": (1_000, lambda root, k: write_alike(root, k, *SHAPED), inspect_headers),
     **{

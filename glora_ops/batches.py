@@ -16,6 +16,7 @@ from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import accumulate
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -361,12 +362,14 @@ def _spread(
 ) -> Generator[Result, None, None]:
     """What `work` makes of every batch, on as many threads as the caller has.
 
-    Each thread stacks its own batches, one thread at a time, in the memory of those that are done:
-    `room` bytes together, or those of as many batches as there are threads. A batch that is larger
-    is stacked elsewhere, alone.
+    No more than can have a stack at a time, though: another would only keep freed memory of its
+    own. Each thread stacks its own batches, one thread at a time, in the memory of those that are
+    done: `room` bytes together, or those of as many batches as there are threads. A batch that is
+    larger is stacked elsewhere, alone.
     """
-    threads = torch.get_num_threads()
     sizes = sorted((batch.piece for batch in batches if batch.bytes <= room), reverse=True)
+    smallest = sizes[::-1][: torch.get_num_threads()]
+    threads = max(sum(together <= room for together in accumulate(smallest)), 1)
     with torch.inference_mode(False):  # the workers write, whatever mode the caller is in
         arena = Arena(max(min(room, sum(sizes[:threads])), *sizes[:1], 1))
     reading, freed = threading.Lock(), threading.Condition()

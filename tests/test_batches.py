@@ -8,6 +8,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,25 @@ def test_no_more_is_stacked_than_was_allowed(
     largest = plan([Counting(c) for c in clients], list(clients[0]), small)[0].bytes
     assert 0 < peak <= (max_bytes or max(2 * largest, 3 * small))
     assert alive == 0
+
+
+@pytest.mark.parametrize("stacks", [1, 2, 5])
+def test_no_more_threads_work_than_may_have_a_stack(
+    threads: None, stacks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another would wait for memory, and then keep a solver's freed memory of its own."""
+    torch.set_num_threads(3)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 1)
+    asked: list[int] = []
+
+    def counted(count: int) -> AbstractContextManager[ThreadPoolExecutor]:
+        asked.append(count)
+        return workers(count)
+
+    monkeypatch.setattr(batches, "workers", counted)
+    clients = [{f"{l}": factors(10 * l + i, 4, 64, 64) for l in range(6)} for i in range(2)]
+    glora.aggregate(clients, rank=4, max_bytes=stacks * 2 * 4 * (64 + 64) * 4)
+    assert asked == [min(stacks, 3)]
 
 
 def test_all_stacks_lie_in_one_block_of_memory_each_on_a_cache_line(
