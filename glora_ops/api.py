@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .arguments import LEAST, MOST, check_settings, check_weights, kind, number, sequence, usable
-from .batches import Held, InMemory, Source, check_ranks, compare, directions, solve
+from .batches import check_ranks, compare, directions, solve
 from .bindings.ops import Aggregate
 from .errors import Refusal, Refused, clean, require, unfit
 from .packing import FLOATS
 from .robust import CLIP, Verdict, judge
+from .sources import Held, InMemory, Source
 from .state import UNNAMED, Factors, State
 from .state_report import notes
 from .values import value_faults
@@ -77,7 +78,7 @@ def aggregate(
         differ between clients and modules. Gradients are not recorded. NumPy arrays are copied
         into tensors. Factors on a GPU, all on one, stay there and are computed with there, and
         the state's ``u``, ``s`` and ``v`` are left there. A client may also be an object with
-        ``modules`` and ``factors(module)`` (`glora_ops.batches.Source`), whose factors are read
+        ``modules`` and ``factors(module)`` (`glora_ops.sources.Source`), whose factors are read
         to the CPU when their module's turn comes and whose values are taken as checked.
     weights : sequence of float, optional
         How much each client counts, ≥ 0; equal by default. Normalised to sum 1.

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import accumulate
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,11 @@ from .runtime.arena import LINE, Arena
 from .runtime.overlap import overlapped
 from .runtime.scratch import empty, in_folder
 from .runtime.threads import release_freed, workers
-from .state import Factors, ModuleState, State
+from .sources import InMemory, Source
+from .state import ModuleState, State
 from .values import is_finite
 
-__all__ = [
-    "Batch", "Held", "InMemory", "Pair", "Reader", "Source", "check_ranks", "compare",
-    "directions", "plan", "solve",
-]  # fmt: skip
+__all__ = ["Batch", "check_ranks", "compare", "directions", "plan", "solve"]
 
 #: Bytes of factors, as they are computed with, that a batch is filled up to: a call costs the more
 #: the fewer modules share it (112 of 1024²: 1.06 ms each at 2²², 0.97 at 2²³). A module may be
@@ -48,80 +46,6 @@ DEVICE_BATCH_BYTES = 2**30
 LARGE = 2**25
 #: Rows of zeros a batch may hold, over those that are not: modules whose ranks differ.
 PADDING = 0.25
-
-
-class Pair(Protocol):
-    """What is known of a factor pair before it is read."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def d_out(self) -> int: ...
-    @property
-    def d_in(self) -> int: ...
-    @property
-    def b_dtype(self) -> torch.dtype: ...
-    @property
-    def a_dtype(self) -> torch.dtype: ...
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A client whose factors are read module by module."""
-
-    @property
-    def modules(self) -> Mapping[str, Pair]: ...
-
-    def factors(self, module: str) -> Factors:
-        """B (d_out, r) and A (r, d_in)."""
-        ...
-
-
-class Reader(Source, Protocol):
-    """A source that reads to where the factors are wanted, without a copy on the way."""
-
-    def read_into(self, module: str, b: Tensor, a: Tensor) -> None:
-        """Write Bᵀ (r, d_out) and A (r, d_in) into contiguous rows of a stack, in its dtypes."""
-        ...
-
-
-@dataclass(frozen=True)
-class Held:
-    """A factor pair in memory."""
-
-    b: Tensor
-    a: Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def d_out(self) -> int:
-        return self.b.shape[0]
-
-    @property
-    def d_in(self) -> int:
-        return self.a.shape[1]
-
-    @property
-    def b_dtype(self) -> torch.dtype:
-        return self.b.dtype
-
-    @property
-    def a_dtype(self) -> torch.dtype:
-        return self.a.dtype
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A client whose factors the caller holds."""
-
-    modules: dict[str, Held]
-
-    def factors(self, module: str) -> Factors:
-        pair = self.modules[module]
-        return pair.b, pair.a
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from .api import (
 )
 from .api import aggregate as in_one_process
 from .arguments import check_settings, check_weights, number, sequence
-from .batches import BATCH_BYTES, DEVICE_BATCH_BYTES, Batch, Source, check_ranks, plan, solve
+from .batches import BATCH_BYTES, DEVICE_BATCH_BYTES, Batch, check_ranks, plan, solve
 from .errors import Refusal, Refused, clean, require
 from .runtime.ranks import NOTHING, Message, Ranks
 from .runtime.threads import workers
+from .sources import Source
 from .state import Factors, ModuleState, State
 from .state_report import notes
 

@@ -34,6 +34,7 @@ LAYERS = [
     {"analysis", "state_checks", "state_clients", "state_schema"},
     {"state_file"},
     {"state"},
+    {"sources"},
     {"batches"},
     {"api", "distributed_schema"},
     {"distributed", "merging"},

@@ -24,9 +24,9 @@ from ..adapters.read import (
     TENSORS_NAME,
     Adapter,
     Layouts,
-    check_values,
     inspect_adapters,
 )
+from ..adapters.value_checks import check_values
 from ..api import aggregate
 from ..arguments import check_settings, check_weights
 from ..batches import check_ranks

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.modules import Module
-from ..adapters.read import Adapter, check_values, read_adapter
+from ..adapters.read import Adapter, read_adapter
 from ..adapters.safetensors_header import read_header
 from ..adapters.stored import Stored, signature
+from ..adapters.value_checks import check_values
 from ..errors import Refusal, Refusals, Refused, require
 from ..packing import FLOATS
 from ..runtime.marks import digests, unchanged
