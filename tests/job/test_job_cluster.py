@@ -54,7 +54,7 @@ class Night:
         assert self.files() == self.expected
         assert {p: t for p, t in self.made().items() if p in before} == before
         parts = len(job.read_job(self.place).about["parts"])
-        assert len(self.made()) == parts > 15
+        assert len(self.made()) == parts > 10
 
 
 @pytest.fixture(scope="module")
